@@ -1,0 +1,6 @@
+"""Finet and Fine-grained Batch Normalization for timm. Importing this package registers its models and data sets."""
+from . import data, finet, resnet_fbn
+from .fbn import FBNConv2d
+from .rewrite import convert_fbn, fuse_fbn
+
+__all__ = ['FBNConv2d', 'convert_fbn', 'fuse_fbn']

@@ -1,0 +1,378 @@
+"""Finet
+
+Paper: `Finet: Using Fine-grained Batch Normalization to Train Light-weight Neural Networks`
+    - https://arxiv.org/abs/2005.06828
+
+@article{luo2020finet,
+  title={Finet: Using Fine-grained Batch Normalization to Train Light-weight Neural Networks},
+  author={Luo, Chunjie and Zhan, Jianfeng and Wang, Lei and Gao, Wanling},
+  journal={arXiv preprint arXiv:2005.06828},
+  year={2020}
+}
+
+The paper gives Table 1 and no code. The blocks below reproduce all twelve parameter counts of its Table 2.
+"""
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Linear, SelectAdaptivePool2d, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+
+from .fbn import FBNConv2d
+from .rewrite import check_form, fuse_fbn
+
+__all__ = ['Finet']
+
+
+class ConvNorm(nn.Sequential):
+    def __init__(self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, **dd):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+
+    def fuse(self) -> nn.Module:
+        return fuse_fbn(self, inplace=True)
+
+
+class SqueezeExcite(nn.Module):
+    """Gate of a block's output made from the block's input; normalised, without biases (fixed by Table 2's counts)."""
+
+    def __init__(self, in_chs: int, out_chs: int, rd_channels: int = 200, **dd):
+        super().__init__()
+        self.fc1 = ConvNorm(in_chs, rd_channels, **dd)
+        self.act = nn.ReLU(inplace=True)
+        self.fc2 = ConvNorm(rd_channels, out_chs, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.mean((2, 3), keepdim=True)
+        return self.fc2(self.act(self.fc1(x))).sigmoid()
+
+
+class Block(nn.Module):
+    """1x1 FBN, ReLU, 3x3 depthwise BN, 1x1 FBN, optional SE; the identity is added where the stride is 1."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            stride: int,
+            fbn_groups: Tuple[int, int],
+            affine: bool,
+            act_place: str,
+            use_se: bool,
+            **dd,
+    ):
+        super().__init__()
+        # The counts cannot tell where the second ReLU stands: this is the one place that decides.
+        acts = {place: nn.Identity() for place in ACT_PLACES}
+        if act_place not in acts:
+            raise ValueError(f"act_place={act_place!r} is unknown: use one of {', '.join(acts)}.")
+        acts[act_place] = nn.ReLU(inplace=True)
+
+        self.conv1 = FBNConv2d(in_chs, out_chs, fbn_groups=fbn_groups[0], affine=affine, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv_dw = ConvNorm(out_chs, out_chs, 3, stride, groups=out_chs, **dd)
+        self.act_dw = acts['depthwise']
+        self.conv2 = FBNConv2d(out_chs, out_chs, fbn_groups=fbn_groups[1], affine=affine, **dd)
+        self.act2 = acts['pointwise']
+        self.se = SqueezeExcite(in_chs, out_chs, **dd) if use_se else None
+        self.has_identity = stride == 1
+        self.act_out = acts['output']
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        identity = x
+        x = self.act1(self.conv1(x))
+        x = self.act_dw(self.conv_dw(x))
+        x = self.act2(self.conv2(x))
+        if self.se is not None:
+            x = x * self.se(identity)
+        if self.has_identity:
+            x = x + identity
+        return self.act_out(x)
+
+
+ACT_PLACES = ('depthwise', 'pointwise', 'output')
+
+
+class Finet(nn.Module):
+    """Finet (Table 1).
+
+    Args:
+        channels: Widths of stages 2, 3 and 4. Every width, the stem's too, is rounded up until its groups divide it.
+        use_se: Squeeze-and-Excitation in every block.
+        fbn_groups: FBN groups of every 1x1 convolution in the blocks; 1 is plain BatchNorm.
+        fbn_group_size: Fixes the channels a group instead (Table 6): `max(1, in_chs // fbn_group_size)` groups a layer.
+        affine: FBN's gamma and beta (Table 5).
+        act_place: Where a block's second ReLU stands: after the 'depthwise' or second 'pointwise' convolution, or on the
+            block's 'output'. The paper's Figure 2 does not survive; the parameter counts fit all three.
+        small_input: Stem for 32 px pictures: stride 1 and no max-pool (section 5.3).
+        drop_rate: Dropout on the inputs of both fully connected layers.
+        fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
+
+    Raises:
+        ValueError: FBN groups below 1, both kinds of groups at once, or an unknown `act_place`.
+    """
+
+    def __init__(
+            self,
+            channels: Tuple[int, ...] = (100, 200, 400),
+            depths: Tuple[int, ...] = (4, 8, 4),
+            stem_chs: int = 24,
+            num_features: int = 1024,
+            use_se: bool = False,
+            fbn_groups: int = 1,
+            fbn_group_size: Optional[int] = None,
+            affine: bool = True,
+            act_place: str = 'depthwise',
+            small_input: bool = False,
+            drop_rate: float = 0.2,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            output_stride: int = 32,
+            fused: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        assert output_stride == 32
+        for name, value in (('fbn_groups', fbn_groups), ('fbn_group_size', fbn_group_size)):
+            if value is not None and value < 1:
+                raise ValueError(f'{name}={value} must be at least 1.')
+        if fbn_group_size is not None and fbn_groups != 1:
+            raise ValueError(f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one.')
+        dd = {'device': device, 'dtype': dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        def groups(chs: int) -> int:
+            return fbn_groups if fbn_group_size is None else max(1, chs // fbn_group_size)
+
+        def widen(chs: int) -> int:
+            while chs % groups(chs):
+                chs += 1
+            return chs
+
+        prev_chs = widen(stem_chs)
+        stride = 1 if small_input else 2
+        self.stem = ConvNorm(in_chans, prev_chs, 3, stride, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.feature_info = [dict(num_chs=prev_chs, reduction=stride, module='act1')]
+        self.pool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, padding=1)
+        stride = stride * stride
+        self.feature_info += [dict(num_chs=prev_chs, reduction=stride, module='pool')]
+
+        stages = []
+        for i, (chs, depth) in enumerate(zip(map(widen, channels), depths)):
+            blocks = []
+            for j in range(depth):
+                blocks += [Block(
+                    prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se, **dd)]
+                prev_chs = chs
+            stages += [nn.Sequential(*blocks)]
+            stride *= 2
+            self.feature_info += [dict(num_chs=chs, reduction=stride, module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+
+        self.num_features = self.head_hidden_size = num_features
+        self.conv_head = ConvNorm(prev_chs, num_features, **dd)
+        self.act2 = nn.ReLU(inplace=True)
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
+        # FC1 as a 1x1 convolution: the same sums on a pooled map, and a dense head where pooling is switched off
+        self.fc1 = ConvNorm(num_features * self.global_pool.feat_mult(), num_features, **dd)
+        self.act3 = nn.ReLU(inplace=True)
+        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+        self.classifier = Linear(num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        if fused:
+            fuse_fbn(self.eval(), inplace=True).train()
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        check_form(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem',
+            blocks=[
+                (r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)', None),
+                (r'^conv_head|fc1', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True):
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None):
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        if global_pool is not None:
+            pool = SelectAdaptivePool2d(pool_type=global_pool)
+            assert pool.feat_mult() == self.global_pool.feat_mult(), 'FC1 is sized for the pooled width.'
+            self.global_pool = pool.train(self.training)
+            self.flatten = (nn.Flatten(1) if global_pool else nn.Identity()).train(self.training)
+        self.classifier = Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.classifier.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """ Forward features that returns intermediates.
+
+        Args:
+            x: Input image tensor
+            indices: Take last n levels if int, all if None, select matching indices if sequence
+            norm: Has no effect, levels are taken as they are
+            stop_early: Stop iterating over stages when last desired intermediate hit
+            output_fmt: Shape of intermediate feature outputs
+            intermediates_only: Only return intermediate features
+        Returns:
+            The levels of `feature_info`, after the final features unless `intermediates_only`
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+
+        x = self.act1(self.stem(x))
+        if 0 in take_indices:
+            intermediates.append(x)
+        x = self.pool(x)
+        if 1 in take_indices:
+            intermediates.append(x)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            stages = self.stages
+        else:
+            stages = self.stages[:max(0, max_index - 1)]
+        for feat_idx, stage in enumerate(stages, start=2):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if feat_idx in take_indices:
+                intermediates.append(x)
+
+        if intermediates_only:
+            return intermediates
+        return self.act2(self.conv_head(x)), intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ):
+        """ Prune layers not required for specified intermediates.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        prune_end = max_index < len(self.feature_info) - 1
+        self.stages = self.stages[:max(0, max_index - 1)]
+        if max_index == 0:
+            self.pool = nn.Identity()
+        if prune_norm or prune_end:
+            self.conv_head, self.act2 = nn.Identity(), nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_norm or prune_end:
+            self.fc1, self.act3 = nn.Identity(), nn.Identity()
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.act1(self.stem(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.stages, x, flatten=True)
+        else:
+            x = self.stages(x)
+        return self.act2(self.conv_head(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.global_pool(x)
+        x = F.dropout(x, p=self.drop_rate, training=self.training)
+        x = self.flatten(self.act3(self.fc1(x)))
+        x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.classifier(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    return state_dict.get('state_dict', state_dict)
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': 'classifier',
+        'paper_ids': 'arXiv:2005.06828',
+        'paper_name': 'Finet: Using Fine-grained Batch Normalization to Train Light-weight Neural Networks',
+        'license': 'apache-2.0',
+        **kwargs
+    }
+
+
+def _cifar_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
+    return _cfg(**{
+        'file': str(Path(__file__).parent / 'weights' / f'{weights}.safetensors'),
+        'input_size': (3, 32, 32), 'pool_size': (4, 4), 'crop_pct': 1.0,
+        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
+        **kwargs
+    })
+
+
+VARIANTS = {
+    f'finet_{size}{se}{suffix}': dict(channels=channels, use_se=bool(se), fbn_groups=fbn_groups)
+    for size, channels in (('small', (30, 60, 120)), ('large', (100, 200, 400)))
+    for se in ('', '_se')
+    for suffix, fbn_groups in (('', 1), ('_g2', 2), ('_g4', 4), ('_g6', 6), ('_g8', 8))
+}
+
+default_cfgs = generate_default_cfgs({
+    **{f'{name}.untrained*': _cfg() for name in VARIANTS},
+    'finet_small_g4.cifar10': _cifar_cfg('finet_small_g4.cifar10', num_classes=10),
+})
+
+
+def _create_finet(variant: str, pretrained: bool = False, **kwargs: Any) -> Finet:
+    cfg = resolve_pretrained_cfg(
+        variant, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
+    kwargs.setdefault('small_input', max(cfg.input_size[1:]) <= 32)
+    return build_model_with_cfg(
+        Finet, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _entrypoint(name: str, **model_args: Any):
+    def create(pretrained: bool = False, **kwargs: Any) -> Finet:
+        return _create_finet(name, pretrained, **dict(model_args, **kwargs))
+    create.__name__ = create.__qualname__ = name
+    return register_model(create)
+
+
+for _name, _args in VARIANTS.items():
+    globals()[_name] = _entrypoint(_name, **_args)

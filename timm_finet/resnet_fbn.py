@@ -1,0 +1,93 @@
+"""ResNet with Fine-grained Batch Normalization (arXiv 2005.06828, Table 7): timm's ResNet, its conv + BN pairs replaced."""
+from typing import Any
+
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .rewrite import check_form, convert_fbn, fuse_fbn
+
+__all__ = ['ResNetFBN']
+
+
+class ResNetFBN(ResNet):
+    """timm's ResNet whose convolutions use FBN; the stem, with three input channels, keeps plain BN.
+
+    Args:
+        block, layers, **kwargs: As for timm's ResNet.
+        fbn_groups: FBN groups of every convolution behind the stem; 1 is plain BN.
+        affine: FBN's gamma and beta.
+        small_input: Stem for 32 px pictures: 3x3, stride 1 and no max-pool (section 5.3).
+        fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
+    """
+
+    def __init__(
+            self, block, layers, fbn_groups: int = 2, affine: bool = True, small_input: bool = False, fused: bool = False,
+            in_chans: int = 3, device=None, dtype=None, **kwargs):
+        super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
+        if small_input:
+            self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False, device=device, dtype=dtype)
+            self.maxpool = nn.Identity()
+            for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8)):
+                info['reduction'] = reduction
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            convert_fbn(stage, fbn_groups, affine, inplace=True)
+        if fused:
+            fuse_fbn(self.eval(), inplace=True).train()
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        check_form(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def _cfg(**kwargs: Any):
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'paper_ids': 'arXiv:2005.06828',
+        'license': 'apache-2.0',
+        **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'resnet18_fbn.untrained': _cfg(),
+    'resnet18_fbn_g4.untrained': _cfg(),
+    'resnet50_fbn.untrained': _cfg(),
+    'resnet50_fbn_g4.untrained': _cfg(),
+})
+
+
+def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
+    return build_model_with_cfg(ResNetFBN, variant, pretrained, **kwargs)
+
+
+RESNET18 = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+RESNET50 = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+
+
+@register_model
+def resnet18_fbn(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
+    """ResNet-18, G = 2 (the paper's best)."""
+    return _create_resnet('resnet18_fbn', pretrained, **{**RESNET18, 'fbn_groups': 2, **kwargs})
+
+
+@register_model
+def resnet18_fbn_g4(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
+    """ResNet-18, G = 4."""
+    return _create_resnet('resnet18_fbn_g4', pretrained, **{**RESNET18, 'fbn_groups': 4, **kwargs})
+
+
+@register_model
+def resnet50_fbn(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
+    """ResNet-50, G = 2 (the paper's best)."""
+    return _create_resnet('resnet50_fbn', pretrained, **{**RESNET50, 'fbn_groups': 2, **kwargs})
+
+
+@register_model
+def resnet50_fbn_g4(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
+    """ResNet-50, G = 4, which did not fit the paper's card."""
+    return _create_resnet('resnet50_fbn_g4', pretrained, **{**RESNET50, 'fbn_groups': 4, **kwargs})
