@@ -91,7 +91,9 @@ def fuse_fbn(model: nn.Module, inplace: bool = False) -> nn.Module:
     if isinstance(model, FBNConv2d):
         return model.fuse()
     if not inplace:
-        model = deepcopy(model)
+        original, model = model, deepcopy(model)
+        for module, source in zip(model.modules(), original.modules()):
+            module.training = source.training  # torchvision's traced feature extractors forget theirs in a copy
 
     fused: Dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):

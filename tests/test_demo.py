@@ -1,0 +1,60 @@
+"""`timm-finet demo` as a user calls it."""
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from timm_finet import demo
+
+
+def run(*args, cwd):
+    return subprocess.run(
+        [sys.executable, '-m', 'timm_finet', 'demo', *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_shipped_pictures_are_classified_fused_and_drawn(tmp_path):
+    result = run(cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    train, fused = re.findall(r'(?:train form|fused) +([\d.]+)% +([\d,]+) +([\d,]+) +(\d+)', result.stdout)
+    assert float(train[0]) >= 88 and train[0] == fused[0]
+    assert train[1:3] == ('1,387,730', '12,971,520') and fused[1:3] == ('1,369,338', '12,971,520')
+    difference = float(re.search(r'largest difference of the logits: (\S+)', result.stdout)[1])
+    assert 0 < difference < 1e-4
+    assert '8/8' in result.stderr  # the progress bar
+    with Image.open(tmp_path / 'finet_demo.png') as sheet:
+        assert sheet.size == (1280, 1560)
+
+
+def test_own_pictures_and_folders(tmp_path):
+    folder = tmp_path / 'mine'
+    folder.mkdir()
+    pictures, _ = demo.shipped_pictures()
+    pictures[0].resize((300, 200)).save(folder / 'plane.jpg')
+    pictures[399].convert('L').save(tmp_path / 'gray.png')
+    result = run(folder, tmp_path / 'gray.png', '--output', tmp_path / 'out.png', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r'^\w+ \d+%$', result.stdout, re.M)) == 2 and (tmp_path / 'out.png').is_file()
+
+
+@pytest.mark.parametrize('name, message', [('no.png', 'does not exist'), ('text.png', 'not a picture'), ('empty', 'empty folder')])
+def test_bad_pictures_give_one_line_and_no_file(name, message, tmp_path):
+    (tmp_path / 'text.png').write_text('no picture')
+    (tmp_path / 'empty').mkdir()
+    result = run(tmp_path / name, cwd=tmp_path)
+    assert result.returncode == 2
+    assert name in result.stderr and message in result.stderr and 'Traceback' not in result.stderr
+    assert not (tmp_path / 'finet_demo.png').exists()
+
+
+def test_unwritable_output_is_refused_before_the_work(tmp_path):
+    result = run('--output', tmp_path / 'no' / 'out.png', cwd=tmp_path)
+    assert result.returncode == 2 and 'output=' in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_interrupted_sheet_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, 'save', lambda self, file, **kw: (open(file, 'wb').close(), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        demo.contact_sheet([Image.new('RGB', (32, 32))], ['a'], [True], str(tmp_path / 'sheet.png'))
+    assert not list(tmp_path.iterdir())

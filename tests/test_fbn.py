@@ -1,0 +1,250 @@
+"""FBNConv2d: every fast form against the slow reference, in float64."""
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn as nn
+from timm.utils import freeze
+
+from timm_finet import FBNConv2d
+
+SHAPES = [  # in, out, kernel, stride, padding, dilation, G
+    (16, 24, 1, 1, 0, 1, 1),
+    (16, 24, 1, 1, 0, 1, 2),
+    (16, 8, 1, 2, 0, 1, 4),
+    (16, 16, 1, 1, 0, 1, 16),
+    (12, 10, 1, 1, 1, 1, 3),
+    (8, 6, 3, 1, 1, 1, 2),
+    (8, 6, 3, 2, 1, 1, 4),
+    (8, 6, 3, 1, 2, 2, 2),
+]
+
+
+def make(shape, **kwargs):
+    cin, cout, kernel, stride, padding, dilation, fbn_groups = shape
+    layer = FBNConv2d(cin, cout, kernel, stride, padding, dilation, fbn_groups, dtype=torch.float64, **kwargs)
+    if layer.bn.affine:
+        nn.init.uniform_(layer.bn.weight, 0.5, 1.5)
+        nn.init.normal_(layer.bn.bias)
+    return layer
+
+
+def paper_equation_4(layer, x):
+    """The definition, group by group, with torch's BatchNorm for each."""
+    total, out = 0, layer.out_channels
+    for g, (xs, ws) in enumerate(zip(x.chunk(layer.fbn_groups, 1), layer.weight.chunk(layer.fbn_groups, 1))):
+        z = nn.functional.conv2d(xs, ws, None, layer.stride, layer.padding, layer.dilation)
+        part = slice(g * out, (g + 1) * out)
+        gamma, beta = (None, None) if layer.bn.weight is None else (layer.bn.weight[part], layer.bn.bias[part])
+        total = total + nn.functional.batch_norm(z, None, None, gamma, beta, True, eps=layer.bn.eps)
+    return total
+
+
+def step(layer, x, weighting):
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (y * weighting).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_reference_form_is_equation_4(shape):
+    layer = make(shape)
+    layer.form = 'reference'
+    x = torch.randn(3, shape[0], 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), paper_equation_4(layer, x))
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_training_matches_reference(shape, affine, memory_format):
+    fast = make(shape, affine=affine).to(memory_format=memory_format)
+    slow = deepcopy(fast)
+    slow.form = 'reference'
+    for _ in range(2):  # twice, for the running statistics
+        x = (torch.randn(5, shape[0], 7, 6, dtype=torch.float64) * 3 + 5).to(memory_format=memory_format)
+        weighting = torch.randn_like(slow(x))
+        slow.load_state_dict(fast.state_dict())
+        for a, b in zip(step(fast, x, weighting), step(slow, x, weighting)):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('momentum', [None, 0.0, 0.3])
+def test_momentum_is_batchnorms(momentum):
+    fast = make(SHAPES[1], momentum=momentum)
+    slow = deepcopy(fast)
+    slow.form = 'reference'
+    for _ in range(3):
+        x = torch.randn(4, 16, 5, 5, dtype=torch.float64)
+        fast(x), slow(x)
+    torch.testing.assert_close(fast.state_dict(), slow.state_dict())
+    assert fast.bn.num_batches_tracked == 3
+
+
+def test_gradcheck():
+    layer = make((6, 4, 1, 1, 0, 1, 3))
+    x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(dict(layer.named_parameters()), parameters)), (x,))
+    torch.autograd.gradcheck(run, (x, *layer.parameters()))
+
+
+def test_strided_and_expanded_inputs_give_reference_gradients():
+    fast = make(SHAPES[1])
+    slow = deepcopy(fast)
+    slow.form = 'reference'
+    base = torch.randn(4, 32, 6, 5, dtype=torch.float64)
+    for x in (base[:, ::2], base[:, :16].transpose(2, 3), base[:1, :16].expand(4, -1, -1, -1)):
+        weighting = torch.randn_like(slow(x))
+        slow.load_state_dict(fast.state_dict())
+        for a, b in zip(step(fast, x, weighting), step(slow, x, weighting)):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_input_used_twice_accumulates_both_gradients():
+    layer = make(SHAPES[1])
+    slow = deepcopy(layer)
+    slow.form = 'reference'
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    grads = []
+    for net in (layer, slow):
+        leaf = x.clone().requires_grad_()
+        y = leaf * 2
+        (net(y).square().sum() + y.sin().sum()).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_eval_and_fused_match_reference(shape, randomise):
+    layer = randomise(make(shape)).eval()
+    x = torch.randn(3, shape[0], 7, 6, dtype=torch.float64)
+    expected = layer._reference(x)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.fuse()(x), expected)
+
+
+def test_eval_follows_changed_weights_and_statistics(randomise):
+    layer = make(SHAPES[1]).eval()
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    layer(x)
+    randomise(layer)
+    nn.init.normal_(layer.weight)
+    torch.testing.assert_close(layer(x), layer._reference(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_fuse_keeps_dtype_layout_and_requires_grad(dtype, memory_format):
+    layer = FBNConv2d(8, 4, 3, padding=1, dtype=dtype).to(memory_format=memory_format).eval().requires_grad_(False)
+    conv = layer.fuse()
+    assert type(conv) is nn.Conv2d and not conv.training
+    for parameter in conv.parameters():
+        assert parameter.dtype == dtype and parameter.device == layer.weight.device and not parameter.requires_grad
+    assert conv.weight.is_contiguous(memory_format=memory_format)
+    assert FBNConv2d(8, 4, device='meta').eval().fuse().bias.device.type == 'meta'
+
+
+def test_fuse_refuses_train_mode():
+    with pytest.raises(RuntimeError, match='eval'):
+        FBNConv2d(8, 4).fuse()
+
+
+def test_one_group_is_plain_batchnorm():
+    layer = make(SHAPES[0])
+    plain = nn.Sequential(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24)).double()
+    plain.load_state_dict({
+        '0.weight': layer.weight, **{f'1.{key}': value for key, value in layer.bn.state_dict().items()}})
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)
+    torch.testing.assert_close(layer.bn.running_var, plain[1].running_var, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_low_precision_input_has_float32_statistics(dtype):
+    """Float16 sums of squares overflow at 65504."""
+    layer = FBNConv2d(8, 4, fbn_groups=2).to(dtype)
+    layer.bn.float()
+    x = (torch.randn(16, 8, 32, 32) * 10 + 50).to(dtype)
+    layer(x)
+    layer.bn.eval()
+    with torch.no_grad():
+        z = nn.functional.conv2d(x.double(), layer.weight.double().unflatten(1, [2, -1]).transpose(0, 1).flatten(0, 1), groups=2)
+    expected = 0.9 + 0.1 * z.var((0, 2, 3))
+    torch.testing.assert_close(layer.bn.running_var.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_stays_close_to_float32(dtype):
+    layer = FBNConv2d(16, 8, fbn_groups=4)
+    exact = deepcopy(layer)
+    x = torch.randn(8, 16, 8, 8)
+    with torch.autocast('cpu', dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    assert layer.bn.running_var.dtype == torch.float32
+    torch.testing.assert_close(y.float(), exact(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layer.bn.running_var, exact.bn.running_var, rtol=0.01, atol=0)
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == p.dtype for p in layer.parameters())
+
+
+def test_frozen_batchnorm_folds_and_still_trains_the_weight(randomise):
+    """timm's freeze() swaps the child for a FrozenBatchNorm2d; others put it in eval mode."""
+    layer = randomise(make(SHAPES[1]))
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    expected = deepcopy(layer).eval()(x)
+    half = deepcopy(layer)
+    half.bn.eval()
+    container = nn.Sequential(deepcopy(layer))
+    freeze(container, '0.bn', include_bn_running_stats=True)
+    container.train()
+    for net in (half, container):
+        y = net(x)
+        torch.testing.assert_close(y, expected)
+        y.square().sum().backward()
+    assert half.weight.grad is not None
+
+
+def test_batch_statistics_in_eval_without_running_ones():
+    layer = make(SHAPES[1])
+    layer.bn = nn.BatchNorm2d(48, track_running_stats=False, dtype=torch.float64)
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer.eval()(x), paper_equation_4(layer, x))
+
+
+def test_torchscript_trains_and_evaluates(randomise):
+    layer = randomise(make(SHAPES[1]))
+    script = torch.jit.script(deepcopy(layer))
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(script(x), layer(x))
+    torch.testing.assert_close(script.eval()(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize('form', ['moment', 'reference'])
+def test_one_position_is_refused_in_training(form):
+    layer = FBNConv2d(8, 4)
+    layer.form = form
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        layer(torch.randn(1, 8, 1, 1))
+
+
+@pytest.mark.parametrize('fbn_groups', [3, 0, -1])
+def test_groups_that_do_not_divide_are_refused(fbn_groups):
+    with pytest.raises(ValueError, match=f'fbn_groups={fbn_groups} .* in_channels=8'):
+        FBNConv2d(8, 4, fbn_groups=fbn_groups)
+
+
+def test_memory_does_not_hold_the_intermediate():
+    """What autograd saves for the moment form: the input and small things, nothing G times wide."""
+    layer, saved = FBNConv2d(16, 16, fbn_groups=8), {}
+    x = torch.randn(32, 16, 16, 16, requires_grad=True)
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    assert sum(saved.values()) < 1.1 * x.untyped_storage().nbytes()

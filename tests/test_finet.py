@@ -1,0 +1,155 @@
+"""Finet as a timm model."""
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import save_model
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_finet import FBNConv2d, finet, fuse_fbn
+from timm_finet.demo import shipped_pictures
+
+NAMES = [
+    f'finet_{size}{se}{groups}'
+    for size in ('small', 'large') for se in ('', '_se') for groups in ('', '_g2', '_g4', '_g6', '_g8')]
+
+
+def test_every_name_is_registered():
+    assert sorted(timm.list_models('*finet*')) == sorted(NAMES) == sorted(timm.list_models(module='finet'))
+
+
+@pytest.mark.parametrize('name', NAMES + timm.list_models('*_fbn*'))
+def test_fused_equals_unfused(name, randomise):
+    model = randomise(timm.create_model(name, num_classes=7).double()).eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    fused = fuse_fbn(model)
+    assert not any(isinstance(m, (_BatchNorm, FBNConv2d)) for m in fused.modules())
+    torch.testing.assert_close(fused(x), model(x))
+    torch.testing.assert_close(fused.forward_features(x), model.forward_features(x))
+    deploy = timm.create_model(name, num_classes=7, fused=True).double().eval()
+    deploy.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(deploy(x), fused(x), rtol=0, atol=0)
+
+
+def test_one_group_runs_on_plain_batchnorm():
+    model = timm.create_model('finet_small')
+    assert {m.fbn_groups for m in model.modules() if isinstance(m, FBNConv2d)} == {1}
+
+
+@pytest.mark.parametrize('act_place', finet.ACT_PLACES)
+def test_act_place_moves_one_relu(act_place):
+    model = timm.create_model('finet_small', act_place=act_place)
+    block = model.stages[0][1]
+    acts = dict(depthwise=block.act_dw, pointwise=block.act2, output=block.act_out)
+    assert [place for place, act in acts.items() if isinstance(act, nn.ReLU)] == [act_place]
+    assert (block(torch.randn(2, 30, 8, 8)).min() >= 0) == (act_place == 'output')
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(act_place='end'), "act_place='end'.*depthwise, pointwise, output"),
+    (dict(fbn_groups=0), 'fbn_groups=0'),
+    (dict(fbn_group_size=0), 'fbn_group_size=0'),
+    (dict(fbn_groups=2, fbn_group_size=20), 'exclude each other'),
+])
+def test_bad_arguments_name_themselves(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('finet_small', **kwargs)
+
+
+def test_affine_off_has_as_many_parameters_at_any_groups():
+    counts = {
+        sum(p.numel() for p in timm.create_model('finet_large', affine=False, fbn_groups=g).parameters()) for g in (1, 2, 4)}
+    assert len(counts) == 1
+
+
+def test_dropout_is_on_both_fully_connected_inputs():
+    model = timm.create_model('finet_small', drop_rate=1.0)
+    model.fc1.eval()
+    model.fc1.bn.running_mean.fill_(-1.)  # relu(1 / sqrt(1 + eps)): what FC1 makes of an input that is all zeros
+    seen = {}
+    model.fc1.register_forward_pre_hook(lambda m, args: seen.update(fc1=args[0]))
+    model.classifier.register_forward_pre_hook(lambda m, args: seen.update(fc2=args[0]))
+    model(torch.randn(2, 3, 32, 32))
+    assert seen['fc1'].count_nonzero() == 0 and seen['fc2'].count_nonzero() == 0
+    assert timm.create_model('finet_small').drop_rate == 0.2
+
+
+def test_state_dict_round_trip(tmp_path, randomise):
+    model = randomise(timm.create_model('finet_small_se_g2', num_classes=5)).eval()
+    save_model(model, str(tmp_path / 'model.safetensors'))
+    again = timm.create_model('finet_small_se_g2', num_classes=5, checkpoint_path=str(tmp_path / 'model.safetensors')).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('name', ['finet_small_g2', 'resnet18_fbn'])
+def test_the_other_form_is_refused(name, fused, strict):
+    model, other = timm.create_model(name, fused=fused), timm.create_model(name, fused=not fused)
+    with pytest.raises(RuntimeError, match='train form.*fused' if fused else 'fused.*train form'):
+        model.load_state_dict(other.state_dict(), strict=strict)
+
+
+@pytest.mark.parametrize('form', ['train', 'fused'])
+def test_embedded_weights_reach_their_accuracy(form):
+    model = timm.create_model('finet_small_g4.cifar10', pretrained=True).eval()
+    if form == 'fused':
+        model = fuse_fbn(model)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    pictures, labels = shipped_pictures()
+    with torch.inference_mode():
+        guesses = model(torch.stack([transform(p) for p in pictures])).argmax(1)
+    assert (guesses == torch.tensor(labels)).double().mean() >= 0.88
+
+
+def test_pretrained_weights_transfer():
+    model = timm.create_model('finet_small_g4.cifar10', pretrained=True, num_classes=3, in_chans=1)
+    source = timm.create_model('finet_small_g4.cifar10', pretrained=True)
+    assert model.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    torch.testing.assert_close(model.stem.conv.weight, source.stem.conv.weight.sum(1, keepdim=True))
+    torch.testing.assert_close(model.stages.state_dict(), source.stages.state_dict())
+    features = timm.create_model('finet_small_g4.cifar10', pretrained=True, features_only=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(features(x), source.eval().forward_intermediates(x, intermediates_only=True))
+
+
+@pytest.mark.parametrize('damage', ['missing', 'truncated', 'altered'])
+def test_damaged_embedded_weights_are_refused(damage, tmp_path, monkeypatch):
+    for file in finet.WEIGHTS.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / 'finet_small_g4.cifar10.safetensors'
+    if damage == 'missing':
+        weights.unlink()
+    else:
+        content = weights.read_bytes()
+        weights.write_bytes(content[:1000] if damage == 'truncated' else content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr(finet, 'WEIGHTS', tmp_path)
+    with pytest.raises((FileNotFoundError, RuntimeError), match=f'{weights.name}.*(missing|damaged).*Reinstall'):
+        timm.create_model('finet_small_g4.cifar10', pretrained=True, pretrained_cfg_overlay=dict(file=str(weights)))
+
+
+def test_grad_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    model = timm.create_model('finet_small_g2', drop_rate=0.).double().train()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('name', ['finet_small_g2', 'resnet18_fbn'])
+def test_compiled_step_equals_eager(name):
+    model = timm.create_model(name, num_classes=4, small_input=True, drop_rate=0.).double()
+    compiled = timm.create_model(name, num_classes=4, small_input=True, drop_rate=0.).double()
+    compiled.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for net in (model, torch.compile(compiled, backend='aot_eager')):
+        net(x).square().sum().backward()
+    for (key, p), q in zip(model.named_parameters(), compiled.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-8, msg=key)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(compiled.named_buffers()))

@@ -1,0 +1,34 @@
+"""What the wheel, the README and the continuous integration promise."""
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_ci_runs_the_readmes_two_commands_word_for_word():
+    commands = re.findall(r'^```(?:bash|sh)\n(.*?)\n```', (ROOT / 'README.md').read_text(), re.M | re.S)[:2]
+    assert commands == ['pip install . && timm-finet demo', "pip install -e '.[test]' && pytest"]
+    lines = (ROOT / '.ci' / 'run').read_text().splitlines()
+    for command in commands:
+        assert any(command in line for line in lines), command
+
+
+def test_recipes_and_weights_are_in_the_wheel():
+    settings = (ROOT / 'pyproject.toml').read_text()
+    assert '"recipes/*.yaml"' in settings and '"weights/*"' in settings
+    assert {p.parent.name for p in (ROOT / 'timm_finet').glob('*/*') if p.parent.name != '__pycache__'} == {'recipes', 'weights'}
+
+
+@pytest.mark.parametrize('statement', ['import timm_finet', 'import timm_finet.cli'])
+def test_importing_prints_and_warns_nothing(statement):
+    result = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', statement], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
+
+
+def test_version_is_installed():
+    assert re.fullmatch(r'\d+\.\d+\.\d+', version('timm-finet'))

@@ -1,0 +1,41 @@
+"""timm's ResNet with FBN."""
+import pytest
+import timm
+import torch
+from timm.models.resnet import ResNet
+
+from timm_finet import FBNConv2d
+
+
+@pytest.mark.parametrize('name, plain, fbn_groups', [
+    ('resnet18_fbn', 'resnet18', 2), ('resnet18_fbn_g4', 'resnet18', 4),
+    ('resnet50_fbn', 'resnet50', 2), ('resnet50_fbn_g4', 'resnet50', 4),
+])
+def test_it_is_timms_resnet_but_for_fbn(name, plain, fbn_groups):
+    model, resnet = timm.create_model(name), timm.create_model(plain)
+    layers = [m for m in model.modules() if isinstance(m, FBNConv2d)]
+    convs = [m for m in resnet.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert isinstance(model, ResNet) and len(layers) == len(convs) - 1  # the stem has three input channels
+    assert {m.fbn_groups for m in layers} == {fbn_groups}
+    extra = 2 * (fbn_groups - 1) * sum(m.out_channels for m in layers)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in resnet.parameters()) + extra
+
+
+def test_one_group_is_timms_resnet():
+    model, resnet = timm.create_model('resnet18_fbn', fbn_groups=1).eval(), timm.create_model('resnet18').eval()
+    resnet.load_state_dict({
+        key.replace('conv', 'bn').replace('.bn.', '.') if key.startswith('layer') and '.conv' in key and '.bn.' in key
+        else key.replace('downsample.0.bn', 'downsample.1'): value for key, value in model.state_dict().items()})
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), resnet(x))
+
+
+def test_last_norms_start_at_zero_as_in_timm():
+    block = timm.create_model('resnet18_fbn').layer1[0]
+    assert block.conv2.bn.weight.count_nonzero() == 0 and block.conv1.bn.weight.eq(1).all()
+
+
+def test_small_input_stem():
+    model = timm.create_model('resnet18_fbn', features_only=True, small_input=True, in_chans=1).eval()
+    assert [x.shape[-1] for x in model(torch.zeros(1, 1, 32, 32))] == [32, 32, 16, 8, 4]
+    assert model.feature_info.reduction() == [1, 1, 2, 4, 8]

@@ -1,0 +1,28 @@
+"""The command `timm-finet`."""
+import argparse
+
+from . import demo, launch
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog='timm-finet', description='Finet and Fine-grained Batch Normalization for timm.')
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    sub = commands.add_parser('demo', help='classify pictures with an embedded network, before and after fusion')
+    sub.add_argument('paths', nargs='*', metavar='PATH', help='own pictures or folders of them, instead of the shipped ones')
+    sub.add_argument('--output', default='finet_demo.png', help='contact sheet to write (default: %(default)s)')
+
+    sub = commands.add_parser('run', help="run timm's train, validate, benchmark, inference or onnx_export with our models")
+    sub.add_argument('script', metavar='SCRIPT', help="a path, or a bare name: looked up in $TIMM_SCRIPTS, else fetched")
+    sub.add_argument('args', nargs=argparse.REMAINDER, help="the script's own arguments; recipe:NAME stands for our YAML")
+
+    args = parser.parse_args(argv)
+    try:
+        if args.command == 'demo':
+            demo.demo(args.paths, args.output)
+        else:
+            script = launch.resolve(args.script, args.args)
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.exit(2, f'timm-finet {args.command}: {error}\n')
+    if args.command == 'run':
+        launch.run(script)  # outside the net: what a script raises is its own

@@ -1,0 +1,115 @@
+"""`timm-finet demo`: classify pictures with an embedded network, before and after fusion, and draw what it saw."""
+import os
+import time
+from pathlib import Path
+from statistics import median
+from typing import List, Sequence, Tuple
+
+import timm
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from tqdm import tqdm
+
+from .flops import count_flops
+from .rewrite import fuse_fbn
+
+__all__ = ['demo']
+
+MODEL = 'finet_small_g4.cifar10'
+PICTURES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'  # 400 tiles of 32 px, 40 a class, class by class
+BATCH = 50
+
+
+def shipped_pictures() -> Tuple[List[Image.Image], List[int]]:
+    """The 400 shipped CIFAR-10 test pictures and their labels."""
+    with Image.open(PICTURES) as sprite:
+        sprite = sprite.convert('RGB')
+    tiles = [sprite.crop((x, y, x + 32, y + 32)) for y in range(0, 640, 32) for x in range(0, 640, 32)]
+    return tiles, [i // 40 for i in range(len(tiles))]
+
+
+def read_pictures(paths: Sequence[str]) -> List[Image.Image]:
+    """Read picture files, and all files in folders.
+
+    Raises:
+        ValueError: A file is no picture, or a folder is empty.
+        FileNotFoundError: There is no such file.
+    """
+    files = []
+    for path in map(Path, paths):
+        found = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f'{path} is an empty folder: give pictures, or folders that hold some.')
+        files += found
+    pictures = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                pictures.append(picture.convert('RGB'))
+        except (UnidentifiedImageError, SyntaxError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(f'{file} does not exist: give pictures, or folders that hold some.') from error
+            raise ValueError(f'{file} is not a picture that Pillow can read.') from error
+    return pictures
+
+
+@torch.inference_mode()
+def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple[torch.Tensor, float]]:
+    """Each network's logits for `x` `(n, 3, H, W)` and its pictures a second: median over batches, taken in turns."""
+    logits, seconds = [[] for _ in networks], [[] for _ in networks]
+    for network in networks:
+        network(x[:BATCH])  # warm-up
+    for part in tqdm(x.split(BATCH), unit='batch'):
+        for network, outputs, times in zip(networks, logits, seconds):
+            start = time.perf_counter()
+            outputs.append(network(part))
+            times.append((time.perf_counter() - start) / len(part))
+    return [(torch.cat(outputs), 1 / median(times)) for outputs, times in zip(logits, seconds)]
+
+
+def contact_sheet(pictures: Sequence[Image.Image], names: Sequence[str], right: Sequence[bool], file: str) -> None:
+    """Draw pictures with the names below them, in red where not right."""
+    size, label, columns = 64, 14, min(20, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new('RGB', (columns * size, rows * (size + label)), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, name, ok) in enumerate(zip(pictures, names, right)):
+        x, y = i % columns * size, i // columns * (size + label)
+        sheet.paste(picture.resize((size, size), Image.Resampling.BICUBIC), (x, y))
+        draw.text((x + size // 2, y + size), name, fill='black' if ok else 'red', anchor='ma', font_size=10)
+    part = f'{file}.part'
+    try:
+        sheet.save(part, format='PNG')
+        os.replace(part, file)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> None:
+    """Classify the shipped pictures or those at `paths`, print what it took, and write a contact sheet."""
+    if not Path(output).resolve().parent.is_dir():
+        raise ValueError(f'output={output!r}: there is no such folder to write to.')
+    model = timm.create_model(MODEL, pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=model))
+    pictures, labels = (read_pictures(paths), None) if paths else shipped_pictures()
+    x = torch.stack([transform(picture) for picture in pictures])
+
+    print(f'{MODEL} on {len(pictures)} pictures, {torch.get_num_threads()} threads')
+    networks = (model, fuse_fbn(model))
+    results = classify(networks, x)
+    print('form        top-1  parameters  multiply-adds  pictures/s')
+    for form, network, (logits, speed) in zip(('train form', 'fused'), networks, results):
+        top1 = '-' if labels is None else f'{(logits.argmax(1) == torch.tensor(labels)).double().mean().item():.2%}'
+        counts = count_flops(network)
+        print(f'{form:<10} {top1:>6}  {counts["params"]:>10,}  {counts["conv"] + counts["linear"]:>13,}  {speed:>10.0f}')
+    print(f'largest difference of the logits: {(results[0][0] - results[1][0]).abs().max().item():.1e}')
+
+    classes = model.pretrained_cfg['label_names']
+    probabilities, guesses = (t.tolist() for t in logits.softmax(1).max(1))
+    names = [classes[guess] for guess in guesses]
+    if labels is None:
+        for name, probability in zip(names, probabilities):
+            print(f'{name} {probability:.0%}')
+    contact_sheet(pictures, names, [labels is None or g == labels[i] for i, g in enumerate(guesses)], output)
+    print(f'wrote {output}')
