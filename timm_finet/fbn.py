@@ -14,6 +14,7 @@ A convolution's input is split into G groups of channels; each group's partial s
 from typing import Optional, Tuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,38 +54,144 @@ def fold(
     return weight.flatten(1, 2), bias.view(-1, out).sum(0)
 
 
+@torch.library.custom_op('timm_finet::bmm', mutates_args=())
+def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`torch.bmm` that never uses TF32 or bfloat16 for float32, whatever is switched on; opaque to `torch.compile`."""
+    backend = torch.backends.cuda.matmul if a.is_cuda else torch.backends.mkldnn.matmul
+    previous = backend.fp32_precision
+    backend.fp32_precision = 'ieee'
+    try:
+        return torch.bmm(a, b)
+    finally:
+        backend.fp32_precision = previous
+
+
+@bmm.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def moments(x: torch.Tensor, groups: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean `(G, C/G, 1)` and covariance `(G, C/G, C/G)` of the channels of `x` `(N, C, H, W)`, in at least float32.
+    """Mean `(G, C/G, 1)` and covariance `(G, C/G, C/G)` of the channels of a dense `x` `(N, C, H, W)`, at least float32.
 
-    One sample's mean is subtracted first: un-centred second moments cancel where the mean is far above the deviation.
+    The first picture's mean is subtracted first: un-centred second moments cancel where the mean is far above the
+    deviation. Any pilot of the data's own magnitude would do.
     """
-    x = x.transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    pilot = x[:, :x.shape[1] // 1].mean(1, keepdim=True)
-    x = (x - pilot).unflatten(0, (groups, -1))
-    shift = x.mean(2, keepdim=True)
-    cov = x @ x.mT / x.shape[2] - shift @ shift.mT
-    return pilot.unflatten(0, (groups, -1)) + shift, cov
+    n, c, h, w = x.shape
+    pilot = x[0].mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+    if is_channels_last(x):  # x is a matrix of positions by channels already
+        t = x.permute(0, 2, 3, 1).reshape(-1, groups, c // groups) - pilot.view(groups, -1)
+        t = t.permute(1, 2, 0)
+    else:  # lay it out as channels by positions in the same pass
+        t = pilot.new_empty(c, n, h, w)
+        torch.sub(x.transpose(0, 1), pilot[:, None, None, None], out=t)
+        t = t.view(groups, c // groups, -1)
+    shift = t.mean(2, keepdim=True)
+    return pilot.view(groups, -1, 1) + shift, bmm(t, t.mT) / t.shape[2] - shift * shift.mT
 
 
-class _Moments(torch.autograd.Function):
-    """`x` and its moments. `x` passes through so that their gradient is added, in place, to the one that comes for `x`."""
+def add_affine(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`out += weight_g @ x_g + bias` in place, for `weight` `(G, C/G, C/G)`, `bias` `(C,)` and one dense layout."""
+    n, c, h, w = x.shape
+    groups = len(weight)
+    if is_channels_last(x):
+        for g, (o, t) in enumerate(zip(*(v.permute(0, 2, 3, 1).view(-1, c).chunk(groups, 1) for v in (out, x)))):
+            o.addmm_(t, weight[g].mT)
+    else:
+        for g, (o, t) in enumerate(zip(*(v.view(n, c, -1).chunk(groups, 1) for v in (out, x)))):
+            o.baddbmm_(weight[g].expand(n, -1, -1), t)
+    return out.add_(bias.view(-1, 1, 1))
+
+
+def pool(count: int, mean: torch.Tensor, cov: torch.Tensor, process_group) -> Tuple[torch.Tensor, ...]:
+    """Join counts, means `(..., n, 1)` and covariances `(..., n, n)` of all processes; without a group they are joined."""
+    if count == 1 and process_group is None:
+        raise ValueError('Expected more than 1 value per channel when training, got a batch of a single position.')
+    local = total = mean.new_full((), count)
+    if process_group is not None:
+        sums = all_reduce(torch.cat((mean.flatten() * local, local[None])), process_group)
+        total = sums[-1]
+        pooled = sums[:-1].view_as(mean) / total
+        shift = mean - pooled
+        cov = all_reduce((cov + shift * shift.mT) * (local / total), process_group)
+        mean = pooled
+    return total, mean, cov
+
+
+def all_reduce(x: torch.Tensor, process_group) -> torch.Tensor:
+    if process_group is not None:
+        dist.all_reduce(x, group=process_group)
+    return x
+
+
+class _MomentStatistics(torch.autograd.Function):
+    """Mean and biased variance `(G, out)` of `z_g = W_g x_g` from the moments of `x`; `weight` is `(G, out, C/G)`.
+
+    `x` passes through: what the statistics add to its gradient goes, in place, into the buffer that the convolution
+    behind has made. Saved are `x`, which that convolution saves too, and small tensors.
+    """
 
     @staticmethod
-    def forward(ctx, x, groups):
-        mean, cov = moments(x, groups)
-        ctx.save_for_backward(x, mean)
-        return x.view_as(x), mean, cov
+    def forward(ctx, x, weight, process_group):
+        mean, cov = moments(x, len(weight))
+        count, mean, cov = pool(x.numel() // x.shape[1], mean, cov, process_group)
+        weight_cov = bmm(weight, cov)
+        ctx.save_for_backward(x, weight, mean, weight_cov, count)
+        ctx.mark_non_differentiable(count)
+        ctx.process_group = process_group
+        return x.view_as(x), (weight * mean.mT).sum(2), (weight_cov * weight).sum(2).clamp_min(0), count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, grad_mean, grad_cov):
-        x, mean = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        # d cov / dx = (x - mean) / count, twice; d mean / dx = 1 / count
-        weight = (grad_cov + grad_cov.mT) / count
-        bias = grad_mean / count - weight @ mean
-        weight = weight.flatten(0, 1)[:, :, None, None].to(x.dtype)
-        return grad.add_(F.conv2d(x, weight, bias.flatten().to(x.dtype), groups=len(mean))), None
+    def backward(ctx, grad, grad_mean, grad_var, _):
+        x, weight, mean, weight_cov, count = ctx.saved_tensors
+        grads = torch.stack((grad_mean, grad_var))[..., None]
+        grad_weight = grads[0] * mean.mT + 2 * grads[1] * weight_cov
+        grad_mean, grad_var = all_reduce(grads, ctx.process_group) / count
+        # count dmean/dx = W, count dvar/dx = 2 W^T W (x - mean)
+        a = 2 * (weight * grad_var).mT @ weight
+        b = (weight * grad_mean).sum(1) - (a * mean.mT).sum(2)
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        grad = grad.contiguous(memory_format=layout)
+        return add_affine(grad, x, a.to(x.dtype), b.flatten().to(x.dtype)), grad_weight, None
+
+
+class _GroupStatistics(torch.autograd.Function):
+    """The same for any kernel, one group at a time; `weight` is `(out, C, k, k)`. Backward makes each `z_g` again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, groups, conv_args, process_group):
+        stats = []
+        for t, w in zip(x.chunk(groups, 1), weight.chunk(groups, 1)):
+            z = F.conv2d(t, w, None, *conv_args)
+            stats.append(torch.var_mean(z.to(torch.promote_types(z.dtype, torch.float32)), (0, 2, 3), correction=0))
+        var, mean = (torch.cat(s).view(-1, 1, 1) for s in zip(*stats))
+        count, mean, var = pool(z.numel() // z.shape[1], mean, var, process_group)
+        ctx.save_for_backward(x, weight, mean, count)
+        ctx.mark_non_differentiable(count)
+        ctx.groups, ctx.conv_args, ctx.process_group = groups, conv_args, process_group
+        return x.view_as(x), mean.view(groups, -1), var.view(groups, -1), count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_mean, grad_var, _):
+        x, weight, mean, count = ctx.saved_tensors
+        grads = all_reduce(torch.stack((grad_mean, grad_var)), ctx.process_group) / count
+        grad_weight = torch.empty_like(weight)
+        per_group = (v.chunk(ctx.groups, 1) for v in (x, weight, grad, grad_weight))
+        for t, w, grad_t, grad_w, m, (gm, gv) in zip(*per_group, mean.view(ctx.groups, -1, 1, 1), grads.transpose(0, 1)):
+            z = F.conv2d(t, w, None, *ctx.conv_args).to(m.dtype)
+            # count dmean/dz = 1, count dvar/dz = 2 (z - mean)
+            z.sub_(m).mul_(2 * gv[:, None, None]).add_(gm[:, None, None])
+            dt, dw, _ = torch.ops.aten.convolution_backward(
+                z.to(t.dtype), t, w, None, *ctx.conv_args, False, (0, 0), 1, (True, True, False))
+            grad_t.add_(dt)
+            grad_w.copy_(dw)
+        return grad, grad_weight, None, None, None
 
 
 @register_notrace_module
@@ -109,7 +216,8 @@ class FBNConv2d(nn.Conv2d):
         `(N, in, H, W)` to `(N, out, H', W')`, dtype as for `nn.Conv2d`.
     """
 
-    form = 'moment'  # 'reference' is for tests and benchmarks: G times the memory, the same result
+    # 'auto': plain BN where G = 1, else 'moment'. 'reference', G times the memory for the same result, is for tests.
+    form = 'auto'
 
     def __init__(
             self,
@@ -138,9 +246,9 @@ class FBNConv2d(nn.Conv2d):
             return self._reference(x) if self.bn.training else self._folded(x)
         if not self._uses_batch_statistics():
             return self._folded(x)
-        if self.form == 'moment' and self.fbn_groups > 1 and self.kernel_size == (1, 1) and self.padding == (0, 0):
-            return self._moment(x)
-        return self._reference(x)
+        if self.form == 'reference' or self.form == 'auto' and self.fbn_groups == 1 and self._process_group() is None:
+            return self._reference(x)
+        return self._statistics_first(x)
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
@@ -162,30 +270,41 @@ class FBNConv2d(nn.Conv2d):
         return fold(self.weight, bn.running_mean.to(dtype), bn.running_var.to(dtype), bn.weight, bn.bias, bn.eps)
 
     @torch.jit.unused
-    def _moment(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # one copy for the moments and for the convolution
-        x = x[:, :, ::self.stride[0], ::self.stride[1]]
-        count = x.numel() // x.shape[1]
-        if count == 1:
-            raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(x.shape)}')
-        with torch.autocast(x.device.type, enabled=False):
-            x, mean, cov = _Moments.apply(x, self.fbn_groups)
-            w = self.weight.to(cov.dtype).flatten(1).unflatten(1, (self.fbn_groups, -1)).transpose(0, 1)  # (G, out, in / G)
-            mean = (w @ mean).flatten()
-            var = ((w @ cov) * w).sum(2).flatten().clamp_min(0)
-            self._track(mean.detach(), var.detach() * (count / (count - 1)))
-            weight, bias = fold(self.weight, mean, var, self.bn.weight, self.bn.bias, self.bn.eps)
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
+    def _process_group(self):
+        """The processes that share statistics: those of a child that has become a SyncBatchNorm."""
+        if isinstance(self.bn, nn.SyncBatchNorm) and self.bn.training and dist.is_available() and dist.is_initialized():
+            group = self.bn.process_group or dist.group.WORLD
+            return group if dist.get_world_size(group) > 1 else None
+        return None
 
-    def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+    @torch.jit.unused
+    def _statistics_first(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # one copy for the statistics and for the convolution
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        weight, conv_args, group = self.weight, (self.stride, self.padding, self.dilation), self._process_group()
+        with torch.autocast(x.device.type, enabled=False):
+            if self.kernel_size == (1, 1) and self.padding == (0, 0):
+                x, conv_args = x[:, :, ::self.stride[0], ::self.stride[1]], ()
+                weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+                weight = weight.flatten(1).unflatten(1, (self.fbn_groups, -1)).transpose(0, 1)  # (G, out, in / G)
+                statistics = _MomentStatistics.apply(x.contiguous(memory_format=layout), weight, group)
+            else:
+                statistics = _GroupStatistics.apply(
+                    x.contiguous(memory_format=layout), weight.to(x.dtype), self.fbn_groups, conv_args, group)
+            x, mean, var, count = statistics
+            self._track(mean, var, count)
+            weight, bias = fold(self.weight, mean.flatten(), var.flatten(), self.bn.weight, self.bn.bias, self.bn.eps)
+            return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), *conv_args)
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor) -> None:
         bn = self.bn
-        if not (bn.training and bn.track_running_stats):
-            return
-        bn.num_batches_tracked.add_(1)
-        momentum = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
-        bn.running_var.lerp_(var.to(bn.running_var.dtype), momentum)
+        if bn.training and bn.track_running_stats:
+            bn.num_batches_tracked.add_(1)
+            momentum = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+            bn.running_mean.lerp_(mean.flatten().to(bn.running_mean.dtype), momentum)
+            bn.running_var.lerp_((var.flatten() * (count / (count - 1))).to(bn.running_var.dtype), momentum)
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:

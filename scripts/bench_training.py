@@ -1,0 +1,241 @@
+"""What FBN costs in training: time and peak memory of one step against plain BN, the networks taken in turns.
+
+    python scripts/bench_training.py                          # CPU, one thread; on a GPU: --device cuda --channels-last
+    python scripts/bench_training.py --models finet_large --groups 4 --layers
+    python scripts/bench_training.py --plot
+
+A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, with
+nn.BatchNorm2d; `reference` the paper's form; `moment` this package's. Rows are merged into results/bench_training.csv.
+"""
+import argparse
+import csv
+import platform
+import shlex
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from timm_finet import FBNConv2d
+
+RESULTS = Path(__file__).parent / 'results' / 'bench_training.csv'
+FORMS = ('bn', 'reference', 'moment')
+SEED = 0
+
+
+def build(name, groups, form, args, size):
+    if name == 'resnet50':
+        model = timm.create_model('resnet50_fbn', fbn_groups=1 if form == 'bn' else groups, small_input=size <= 32)
+    else:
+        widths = [info['num_chs'] for info in timm.create_model(name, fbn_groups=groups).feature_info[2:]]
+        model = timm.create_model(
+            name, fbn_groups=1 if form == 'bn' else groups, channels=tuple(widths), small_input=size <= 32)
+    for layer in fbn_layers(model):
+        layer.form = 'auto' if form == 'bn' else form
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model = model.to(args.device).train()
+    return torch.compile(model) if args.compile else model
+
+
+def fbn_layers(model):
+    return [m for m in model.modules() if isinstance(m, FBNConv2d)]
+
+
+def step(model, x, target, dtype):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'):
+        loss = F.cross_entropy(model(x), target)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def seconds(run, device):
+    if device == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run, device):
+    """Peak of the bytes that one step allocates above what the model and the batch hold."""
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    events = sorted(
+        (e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
+    peak = held = 0
+    for _, size in events:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def bench(name, size, dtype, args):
+    torch.manual_seed(SEED)
+    x = torch.randn(args.batch_size, 3, size, size, device=args.device)
+    if args.channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    target = torch.randint(10, (args.batch_size,), device=args.device)
+    runs = {}
+    for groups in args.groups:
+        for form in args.forms:
+            model = build(name, groups, form, args, size)
+            runs[groups, form] = lambda model=model: step(model, x, target, dtype)
+    times = {key: [] for key in runs}
+    for i in range(args.rounds + 1):
+        for key, run in runs.items():
+            elapsed = seconds(run, args.device)
+            if i:  # the first round warms up
+                times[key].append(elapsed)
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) + x.numel() * x.element_size()
+    peaks = {key: held + peak_bytes(run, args.device) for key, run in runs.items()}
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()
+    for groups, form in runs:
+        mid, bn = median(times[groups, form]), median(times[groups, 'bn'])
+        yield dict(
+            model=name, size=size, dtype=dtype, layout='channels_last' if args.channels_last else 'contiguous',
+            batch=args.batch_size, groups=groups, form=form, ms=round(mid * 1e3, 1),
+            ms_min=round(min(times[groups, form]) * 1e3, 1), ms_max=round(max(times[groups, form]) * 1e3, 1),
+            peak_mb=round(peaks[groups, form] / 2 ** 20, 1), time_vs_bn=round(mid / bn, 3),
+            memory_vs_bn=round(peaks[groups, form] / peaks[groups, 'bn'], 3), rounds=args.rounds, seed=SEED, device=device,
+            threads=torch.get_num_threads(), compiled=args.compile, torch=torch.__version__, timm=timm.__version__,
+            date=date.today(), command=shlex.join(sys.argv))
+
+
+def bench_layers(name, size, dtype, args):
+    """Forward and backward of each kind of FBN layer alone, by form."""
+    shapes = {}
+    model = build(name, args.groups[0], 'reference', args, size)
+    for layer in fbn_layers(model):
+        layer.register_forward_pre_hook(lambda layer, inputs: shapes.setdefault(
+            (layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], inputs[0].shape[-1]), []).append(1))
+    with torch.no_grad():
+        model(torch.zeros(2, 3, size, size, device=args.device))
+    print(f'{name}, G = {args.groups[0]}, batch {args.batch_size}, {dtype}: ms forward + backward\n'
+          f'  in   out  k  s  size  layers' + ''.join(f'{form:>11}' for form in FORMS))
+    for (cin, cout, kernel, stride, px), count in shapes.items():
+        x = torch.randn(args.batch_size, cin, px, px, device=args.device, requires_grad=True)
+        if args.channels_last:
+            x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+        runs = {}
+        for form in FORMS:
+            layer = FBNConv2d(
+                cin, cout, kernel, stride, kernel // 2, fbn_groups=1 if form == 'bn' else args.groups[0], device=args.device)
+            layer.form = 'auto' if form == 'bn' else form
+
+            def run(layer=layer):
+                with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'):
+                    y = layer(x)
+                y.backward(torch.ones_like(y))
+            runs[form] = run
+        times = {form: [] for form in runs}
+        for _ in range(args.rounds):
+            for form, run in runs.items():
+                times[form].append(seconds(run, args.device))
+        print(f'{cin:>4}  {cout:>4}  {kernel}  {stride}  {px:>4}  {len(count):>6}'
+              + ''.join(f'{median(times[form]) * 1e3:11.2f}' for form in FORMS))
+
+
+KEY = ('model', 'size', 'dtype', 'layout', 'batch', 'groups', 'form', 'device', 'threads', 'compiled')
+
+
+def merge(rows):
+    """Write rows over those of the same measurement that the results file holds."""
+    merged = {}
+    if RESULTS.exists():
+        with RESULTS.open(newline='') as file:
+            merged = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
+    merged.update({tuple(str(row[k]) for k in KEY): row for row in rows})
+    part = RESULTS.with_suffix('.part')
+    with part.open('w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(merged.values())
+    part.replace(RESULTS)
+
+
+def plot():
+    """Time and memory against G, the three forms as lines, one panel a network."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    with RESULTS.open(newline='') as file:
+        rows = [r for r in csv.DictReader(file) if r['dtype'] == 'float32' and r['layout'] == 'contiguous']
+    panels = sorted({(r['model'], int(r['size']), int(r['batch']), r['device'], r['threads']) for r in rows})
+    for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
+        fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 0.6, 3.2), squeeze=False, layout='constrained')
+        for ax, panel in zip(axes[0], panels):
+            name, size, batch, _, threads = panel
+            for form, color, marker in zip(FORMS, ('#555555', '#d95f02', '#1b7fbd'), 'osD'):
+                points = sorted(
+                    (int(r['groups']), float(r[column])) for r in rows if r['form'] == form
+                    and (r['model'], int(r['size']), int(r['batch']), r['device'], r['threads']) == panel)
+                label = {'bn': 'plain BN', 'reference': 'FBN, reference form', 'moment': 'FBN, moment form'}[form]
+                ax.plot(*zip(*points), color=color, marker=marker, label=label)
+                if form != 'bn':
+                    ax.annotate(f'{points[-1][1]:.2g}x', points[-1], xytext=(0, 6), textcoords='offset points',
+                                ha='right', color=color, fontsize=9)
+            ax.set(xscale='log', yscale='log', xlabel='FBN groups G', title=f'{name}, {size} px, batch {batch}')
+            ax.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
+            ax.set_yticks([y for y in (0.5, 1, 2, 5, 10, 20) if ax.get_ylim()[0] <= y <= ax.get_ylim()[1] * 1.2])
+            ax.minorticks_off()
+            ax.yaxis.set_major_formatter('{x:g}x')
+            ax.grid(alpha=0.3)
+        axes[0][0].set_ylabel(f'training step, {what} against plain BN')
+        axes[0][0].legend(fontsize=8, loc='upper left')
+        fig.savefig(RESULTS.with_name(f'bench_training_{what}.png'), dpi=150, facecolor='white')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--models', nargs='+', default=['finet_small', 'finet_large', 'resnet50'])
+    parser.add_argument('--groups', nargs='+', type=int, default=[1, 2, 4, 8])
+    parser.add_argument('--forms', nargs='+', default=list(FORMS), choices=FORMS)
+    parser.add_argument('--sizes', nargs='+', type=int, default=[32, 224])
+    parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'], choices=('float32', 'bfloat16'))
+    parser.add_argument('--batch-size', type=int, default=16)
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--layers', action='store_true', help='time each kind of FBN layer alone instead')
+    parser.add_argument('--plot', action='store_true', help='draw the plots from the results file and stop')
+    args = parser.parse_args()
+    if args.plot:
+        return plot()
+    if 'bn' not in args.forms:
+        parser.error("--forms must include bn: everything is compared with it")
+    torch.set_num_threads(args.threads)
+    for name in args.models:
+        for size in args.sizes:
+            for dtype in args.dtypes:
+                if args.layers:
+                    bench_layers(name, size, dtype, args)
+                    continue
+                rows = list(bench(name, size, dtype, args))
+                for r in rows:
+                    print(f"{name} {size} px {dtype} {r['layout']} batch {r['batch']} G={r['groups']} {r['form']:>9}: "
+                          f"{r['ms']:9.1f} ms ({r['time_vs_bn']:.2f}x)  {r['peak_mb']:8.1f} MB ({r['memory_vs_bn']:.2f}x)",
+                          flush=True)
+                merge(rows)
+
+
+if __name__ == '__main__':
+    main()
