@@ -11,6 +11,7 @@ A convolution's input is split into G groups of channels; each group's partial s
 * moment: `z_g` is linear in `x_g`, so `mu_g = W_g E[x_g]` and `var_g = diag(W_g Cov(x_g) W_g^T)`. Fold those and
   convolve once: nothing G times wide is ever written.
 """
+from contextlib import contextmanager
 from typing import Optional, Tuple
 
 import torch
@@ -54,16 +55,24 @@ def fold(
     return weight.flatten(1, 2), bias.view(-1, out).sum(0)
 
 
-@torch.library.custom_op('timm_finet::bmm', mutates_args=())
-def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`torch.bmm` that never uses TF32 or bfloat16 for float32, whatever is switched on; opaque to `torch.compile`."""
-    backend = torch.backends.cuda.matmul if a.is_cuda else torch.backends.mkldnn.matmul
+@contextmanager
+def full_precision(device: torch.device):
+    """No TF32 or bfloat16 inside float32 products, whatever is switched on."""
+    backend = torch.backends.cuda.matmul if device.type == 'cuda' else torch.backends.mkldnn.matmul
     previous = backend.fp32_precision
     backend.fp32_precision = 'ieee'
     try:
-        return torch.bmm(a, b)
+        yield
     finally:
         backend.fp32_precision = previous
+
+
+# These two are operators of their own so that the precision is set when they run, not when torch.compile traces them.
+@torch.library.custom_op('timm_finet::bmm', mutates_args=())
+def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`torch.bmm` in full precision."""
+    with full_precision(a.device):
+        return torch.bmm(a, b)
 
 
 @bmm.register_fake
@@ -71,27 +80,44 @@ def _(a, b):
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-def is_channels_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
+def moments_dtype(x: torch.Tensor, groups: int) -> torch.dtype:
+    """Float32 at least; float64 where so few positions leave some z_g next to no variance, a difference of large terms."""
+    few = x.shape[0] * x.shape[2] * x.shape[3] < 4 * x.shape[1] // groups
+    return torch.float64 if few and x.device.type != 'mps' else torch.promote_types(x.dtype, torch.float32)
 
 
+@torch.library.custom_op('timm_finet::moments', mutates_args=())
 def moments(x: torch.Tensor, groups: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Mean `(G, C/G, 1)` and covariance `(G, C/G, C/G)` of the channels of a dense `x` `(N, C, H, W)`, at least float32.
 
-    The first picture's mean is subtracted first: un-centred second moments cancel where the mean is far above the
-    deviation. Any pilot of the data's own magnitude would do.
+    The mean is subtracted first, as BatchNorm does: un-centred second moments cancel where it is far above the deviation.
     """
     n, c, h, w = x.shape
-    pilot = x[0].mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+    count, size, dtype = n * h * w, c // groups, moments_dtype(x, groups)
+    mean = x.mean((2, 3), dtype=dtype).mean(0)  # in two steps, for the same reason as the covariance below
     if is_channels_last(x):  # x is a matrix of positions by channels already
-        t = x.permute(0, 2, 3, 1).reshape(-1, groups, c // groups) - pilot.view(groups, -1)
-        t = t.permute(1, 2, 0)
-    else:  # lay it out as channels by positions in the same pass
-        t = pilot.new_empty(c, n, h, w)
-        torch.sub(x.transpose(0, 1), pilot[:, None, None, None], out=t)
-        t = t.view(groups, c // groups, -1)
-    shift = t.mean(2, keepdim=True)
-    return pilot.view(groups, -1, 1) + shift, bmm(t, t.mT) / t.shape[2] - shift * shift.mT
+        t = (x.permute(0, 2, 3, 1) - mean).view(count, c).t()
+    else:  # make it one of channels by positions in the same pass
+        t = mean.new_empty(c, n, h, w)
+        torch.sub(x.transpose(0, 1), mean[:, None, None, None], out=t)
+        t = t.view(c, count)
+    # A product sums its long side one by one: rounding grows with it. Sum parts, then the parts.
+    parts = next(k for k in range(max(1, count // max(1024, 4 * size)), 0, -1) if count % k == 0)
+    cov = []
+    with full_precision(x.device):
+        for group in t.unflatten(1, (parts, -1)).transpose(0, 1).chunk(groups, 1):
+            cov.append(torch.bmm(group, group.mT).sum(0))
+    return mean.view(groups, size, 1), torch.stack(cov) / count
+
+
+@moments.register_fake
+def _(x, groups):
+    size, dtype = x.shape[1] // groups, moments_dtype(x, groups)
+    return x.new_empty(groups, size, 1, dtype=dtype), x.new_empty(groups, size, size, dtype=dtype)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def add_affine(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -139,24 +165,26 @@ class _MomentStatistics(torch.autograd.Function):
     def forward(ctx, x, weight, process_group):
         mean, cov = moments(x, len(weight))
         count, mean, cov = pool(x.numel() // x.shape[1], mean, cov, process_group)
-        weight_cov = bmm(weight, cov)
+        weight_dtype, weight = weight.dtype, weight.to(cov.dtype)
+        weight_cov, weight_mean = bmm(weight, torch.cat((cov, mean), 2)).split((cov.shape[2], 1), 2)
         ctx.save_for_backward(x, weight, mean, weight_cov, count)
         ctx.mark_non_differentiable(count)
-        ctx.process_group = process_group
-        return x.view_as(x), (weight * mean.mT).sum(2), (weight_cov * weight).sum(2).clamp_min(0), count
+        ctx.process_group, ctx.weight_dtype = process_group, weight_dtype
+        return x.view_as(x), weight_mean.squeeze(2), (weight_cov * weight).sum(2).clamp_min(0), count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, grad_mean, grad_var, _):
         x, weight, mean, weight_cov, count = ctx.saved_tensors
         grads = torch.stack((grad_mean, grad_var))[..., None]
-        grad_weight = grads[0] * mean.mT + 2 * grads[1] * weight_cov
+        grad_weight = torch.baddbmm(weight_cov * (2 * grads[1]), grads[0], mean.mT)
         grad_mean, grad_var = all_reduce(grads, ctx.process_group) / count
         # count dmean/dx = W, count dvar/dx = 2 W^T W (x - mean)
-        a = 2 * (weight * grad_var).mT @ weight
-        b = (weight * grad_mean).sum(1) - (a * mean.mT).sum(2)
+        a = bmm((weight * (2 * grad_var)).mT, weight)
+        b = bmm(weight.mT, grad_mean) - bmm(a, mean)
         layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         grad = grad.contiguous(memory_format=layout)
+        grad_weight = grad_weight.to(ctx.weight_dtype)
         return add_affine(grad, x, a.to(x.dtype), b.flatten().to(x.dtype)), grad_weight, None
 
 
@@ -286,7 +314,6 @@ class FBNConv2d(nn.Conv2d):
         with torch.autocast(x.device.type, enabled=False):
             if self.kernel_size == (1, 1) and self.padding == (0, 0):
                 x, conv_args = x[:, :, ::self.stride[0], ::self.stride[1]], ()
-                weight = weight.to(torch.promote_types(x.dtype, torch.float32))
                 weight = weight.flatten(1).unflatten(1, (self.fbn_groups, -1)).transpose(0, 1)  # (G, out, in / G)
                 statistics = _MomentStatistics.apply(x.contiguous(memory_format=layout), weight, group)
             else:
