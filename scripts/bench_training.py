@@ -86,6 +86,12 @@ def peak_bytes(run, device):
     return peak
 
 
+def cpu_name():
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), platform.machine())
+
+
 def bench(name, size, dtype, args):
     torch.manual_seed(SEED)
     x = torch.randn(args.batch_size, 3, size, size, device=args.device)
@@ -105,7 +111,7 @@ def bench(name, size, dtype, args):
                 times[key].append(elapsed)
     held = sum(p.numel() * p.element_size() for p in model.parameters()) + x.numel() * x.element_size()
     peaks = {key: held + peak_bytes(run, args.device) for key, run in runs.items()}
-    device = torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else cpu_name()
     for groups, form in runs:
         mid, bn = median(times[groups, form]), median(times[groups, 'bn'])
         yield dict(
@@ -177,7 +183,8 @@ def plot():
     import matplotlib.pyplot as plt
     with RESULTS.open(newline='') as file:
         rows = [r for r in csv.DictReader(file) if r['dtype'] == 'float32' and r['layout'] == 'contiguous']
-    panels = sorted({(r['model'], int(r['size']), int(r['batch']), r['device'], r['threads']) for r in rows})
+    panels = sorted({
+        (r['model'], int(r['size']), int(r['batch']), r['device'], r['threads']) for r in rows if r['groups'] != '4'})
     for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
         fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 0.6, 3.2), squeeze=False, layout='constrained')
         for ax, panel in zip(axes[0], panels):

@@ -9,7 +9,8 @@ A convolution's input is split into G groups of channels; each group's partial s
 * reference: a grouped convolution to G * out channels, BatchNorm, sum over groups (the paper's Figure 3a);
 * folded: with known statistics it is one plain convolution with bias (equations 8 and 9);
 * moment: `z_g` is linear in `x_g`, so `mu_g = W_g E[x_g]` and `var_g = diag(W_g Cov(x_g) W_g^T)`. Fold those and
-  convolve once: nothing G times wide is ever written.
+  convolve once: nothing G times wide is ever written. Kernels larger than 1x1 take `mu_g` and `var_g` from one `z_g` at
+  a time instead.
 """
 from contextlib import contextmanager
 from typing import Optional, Tuple
@@ -122,14 +123,13 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 def add_affine(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`out += weight_g @ x_g + bias` in place, for `weight` `(G, C/G, C/G)`, `bias` `(C,)` and one dense layout."""
-    n, c, h, w = x.shape
-    groups = len(weight)
+    n, c = x.shape[:2]
     if is_channels_last(x):
-        for g, (o, t) in enumerate(zip(*(v.permute(0, 2, 3, 1).view(-1, c).chunk(groups, 1) for v in (out, x)))):
-            o.addmm_(t, weight[g].mT)
+        for o, t, w in zip(*(v.permute(0, 2, 3, 1).view(-1, c).chunk(len(weight), 1) for v in (out, x)), weight):
+            o.addmm_(t, w.mT)
     else:
-        for g, (o, t) in enumerate(zip(*(v.view(n, c, -1).chunk(groups, 1) for v in (out, x)))):
-            o.baddbmm_(weight[g].expand(n, -1, -1), t)
+        for o, t, w in zip(*(v.view(n, c, -1).chunk(len(weight), 1) for v in (out, x)), weight):
+            o.baddbmm_(w.expand(n, -1, -1), t)
     return out.add_(bias.view(-1, 1, 1))
 
 
@@ -227,9 +227,10 @@ class FBNConv2d(nn.Conv2d):
     """Convolution with Fine-grained Batch Normalization: a drop-in for `nn.Conv2d(bias=False)` + `nn.BatchNorm2d`.
 
     The weight is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine pairs,
-    group-major. Training on batch statistics uses the moment form for unpadded 1x1 kernels, else the reference form;
-    otherwise the running statistics are folded on the fly. Statistics are computed in at least float32, outside
-    autocast. Eager, `torch.compile`, fx (as a leaf); TorchScript trains in the reference form.
+    group-major. Training takes the batch statistics first and convolves once: from the input's moments for unpadded 1x1
+    kernels, else group by group. In eval mode the running statistics are folded on the fly. Statistics are computed in at
+    least float32, outside autocast. Eager, `torch.compile`, fx (as a leaf); TorchScript trains in the reference form. A
+    `bn` made a SyncBatchNorm synchronises the statistics. Second derivatives exist in the reference form alone.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
@@ -307,7 +308,7 @@ class FBNConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _statistics_first(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))  # one copy for the statistics and for the convolution
         layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         weight, conv_args, group = self.weight, (self.stride, self.padding, self.dilation), self._process_group()

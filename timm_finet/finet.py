@@ -207,7 +207,7 @@ class Finet(nn.Module):
             stem=r'^stem',
             blocks=[
                 (r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)', None),
-                (r'^conv_head|fc1', (99999,)),
+                (r'^(conv_head|fc1)', (99999,)),
             ],
         )
 
@@ -319,10 +319,6 @@ class Finet(nn.Module):
         return x
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    return state_dict.get('state_dict', state_dict)
-
-
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -380,7 +376,6 @@ def _create_finet(variant: str, pretrained: bool = False, **kwargs: Any) -> Fine
         check_file(cfg.file)
     return build_model_with_cfg(
         Finet, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
         **kwargs,
     )

@@ -1,0 +1,44 @@
+"""Accuracy of every embedded weight on its whole test set, by timm's validate.py, in train and in fused form.
+
+    TIMM_SCRIPTS=CHECKOUT python scripts/validate_weights.py DATA    # DATA as for --data-dir
+
+Writes results/weights.csv.
+"""
+import csv
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import timm
+import torch
+
+import timm_finet  # noqa: F401 (registers the names)
+
+RESULTS = Path(__file__).parent / 'results' / 'weights.csv'
+DATASETS = {'cifar10': 'torch/cifar10_pad2', 'cifar100': 'torch/cifar100_pad2'}
+
+rows = []
+for name in timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True):
+    for form in ('train', 'fused'):
+        with tempfile.NamedTemporaryFile(suffix='.json') as report:
+            command = [
+                'run', 'validate', '--model', name, '--pretrained', '--dataset', DATASETS[name.split('.')[1]],
+                '--data-dir', sys.argv[1], '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--workers', '1',
+                '--results-format', 'json', '--results-file', report.name, *(['--reparam'] if form == 'fused' else [])]
+            subprocess.run([sys.executable, '-m', 'timm_finet', *command], check=True)
+            result = json.loads(Path(report.name).read_text())
+        command = [arg for arg in command if arg not in ('--results-file', report.name, '--results-format', 'json')]
+        command[command.index('--data-dir') + 1] = 'DATA'
+        rows.append(dict(
+            model=name, form=form, top1=result['top1'], top5=result['top5'], params_millions=result['param_count'],
+            command=shlex.join(['timm-finet', *command]), torch=torch.__version__, timm=timm.__version__,
+            machine=platform.machine(), date=date.today()))
+with RESULTS.open('w', newline='') as file:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
