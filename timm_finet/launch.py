@@ -2,7 +2,6 @@
 import os
 import runpy
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import List
@@ -29,9 +28,8 @@ def find_script(name: str) -> Path:
         return Path(name)
     if 'TIMM_SCRIPTS' in os.environ:
         path = Path(os.environ['TIMM_SCRIPTS'], f'{name}.py')
-        if not path.is_file():
-            raise FileNotFoundError(f"TIMM_SCRIPTS={os.environ['TIMM_SCRIPTS']!r} holds no {name}.py.")
-        return path
+        if path.is_file():
+            return path
     if name not in SCRIPTS:
         raise FileNotFoundError(f"SCRIPT={name!r} is unknown: use one of {', '.join(SCRIPTS)}, or a path.")
     path = Path(torch.hub.get_dir(), 'timm_scripts', f'v{timm.__version__}', f'{name}.py')
@@ -48,7 +46,7 @@ def fetch(url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(source)
         part.replace(path)
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         raise FileNotFoundError(
             f'{url} cannot be fetched ({error}). Three ways out: give the path of the script; set TIMM_SCRIPTS to a '
             f'checkout of timm at tag v{timm.__version__}; or put the file at {path}.') from error
