@@ -35,6 +35,17 @@ def test_script_runs_as_main_with_our_models_and_its_exit_status(by, script):
     assert result.stdout.strip() == "['--model', 'x', '--help'] True True"
 
 
+def test_scripts_may_fuse_before_eval(script):
+    script.write_text(
+        "import timm\nfrom timm.utils import reparameterize_model\nfrom timm.utils.model import reparameterize_model as other\n"
+        "for fuse in (reparameterize_model, other):\n"
+        "    model = fuse(timm.create_model('finet_small_g2'))\n"
+        "    print(model.training, any('running_var' in key for key in model.state_dict()))\n")
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_finet', 'run', 'validate'], capture_output=True, text=True)
+    assert result.stdout.split() == ['False'] * 4, result.stderr
+
+
 def test_torchrun_starts_it(script):
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_finet', 'run',

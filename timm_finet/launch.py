@@ -6,7 +6,7 @@ import urllib.request
 from pathlib import Path
 from typing import List
 
-import timm
+import timm.utils
 import torch
 
 __all__ = ['resolve', 'run']
@@ -76,5 +76,12 @@ def resolve(script: str, args: List[str]) -> List[str]:
 
 def run(argv: List[str]) -> None:
     """Run a script as `__main__`. It finds our models and data sets registered, as this package has been imported."""
+    fuse = timm.utils.reparameterize_model
+
+    def fuse_in_eval_mode(model, inplace=False):
+        return fuse(model.eval(), inplace)
+
+    # For --reparam: the scripts fuse before they call .eval(), which we refuse elsewhere. All of them fuse to infer.
+    timm.utils.reparameterize_model = timm.utils.model.reparameterize_model = fuse_in_eval_mode
     sys.argv = argv
     runpy.run_path(argv[0], run_name='__main__')
