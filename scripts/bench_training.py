@@ -2,7 +2,7 @@
 
     python scripts/bench_training.py                          # CPU, one thread; on a GPU: --device cuda --channels-last
     python scripts/bench_training.py --models finet_large --groups 4 --layers
-    python scripts/bench_training.py --plot
+    python scripts/bench_training.py --plot --models finet_small finet_large
 
 A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, with
 nn.BatchNorm2d; `reference` the paper's form; `moment` this package's. Rows are merged into results/bench_training.csv.
@@ -176,13 +176,15 @@ def merge(rows):
     part.replace(RESULTS)
 
 
-def plot():
+def plot(models):
     """Time and memory against G, the three forms as lines, one panel a network."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     with RESULTS.open(newline='') as file:
-        rows = [r for r in csv.DictReader(file) if r['dtype'] == 'float32' and r['layout'] == 'contiguous']
+        rows = [
+            r for r in csv.DictReader(file)
+            if r['model'] in models and r['dtype'] == 'float32' and r['layout'] == 'contiguous']
     panels = sorted({
         (r['model'], int(r['size']), int(r['batch']), r['device'], r['threads']) for r in rows if r['groups'] != '4'})
     for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
@@ -196,11 +198,12 @@ def plot():
                 label = {'bn': 'plain BN', 'reference': 'FBN, reference form', 'moment': 'FBN, moment form'}[form]
                 ax.plot(*zip(*points), color=color, marker=marker, label=label)
                 if form != 'bn':
-                    ax.annotate(f'{points[-1][1]:.2g}x', points[-1], xytext=(0, 6), textcoords='offset points',
+                    ax.annotate(f'{points[-1][1]:.2f}x', points[-1], xytext=(0, 6), textcoords='offset points',
                                 ha='right', color=color, fontsize=9)
             ax.set(xscale='log', yscale='log', xlabel='FBN groups G', title=f'{name}, {size} px, batch {batch}')
             ax.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
             ax.set_yticks([y for y in (0.5, 1, 2, 5, 10, 20) if ax.get_ylim()[0] <= y <= ax.get_ylim()[1] * 1.2])
+            ax.margins(y=0.15)
             ax.minorticks_off()
             ax.yaxis.set_major_formatter('{x:g}x')
             ax.grid(alpha=0.3)
@@ -226,7 +229,7 @@ def main():
     parser.add_argument('--plot', action='store_true', help='draw the plots from the results file and stop')
     args = parser.parse_args()
     if args.plot:
-        return plot()
+        return plot(args.models)
     if 'bn' not in args.forms:
         parser.error("--forms must include bn: everything is compared with it")
     torch.set_num_threads(args.threads)
