@@ -207,7 +207,7 @@ class Finet(nn.Module):
             stem=r'^stem',
             blocks=[
                 (r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)', None),
-                (r'^(conv_head|fc1)', (99999,)),
+                (r'^conv_head|^fc1', (99999,)),
             ],
         )
 
