@@ -58,6 +58,25 @@ def test_train_mode_is_refused_and_nothing_changes():
     assert list(model.state_dict()) == keys
 
 
+def test_train_mode_with_frozen_norms_fuses(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).double())
+    model[1].eval()
+    fused = fuse_fbn(model)
+    assert norms(fused) == 0 and fused[0].training
+    torch.testing.assert_close(fused(X), model(X))
+
+
+@pytest.mark.parametrize('pair', [
+    lambda: (nn.Conv2d(4, 4, 3, padding='same'), nn.BatchNorm2d(4)),
+    lambda: (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+    lambda: (nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)),
+])
+def test_pairs_that_fbn_cannot_stand_for_are_not_converted(pair):
+    model = nn.Sequential(*pair(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    converted = convert_fbn(model, 2)
+    assert type(converted[0]) is nn.Conv2d and isinstance(converted[2], FBNConv2d)
+
+
 def test_root_layer_fuses(randomise):
     layer = randomise(FBNConv2d(8, 4)).eval()
     assert type(fuse_fbn(layer)) is nn.Conv2d

@@ -67,9 +67,10 @@ def _fuse_pair(layer: nn.Module, norm: nn.Module) -> nn.Module:
     dtype = layer.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     fuse = fuse_linear_bn_eval if type(layer) in _LINEARS else fuse_conv_bn_eval
-    fused = fuse(deepcopy(layer).to(wide), deepcopy(norm).to(wide)).to(dtype)
+    # .eval(), as torch insists on it; a network in train mode whose norms alone are frozen may be fused
+    fused = fuse(deepcopy(layer).to(wide).eval(), deepcopy(norm).to(wide)).to(dtype)
     fused.bias.requires_grad_(layer.weight.requires_grad)
-    return fused
+    return fused.train(layer.training)
 
 
 def fuse_fbn(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -137,7 +138,8 @@ def convert_fbn(model: nn.Module, fbn_groups: int = 4, affine: bool = True, inpl
         pairs = [
             (layer_name, conv, norm_name, norm) for layer_name, conv, norm_name, norm in _norm_pairs(model)
             if type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == 'zeros'
-            and conv.in_channels % fbn_groups == 0 and not isinstance(norm, nn.SyncBatchNorm)
+            and not isinstance(conv.padding, str) and conv.in_channels % fbn_groups == 0
+            and norm.running_mean is not None and not isinstance(norm, nn.SyncBatchNorm)
         ]
     except Exception as error:
         raise ValueError(f'model={type(model).__name__} cannot be traced by torch.fx: {error}') from error
