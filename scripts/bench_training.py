@@ -37,7 +37,7 @@ def build(name, groups, form, args, size):
         model = timm.create_model(
             name, fbn_groups=1 if form == 'bn' else groups, channels=tuple(widths), small_input=size <= 32)
     for layer in fbn_layers(model):
-        layer.form = 'auto' if form == 'bn' else form
+        layer.form = 'reference' if form == 'reference' else 'auto'
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(args.device).train()
@@ -143,7 +143,7 @@ def bench_layers(name, size, dtype, args):
         for form in FORMS:
             layer = FBNConv2d(
                 cin, cout, kernel, stride, kernel // 2, fbn_groups=1 if form == 'bn' else args.groups[0], device=args.device)
-            layer.form = 'auto' if form == 'bn' else form
+            layer.form = 'reference' if form == 'reference' else 'auto'
 
             def run(layer=layer):
                 with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'):

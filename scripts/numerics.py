@@ -1,4 +1,4 @@
-"""Rounding errors of FBN's statistics: the moment form beside nn.BatchNorm2d on the same inputs, both against float64.
+"""Rounding errors of FBN's statistics: the form that is taken beside nn.BatchNorm2d on the same inputs, both against float64.
 
     python scripts/numerics.py
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import timm
 import torch
 
+from bench_training import cpu_name
 from timm_finet import FBNConv2d
 from timm_finet.demo import MODEL, shipped_pictures
 
@@ -71,7 +72,7 @@ def measure():
     torch.manual_seed(SEED)
     for name, layer, x in inputs():
         truth = exact(layer, x)
-        bn, fbn = errors(layer, x, 'reference', truth), errors(layer, x, 'moment', truth)
+        bn, fbn = errors(layer, x, 'reference', truth), errors(layer, x, 'auto', truth)
         yield dict(input=name, bn_variance=bn[0], fbn_variance=fbn[0], bn_output=bn[1], fbn_output=fbn[1])
 
 
@@ -79,7 +80,7 @@ def main():
     rows = list(measure())
     for row in rows:
         print(f"{row['input']:<34}" + ''.join(f'  {key} {row[key]:.1e}' for key in list(row)[1:]))
-    facts = dict(seed=SEED, torch=torch.__version__, date=date.today(), command=shlex.join(sys.argv))
+    facts = dict(seed=SEED, device=cpu_name(), torch=torch.__version__, date=date.today(), command=shlex.join(sys.argv))
     with RESULTS.open('w', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0] | facts), lineterminator='\n')
         writer.writeheader()

@@ -1,5 +1,7 @@
 """FBNConv2d: every fast form against the slow reference, in float64."""
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,9 @@ import torch.nn as nn
 from timm.utils import freeze
 
 from timm_finet import FBNConv2d
+
+sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
+from bench_training import peak_bytes  # noqa: E402
 
 SHAPES = [  # in, out, kernel, stride, padding, dilation, G
     (16, 24, 1, 1, 0, 1, 1),
@@ -47,6 +52,16 @@ def step(layer, x, weighting):
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
 
 
+def is_fast(layer, x):
+    """Whether the layer has left the reference form, by what autograd recorded."""
+    names, nodes = set(), [layer(x.clone().requires_grad_()).grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [n for n, _ in node.next_functions if n]
+    return '_MomentStatisticsBackward' in names or 'SplitBackward0' in names  # the second: group by group
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_reference_form_is_equation_4(shape):
     layer = make(shape)
@@ -63,7 +78,8 @@ def test_training_matches_reference(shape, affine, memory_format):
     slow = deepcopy(fast)
     slow.form = 'reference'
     for _ in range(2):  # twice, for the running statistics
-        x = (torch.randn(5, shape[0], 7, 6, dtype=torch.float64) * 3 + 5).to(memory_format=memory_format)
+        x = (torch.randn(9, shape[0], 7, 6, dtype=torch.float64) * 3 + 5).to(memory_format=memory_format)
+        assert is_fast(fast, x) or shape[-1] == 1
         weighting = torch.randn_like(slow(x))
         slow.load_state_dict(fast.state_dict())
         for a, b in zip(step(fast, x, weighting), step(slow, x, weighting)):
@@ -223,12 +239,10 @@ def test_torchscript_trains_and_evaluates(randomise):
     torch.testing.assert_close(script.eval()(x), layer.eval()(x))
 
 
-@pytest.mark.parametrize('form', ['moment', 'reference'])
-def test_one_position_is_refused_in_training(form):
-    layer = FBNConv2d(8, 4)
-    layer.form = form
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_one_position_is_refused_in_training(kernel):
     with pytest.raises(ValueError, match='more than 1 value per channel'):
-        layer(torch.randn(1, 8, 1, 1))
+        FBNConv2d(8, 4, kernel, padding=kernel // 2)(torch.randn(1, 8, 1, 1))
 
 
 @pytest.mark.parametrize('fbn_groups', [3, 0, -1])
@@ -237,14 +251,20 @@ def test_groups_that_do_not_divide_are_refused(fbn_groups):
         FBNConv2d(8, 4, fbn_groups=fbn_groups)
 
 
-def test_memory_does_not_hold_the_intermediate():
-    """What autograd saves for the moment form: the input and small things, nothing G times wide."""
-    layer, saved = FBNConv2d(16, 16, fbn_groups=8), {}
+def test_wide_layers_with_few_positions_take_the_reference_form():
+    """Their moments, and products with them, would be larger than the intermediate."""
+    layer = FBNConv2d(64, 32, fbn_groups=4)
+    assert not is_fast(layer, torch.randn(2, 64, 4, 4))
+    assert is_fast(layer, torch.randn(2, 64, 8, 8))
+
+
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_training_takes_no_memory_that_grows_with_groups(kernel):
     x = torch.randn(32, 16, 16, 16, requires_grad=True)
 
-    def pack(t):
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x)
-    assert sum(saved.values()) < 1.1 * x.untyped_storage().nbytes()
+    def peak(groups, form='auto'):
+        layer = FBNConv2d(16, 16, kernel, padding=kernel // 2, fbn_groups=groups)
+        layer.form = form
+        return peak_bytes(lambda: layer(x).sum().backward(), 'cpu')
+    assert peak(8) < 1.2 * peak(2)
+    assert peak(8) < 0.5 * peak(8, 'reference')

@@ -9,8 +9,8 @@ A convolution's input is split into G groups of channels; each group's partial s
 * reference: a grouped convolution to G * out channels, BatchNorm, sum over groups (the paper's Figure 3a);
 * folded: with known statistics it is one plain convolution with bias (equations 8 and 9);
 * moment: `z_g` is linear in `x_g`, so `mu_g = W_g E[x_g]` and `var_g = diag(W_g Cov(x_g) W_g^T)`. Fold those and
-  convolve once: nothing G times wide is ever written. Kernels larger than 1x1 take `mu_g` and `var_g` from one `z_g` at
-  a time instead.
+  convolve once: nothing G times wide is ever written. Kernels larger than 1x1 go group by group instead: one `z_g` at a
+  time, made again in the backward pass.
 """
 from contextlib import contextmanager
 from typing import Optional, Tuple
@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from timm.layers import register_notrace_module
 
@@ -82,7 +83,10 @@ def _(a, b):
 
 
 def moments_dtype(x: torch.Tensor, groups: int) -> torch.dtype:
-    """Float32 at least; float64 where so few positions leave some z_g next to no variance, a difference of large terms."""
+    """Float32 at least; float64 where so few positions leave some z_g next to no variance, a difference of large terms.
+
+    Only synchronised layers take moments of so few (`FBNConv2d.forward`).
+    """
     few = x.shape[0] * x.shape[2] * x.shape[3] < 4 * x.shape[1] // groups
     return torch.float64 if few and x.device.type != 'mps' else torch.promote_types(x.dtype, torch.float32)
 
@@ -149,9 +153,25 @@ def pool(count: int, mean: torch.Tensor, cov: torch.Tensor, process_group) -> Tu
 
 
 def all_reduce(x: torch.Tensor, process_group) -> torch.Tensor:
-    if process_group is not None:
-        dist.all_reduce(x, group=process_group)
-    return x
+    """The sum over the processes, sent in float64, as a process with few positions may hold another dtype than the rest."""
+    if process_group is None:
+        return x
+    total = x.double()
+    dist.all_reduce(total, group=process_group)
+    return total.to(x.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    """`all_reduce`, whose gradient is one as well."""
+
+    @staticmethod
+    def forward(ctx, x, process_group):
+        ctx.process_group = process_group
+        return all_reduce(x, process_group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad, ctx.process_group), None
 
 
 class _MomentStatistics(torch.autograd.Function):
@@ -188,38 +208,20 @@ class _MomentStatistics(torch.autograd.Function):
         return add_affine(grad, x, a.to(x.dtype), b.flatten().to(x.dtype)), grad_weight, None
 
 
-class _GroupStatistics(torch.autograd.Function):
-    """The same for any kernel, one group at a time; `weight` is `(out, C, k, k)`. Backward makes each `z_g` again."""
-
-    @staticmethod
-    def forward(ctx, x, weight, groups, conv_args, process_group):
-        stats = []
-        for t, w in zip(x.chunk(groups, 1), weight.chunk(groups, 1)):
-            z = F.conv2d(t, w, None, *conv_args)
-            stats.append(torch.var_mean(z.to(torch.promote_types(z.dtype, torch.float32)), (0, 2, 3), correction=0))
-        var, mean = (torch.cat(s).view(-1, 1, 1) for s in zip(*stats))
-        count, mean, var = pool(z.numel() // z.shape[1], mean, var, process_group)
-        ctx.save_for_backward(x, weight, mean, count)
-        ctx.mark_non_differentiable(count)
-        ctx.groups, ctx.conv_args, ctx.process_group = groups, conv_args, process_group
-        return x.view_as(x), mean.view(groups, -1), var.view(groups, -1), count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, grad_mean, grad_var, _):
-        x, weight, mean, count = ctx.saved_tensors
-        grads = all_reduce(torch.stack((grad_mean, grad_var)), ctx.process_group) / count
-        grad_weight = torch.empty_like(weight)
-        per_group = (v.chunk(ctx.groups, 1) for v in (x, weight, grad, grad_weight))
-        for t, w, grad_t, grad_w, m, (gm, gv) in zip(*per_group, mean.view(ctx.groups, -1, 1, 1), grads.transpose(0, 1)):
-            z = F.conv2d(t, w, None, *ctx.conv_args).to(m.dtype)
-            # count dmean/dz = 1, count dvar/dz = 2 (z - mean)
-            z.sub_(m).mul_(2 * gv[:, None, None]).add_(gm[:, None, None])
-            dt, dw, _ = torch.ops.aten.convolution_backward(
-                z.to(t.dtype), t, w, None, *ctx.conv_args, False, (0, 0), 1, (True, True, False))
-            grad_t.add_(dt)
-            grad_w.copy_(dw)
-        return grad, grad_weight, None, None, None
+def sync_batch_norm(z, mean, var, gamma, beta, eps, process_group):
+    """`F.batch_norm` over all processes, momentum 1. (torch's own synchronised one refuses the CPU.)"""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    count = z.new_full((1,), z.numel() // z.shape[1])
+    sums = _AllReduce.apply(torch.cat((z.sum((0, 2, 3)), count)), process_group)
+    total = sums[-1].detach()
+    centred = z - (sums[:-1] / total)[:, None, None]
+    biased = _AllReduce.apply(centred.square().sum((0, 2, 3)), process_group) / total
+    with torch.no_grad():
+        mean.copy_(sums[:-1] / total)
+        var.copy_(biased * total / (total - 1))
+    scale = torch.rsqrt(biased + eps) if gamma is None else torch.rsqrt(biased + eps) * gamma
+    z = centred * scale[:, None, None]
+    return z if beta is None else z + beta[:, None, None]
 
 
 @register_notrace_module
@@ -227,10 +229,10 @@ class FBNConv2d(nn.Conv2d):
     """Convolution with Fine-grained Batch Normalization: a drop-in for `nn.Conv2d(bias=False)` + `nn.BatchNorm2d`.
 
     The weight is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine pairs,
-    group-major. Training takes the batch statistics first and convolves once: from the input's moments for unpadded 1x1
-    kernels, else group by group. In eval mode the running statistics are folded on the fly. Statistics are computed in at
-    least float32, outside autocast. Eager, `torch.compile`, fx (as a leaf); TorchScript trains in the reference form. A
-    `bn` made a SyncBatchNorm synchronises the statistics. Second derivatives exist in the reference form alone.
+    group-major. Training takes the moment form for unpadded 1x1 kernels and goes group by group for others; where that is
+    cheaper, as for few positions, it takes the reference form. In eval mode the running statistics are folded on the fly.
+    Statistics are computed in at least float32. Eager, `torch.compile`, fx (as a leaf); TorchScript trains in the reference
+    form. A `bn` made a SyncBatchNorm synchronises the statistics. The moment form has no second derivatives.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
@@ -245,7 +247,7 @@ class FBNConv2d(nn.Conv2d):
         `(N, in, H, W)` to `(N, out, H', W')`, dtype as for `nn.Conv2d`.
     """
 
-    # 'auto': plain BN where G = 1, else 'moment'. 'reference', G times the memory for the same result, is for tests.
+    # 'auto' takes the cheapest form. 'reference', G times the memory for the same result, is for tests.
     form = 'auto'
 
     def __init__(
@@ -275,9 +277,19 @@ class FBNConv2d(nn.Conv2d):
             return self._reference(x) if self.bn.training else self._folded(x)
         if not self._uses_batch_statistics():
             return self._folded(x)
-        if self.form == 'reference' or self.form == 'auto' and self.fbn_groups == 1 and self._process_group() is None:
+        group = self._process_group()
+        # Not so with a process group: all processes have to go one way, whatever their share of the batch.
+        if self.form == 'reference' or group is None and self._is_cheap(x):
             return self._reference(x)
-        return self._statistics_first(x)
+        if self.kernel_size == (1, 1) and self.padding == (0, 0):
+            return self._moment(x, group)
+        return self._group_by_group(x, group)
+
+    @torch.jit.unused
+    def _is_cheap(self, x: torch.Tensor) -> bool:
+        """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
+        positions = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
+        return self.fbn_groups == 1 or self.fbn_groups * positions < 4 * self.weight[0].numel()
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
@@ -307,32 +319,47 @@ class FBNConv2d(nn.Conv2d):
         return None
 
     @torch.jit.unused
-    def _statistics_first(self, x: torch.Tensor) -> torch.Tensor:
+    def _moment(self, x: torch.Tensor, process_group) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))  # one copy for the statistics and for the convolution
         layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        weight, conv_args, group = self.weight, (self.stride, self.padding, self.dilation), self._process_group()
         with torch.autocast(x.device.type, enabled=False):
-            if self.kernel_size == (1, 1) and self.padding == (0, 0):
-                x, conv_args = x[:, :, ::self.stride[0], ::self.stride[1]], ()
-                weight = weight.flatten(1).unflatten(1, (self.fbn_groups, -1)).transpose(0, 1)  # (G, out, in / G)
-                statistics = _MomentStatistics.apply(x.contiguous(memory_format=layout), weight, group)
-            else:
-                statistics = _GroupStatistics.apply(
-                    x.contiguous(memory_format=layout), weight.to(x.dtype), self.fbn_groups, conv_args, group)
-            x, mean, var, count = statistics
-            self._track(mean, var, count)
-            weight, bias = fold(self.weight, mean.flatten(), var.flatten(), self.bn.weight, self.bn.bias, self.bn.eps)
-            return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), *conv_args)
+            x = x[:, :, ::self.stride[0], ::self.stride[1]].contiguous(memory_format=layout)
+            weight = self.weight.flatten(1).unflatten(1, (self.fbn_groups, -1)).transpose(0, 1)  # (G, out, in / G)
+            x, mean, var, count = _MomentStatistics.apply(x, weight, process_group)
+            mean, var = mean.flatten(), var.flatten()
+            self._track(mean, var * (count / (count - 1)))
+            weight, bias = fold(self.weight, mean, var, self.bn.weight, self.bn.bias, self.bn.eps)
+            return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    @torch.jit.unused
+    def _group_by_group(self, x: torch.Tensor, process_group) -> torch.Tensor:
+        bn, out = self.bn, self.out_channels
+        like = self.weight if bn.running_mean is None else bn.running_mean
+        mean, var = torch.zeros(2, bn.num_features, dtype=like.dtype, device=like.device)
+
+        def part(g, x, weight):  # made again in the backward pass, which writes the same mean and variance once more
+            norm = [None if v is None else v[g * out:(g + 1) * out] for v in (mean, var, bn.weight, bn.bias)]
+            z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+            if process_group is not None:
+                return sync_batch_norm(z, *norm, bn.eps, process_group).to(z.dtype)
+            return F.batch_norm(z, *norm, training=True, momentum=1., eps=bn.eps)
+
+        y = None
+        for g, (t, w) in enumerate(zip(x.chunk(self.fbn_groups, 1), self.weight.chunk(self.fbn_groups, 1))):
+            z = checkpoint(part, g, t, w, use_reentrant=False, preserve_rng_state=False)
+            y = z if y is None else y.add_(z)
+        self._track(mean, var)
+        return y
 
     @torch.no_grad()
-    def _track(self, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor) -> None:
+    def _track(self, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
         bn = self.bn
         if bn.training and bn.track_running_stats:
             bn.num_batches_tracked.add_(1)
             momentum = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
-            bn.running_mean.lerp_(mean.flatten().to(bn.running_mean.dtype), momentum)
-            bn.running_var.lerp_((var.flatten() * (count / (count - 1))).to(bn.running_var.dtype), momentum)
+            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
+            bn.running_var.lerp_(unbiased_var.to(bn.running_var.dtype), momentum)
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
