@@ -5,7 +5,8 @@
     python scripts/bench_training.py --plot --models finet_small finet_large
 
 A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, with
-nn.BatchNorm2d; `reference` the paper's form; `moment` this package's. Rows are merged into results/bench_training.csv.
+nn.BatchNorm2d; `reference` the paper's form; `moment` this package's; `conv`, on demand, has no normalisation behind the
+FBN convolutions at all, the floor for any form. Rows are merged into results/bench_training.csv.
 """
 import argparse
 import csv
@@ -36,8 +37,11 @@ def build(name, groups, form, args, size):
         widths = [info['num_chs'] for info in timm.create_model(name, fbn_groups=groups).feature_info[2:]]
         model = timm.create_model(
             name, fbn_groups=1 if form == 'bn' else groups, channels=tuple(widths), small_input=size <= 32)
-    for layer in fbn_layers(model):
-        layer.form = 'reference' if form == 'reference' else 'auto'
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, FBNConv2d):
+            layer.form = 'reference' if form == 'reference' else 'auto'
+            if form == 'conv':
+                model.set_submodule(path, layer.eval().fuse())
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(args.device).train()
@@ -177,7 +181,7 @@ def merge(rows):
 
 
 def plot(models):
-    """Time and memory against G, the three forms as lines, one panel a network."""
+    """Time and memory against G, the three forms as lines: a column a network, a row a picture size."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -185,29 +189,32 @@ def plot(models):
         rows = [
             r for r in csv.DictReader(file)
             if r['model'] in models and r['dtype'] == 'float32' and r['layout'] == 'contiguous']
-    panels = sorted({
-        (r['model'], int(r['size']), int(r['batch']), r['device'], r['threads']) for r in rows if r['groups'] != '4'})
+    panels = sorted({(int(r['size']), r['model'], int(r['batch'])) for r in rows if r['groups'] == '8'})
+    columns = len({name for _, name, _ in panels})
     for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
-        fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 0.6, 3.2), squeeze=False, layout='constrained')
-        for ax, panel in zip(axes[0], panels):
-            name, size, batch, _, threads = panel
+        fig, axes = plt.subplots(
+            len(panels) // columns, columns, figsize=(3.2 * columns + 0.6, 2.9 * len(panels) // columns), sharex=True,
+            sharey=True, squeeze=False, layout='constrained')
+        for ax, panel in zip(axes.flat, panels):
+            size, name, batch = panel
             for form, color, marker in zip(FORMS, ('#555555', '#d95f02', '#1b7fbd'), 'osD'):
                 points = sorted(
                     (int(r['groups']), float(r[column])) for r in rows if r['form'] == form
-                    and (r['model'], int(r['size']), int(r['batch']), r['device'], r['threads']) == panel)
+                    and (int(r['size']), r['model'], int(r['batch'])) == panel)
                 label = {'bn': 'plain BN', 'reference': 'FBN, reference form', 'moment': 'FBN, moment form'}[form]
                 ax.plot(*zip(*points), color=color, marker=marker, label=label)
                 if form != 'bn':
                     ax.annotate(f'{points[-1][1]:.2f}x', points[-1], xytext=(0, 6), textcoords='offset points',
                                 ha='right', color=color, fontsize=9)
-            ax.set(xscale='log', yscale='log', xlabel='FBN groups G', title=f'{name}, {size} px, batch {batch}')
+            ax.set(xscale='log', yscale='log', title=f'{name}, {size} px, batch {batch}')
             ax.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
             ax.set_yticks([y for y in (0.5, 1, 2, 5, 10, 20) if ax.get_ylim()[0] <= y <= ax.get_ylim()[1] * 1.2])
             ax.margins(y=0.15)
             ax.minorticks_off()
             ax.yaxis.set_major_formatter('{x:g}x')
             ax.grid(alpha=0.3)
-        axes[0][0].set_ylabel(f'training step, {what} against plain BN')
+        fig.supxlabel('FBN groups G')
+        fig.supylabel(f'training step, {what} against plain BN')
         axes[0][0].legend(fontsize=8, loc='upper left')
         fig.savefig(RESULTS.with_name(f'bench_training_{what}.png'), dpi=150, facecolor='white')
 
@@ -218,7 +225,7 @@ def main():
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--models', nargs='+', default=['finet_small', 'finet_large', 'resnet50'])
     parser.add_argument('--groups', nargs='+', type=int, default=[1, 2, 4, 8])
-    parser.add_argument('--forms', nargs='+', default=list(FORMS), choices=FORMS)
+    parser.add_argument('--forms', nargs='+', default=list(FORMS), choices=(*FORMS, 'conv'))
     parser.add_argument('--sizes', nargs='+', type=int, default=[32, 224])
     parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'], choices=('float32', 'bfloat16'))
     parser.add_argument('--batch-size', type=int, default=16)
