@@ -56,7 +56,7 @@ class _Pad2:
             self.data, self.targets = arrays[0], [int(target) for target in arrays[1]]
         if train:
             self.data = np.pad(self.data, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
-            self.seed, self.seeded = torch.initial_seed(), -1
+            self.seed, self.seeded, self.has_workers = torch.initial_seed(), -1, True
             self.epoch = torch.tensor(-1).share_memory_()  # loader workers outlive an epoch
             if not is_distributed_env():  # there train.py must tell the sampler, which it does where this is missing
                 self.set_epoch = self._set_epoch
@@ -79,8 +79,10 @@ class _Pad2:
 
         timm's train.py calls it before each epoch. In loader workers the first picture of an epoch does the same.
         """
-        self.epoch.fill_(epoch)
         self._start(epoch, 0)
+        if self.epoch >= 0 and self.has_workers:
+            torch.empty((), dtype=torch.int64).random_()  # as torch's loader draws before its first epoch alone
+        self.epoch.fill_(epoch)
 
     def _start(self, epoch, process):
         random_seed(int(np.random.SeedSequence((self.seed, epoch, process)).generate_state(1)[0]))
@@ -89,7 +91,9 @@ class _Pad2:
         picture, target = self.data[index], self.targets[index]
         if self.train:
             worker = get_worker_info()
-            if worker is not None and self.seeded != self.epoch.item():
+            if worker is None:
+                self.has_workers = False
+            elif self.seeded != self.epoch.item():
                 self.seeded = self.epoch.item()
                 self._start(self.seeded, worker.id + 1)
             top, left = random.randint(0, 2 * PAD), random.randint(0, 2 * PAD)
