@@ -1,10 +1,13 @@
 """CIFAR with the paper's padded crop, through timm's dataset and loader factories."""
 import pickle
+import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
+from timm.utils import random_seed
 
 PICTURES = np.random.default_rng(0).integers(1, 256, (20, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
 LABELS = np.arange(20, dtype=np.uint8) % 10
@@ -68,3 +71,35 @@ def test_timms_loader_normalises_crops_and_flips(tmp_path):
 def test_missing_data_names_the_ways_out(tmp_path):
     with pytest.raises(FileNotFoundError, match='cifar-100-python.*cifar100.npz.*train and validation'):
         create_dataset('torch/cifar100_pad2', root=str(tmp_path), split='train')
+
+
+def test_shipped_sample_splits_the_pictures():
+    train, validation = (create_dataset('torch/cifar10_sample', split=split) for split in ('train', 'validation'))
+    assert [np.bincount(data.targets).tolist() for data in (train, validation)] == [[30] * 10, [10] * 10]
+    assert not {p.tobytes() for p in train.data[:, 2:-2, 2:-2]} & {p.tobytes() for p in validation.data}
+
+
+def epochs(numbers, workers):
+    """The batches of some epochs, each after the numbers that a training run draws in between."""
+    random_seed(5)
+    data = create_dataset('torch/cifar10_sample', split='train')
+    loader = create_loader(
+        data, (3, 32, 32), 100, is_training=True, use_prefetcher=False, scale=(1, 1), ratio=(1, 1), color_jitter=0,
+        num_workers=workers)
+    found = []
+    for number in numbers:
+        torch.rand(len(found) + 1), random.random(), np.random.rand()
+        data.set_epoch(number)
+        found.append(torch.cat([x.flatten() for batch in loader for x in batch]).numpy().tobytes())
+    return found
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_epoch_repeats_exactly_whatever_came_before_it(workers):
+    unbroken = epochs([0, 1, 2], workers)
+    assert len(set(unbroken)) == 3 and epochs([2], workers) == unbroken[2:]
+
+
+def test_several_processes_leave_the_epoch_to_the_sampler(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert not hasattr(create_dataset('torch/cifar10_sample', split='train'), 'set_epoch')

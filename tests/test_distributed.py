@@ -11,9 +11,9 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 
 from timm_finet import FBNConv2d
+from timm_finet.gloo import allow_cpu
 
 SPLIT = (3, 5)
-
 
 
 def finet():
@@ -28,10 +28,13 @@ NETWORKS = {
     '3x3': lambda: FBNConv2d(8, 6, 3, padding=1, fbn_groups=2),
     'finet': finet,
     'resnet stage': lambda: timm.create_model('resnet18_fbn').layer2,
+    'launcher': finet,  # with the SyncBatchNorm for the CPU that `timm-finet run train` puts in, nothing is frozen
 }
 
 
-def freeze_others(model):
+def prepare(model, name):
+    if name == 'launcher':
+        return model.train()
     inside = {m for layer in model.modules() if isinstance(layer, FBNConv2d) for m in layer.modules()}
     for m in model.train().modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in inside:
@@ -40,7 +43,7 @@ def freeze_others(model):
 
 
 def inputs(name):
-    return torch.randn(sum(SPLIT), *{'finet': (3, 32, 32), 'resnet stage': (64, 8, 8)}.get(name, (8, 6, 5)))
+    return torch.randn(sum(SPLIT), *{'finet': (3, 32, 32), 'launcher': (3, 32, 32), 'resnet stage': (64, 8, 8)}.get(name, (8, 6, 5)))
 
 
 def train(model, x, weighting):
@@ -55,7 +58,9 @@ def worker(rank, folder, name):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     model, x, weighting = torch.load(f'{folder}/job.pt', weights_only=False)
-    model = freeze_others(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    if name == 'launcher':
+        allow_cpu()
+    model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
     y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
     torch.save((y, grad, [p.grad for p in model.parameters()], list(model.buffers())), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
@@ -65,7 +70,7 @@ def worker(rank, folder, name):
 def test_two_processes_equal_one_with_the_joined_batch(name, tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
-        model, x = freeze_others(NETWORKS[name]()), inputs(name)
+        model, x = prepare(NETWORKS[name](), name), inputs(name)
         weighting = torch.randn_like(deepcopy(model)(x))
     finally:
         torch.set_default_dtype(torch.float32)

@@ -106,3 +106,40 @@ def test_no_network_names_three_ways_out(cache, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f'TIMM_SCRIPTS to a checkout of timm at tag v{timm.__version__}.*train.py'):
         launch.find_script('train')
     assert not cache.exists()
+
+
+@pytest.fixture
+def train(script):
+    (script.parent / 'train.py').write_text('from timm import utils\nutils.AverageMeter().update(float("nan"))\nprint("on")')
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, '-m', 'timm_finet', 'run', 'train', *args], capture_output=True, text=True, cwd=script.parent)
+    return run
+
+
+def test_training_stops_at_a_loss_that_is_nan(train):
+    result = train('--lr', '1')
+    assert (result.returncode, result.stdout) == (1, '') and result.stderr.startswith('The loss is nan: ')
+
+
+@pytest.mark.parametrize('by', ['option', 'config'])
+def test_output_that_cannot_be_written_is_refused_before_training(by, train, tmp_path):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'recipe.yaml').write_text(f'output: {tmp_path}/file/runs\n')
+    result = train('--output', str(tmp_path / 'file' / 'runs')) if by == 'option' else train('-c', 'recipe.yaml')
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f"--output='{tmp_path}/file/runs' cannot be written to" in result.stderr
+
+
+def test_full_disk_is_refused_before_training(tmp_path):
+    resource = pytest.importorskip('resource')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # a write beyond it fails as on a full disk
+    try:
+        with pytest.raises(OSError, match='cannot be written to.*64 MB'):
+            launch.check_output(['--output', str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    launch.check_output(['--output', str(tmp_path / 'new' / 'folder')])
+    assert not list(tmp_path.iterdir())

@@ -1,18 +1,33 @@
 """CIFAR as the paper augments it (section 5.3): zero-pad to 36 px, crop 32 px at random; timm's loader flips.
 
-Importing this module makes `--dataset torch/cifar10_pad2` and `torch/cifar100_pad2` known to timm.
+Importing this module makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2` and `torch/cifar10_sample` known to timm.
 """
 import os
 import random
+from pathlib import Path
+from typing import List, Tuple
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import dataset_factory
+from timm.utils import random_seed
+from timm.utils.distributed import is_distributed_env
+from torch.utils.data import get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-__all__ = ['CIFAR10Pad2', 'CIFAR100Pad2']
+__all__ = ['CIFAR10Pad2', 'CIFAR100Pad2', 'CIFAR10Sample', 'shipped_pictures']
 
 PAD = 2
+PICTURES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'  # 400 tiles of 32 px, 40 a class, class by class
+
+
+def shipped_pictures() -> Tuple[List[Image.Image], List[int]]:
+    """The 400 shipped CIFAR-10 test pictures and their labels."""
+    with Image.open(PICTURES) as sprite:
+        sprite = sprite.convert('RGB')
+    tiles = [sprite.crop((x, y, x + 32, y + 32)) for y in range(0, 640, 32) for x in range(0, 640, 32)]
+    return tiles, [i // 40 for i in range(len(tiles))]
 
 
 class _Pad2:
@@ -28,34 +43,59 @@ class _Pad2:
     """
 
     def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
-        root = os.fspath(root)
-        archive = root if root.endswith('.npz') else os.path.join(root, f'{self.name}.npz')
-        folder = os.path.join(root, 'train' if train else 'validation')
-        if os.path.isfile(archive):
-            split = 'train' if train else 'test'
-            with np.load(archive) as arrays:
-                self._from_arrays(arrays[split], arrays[f'{split}_labels'], root, train, transform, target_transform)
-        elif os.path.isdir(folder):
-            files = ImageFolder(folder)
-            pictures = np.stack([np.asarray(picture) for picture, _ in files])
-            self._from_arrays(pictures, files.targets, root, train, transform, target_transform)
-        else:
+        arrays = self._read(root, train)
+        if arrays is None:
             try:
                 super().__init__(root, train, transform, target_transform, download)
             except RuntimeError as error:
                 raise FileNotFoundError(
                     f'root={root!r} holds neither {self.base_folder} (torchvision\'s download, --dataset-download), nor '
                     f'{self.name}.npz, nor the folders train and validation.') from error
+        else:
+            self.root, self.train, self.transform, self.target_transform = root, train, transform, target_transform
+            self.data, self.targets = arrays[0], [int(target) for target in arrays[1]]
         if train:
             self.data = np.pad(self.data, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+            self.seed, self.seeded, self.has_workers = torch.initial_seed(), -1, True
+            self.epoch = torch.tensor(-1).share_memory_()  # loader workers outlive an epoch
+            if not is_distributed_env():  # there train.py must tell the sampler, which it does where this is missing
+                self.set_epoch = self._set_epoch
 
-    def _from_arrays(self, data, targets, root, train, transform, target_transform):
-        self.root, self.train, self.transform, self.target_transform = root, train, transform, target_transform
-        self.data, self.targets = data, [int(target) for target in targets]
+    def _read(self, root, train):
+        """Pictures and labels, or None if torchvision shall look for its download."""
+        root = os.fspath(root or '.')
+        archive = root if root.endswith('.npz') else os.path.join(root, f'{self.name}.npz')
+        folder = os.path.join(root, 'train' if train else 'validation')
+        if os.path.isfile(archive):
+            split = 'train' if train else 'test'
+            with np.load(archive) as arrays:
+                return arrays[split], arrays[f'{split}_labels']
+        if os.path.isdir(folder):
+            files = ImageFolder(folder)
+            return np.stack([np.asarray(picture) for picture, _ in files]), files.targets
+
+    def _set_epoch(self, epoch):
+        """Start every random number anew, from the seed and the epoch: a resumed run then repeats an unbroken one.
+
+        timm's train.py calls it before each epoch. In loader workers the first picture of an epoch does the same.
+        """
+        self._start(epoch, 0)
+        if self.epoch >= 0 and self.has_workers:
+            torch.empty((), dtype=torch.int64).random_()  # as torch's loader draws before its first epoch alone
+        self.epoch.fill_(epoch)
+
+    def _start(self, epoch, process):
+        random_seed(int(np.random.SeedSequence((self.seed, epoch, process)).generate_state(1)[0]))
 
     def __getitem__(self, index):
         picture, target = self.data[index], self.targets[index]
         if self.train:
+            worker = get_worker_info()
+            if worker is None:
+                self.has_workers = False
+            elif self.seeded != self.epoch.item():
+                self.seeded = self.epoch.item()
+                self._start(self.seeded, worker.id + 1)
             top, left = random.randint(0, 2 * PAD), random.randint(0, 2 * PAD)
             picture = picture[top:top + 32, left:left + 32]
         picture = Image.fromarray(picture)
@@ -74,5 +114,18 @@ class CIFAR100Pad2(_Pad2, CIFAR100):
     name = 'cifar100'
 
 
+class CIFAR10Sample(CIFAR10Pad2):
+    """The shipped pictures, without a download: of each class thirty to train and ten to validate on."""
+
+    def __init__(self, root=None, *args, **kwargs):
+        super().__init__(root, *args, **kwargs)
+
+    def _read(self, root, train):
+        pictures, labels = shipped_pictures()
+        mine = [i for i in range(len(labels)) if (i % 40 < 30) == train]
+        return np.stack([np.asarray(pictures[i]) for i in mine]), [labels[i] for i in mine]
+
+
 # A private dict of timm's, pinned by a test: there is no public way to name a new dataset for its scripts.
-dataset_factory._TORCH_BASIC_DS.update(cifar10_pad2=CIFAR10Pad2, cifar100_pad2=CIFAR100Pad2)
+dataset_factory._TORCH_BASIC_DS.update(
+    cifar10_pad2=CIFAR10Pad2, cifar100_pad2=CIFAR100Pad2, cifar10_sample=CIFAR10Sample)

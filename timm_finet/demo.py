@@ -11,22 +11,14 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
+from .data import shipped_pictures
 from .flops import count_flops
 from .rewrite import fuse_fbn
 
 __all__ = ['demo']
 
 MODEL = 'finet_small_g4.cifar10'
-PICTURES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'  # 400 tiles of 32 px, 40 a class, class by class
 BATCH = 50
-
-
-def shipped_pictures() -> Tuple[List[Image.Image], List[int]]:
-    """The 400 shipped CIFAR-10 test pictures and their labels."""
-    with Image.open(PICTURES) as sprite:
-        sprite = sprite.convert('RGB')
-    tiles = [sprite.crop((x, y, x + 32, y + 32)) for y in range(0, 640, 32) for x in range(0, 640, 32)]
-    return tiles, [i // 40 for i in range(len(tiles))]
 
 
 def read_pictures(paths: Sequence[str]) -> List[Image.Image]:
