@@ -1,7 +1,7 @@
 """The command `timm-finet`."""
 import argparse
 
-from . import demo, launch
+from . import demo, flops, launch
 
 
 def main(argv=None) -> None:
@@ -12,6 +12,14 @@ def main(argv=None) -> None:
     sub.add_argument('paths', nargs='*', metavar='PATH', help='own pictures or folders of them, instead of the shipped ones')
     sub.add_argument('--output', default='finet_demo.png', help='contact sheet to write (default: %(default)s)')
 
+    sub = commands.add_parser('flops', help='count multiply-adds and parameters of any network of timm or torchvision')
+    sub.add_argument('names', nargs='*', metavar='NAME', help="e.g. 'finet_*' or torchvision:shufflenet_v2_x1_5; default: ours")
+    sub.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="default: each network's own")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument('--fused', action='store_true', default=True, help='count the deploy form (the default)')
+    form.add_argument('--train-form', action='store_false', dest='fused', help='count the form that is trained')
+    sub.add_argument('--csv', action='store_true', help='print CSV')
+
     sub = commands.add_parser('run', help="run timm's train, validate, benchmark, inference or onnx_export with our models")
     sub.add_argument('script', metavar='SCRIPT', help="a path, or a bare name: looked up in $TIMM_SCRIPTS, else fetched")
     sub.add_argument('args', nargs=argparse.REMAINDER, help="the script's own arguments; recipe:NAME stands for our YAML")
@@ -20,6 +28,8 @@ def main(argv=None) -> None:
     try:
         if args.command == 'demo':
             demo.demo(args.paths, args.output)
+        elif args.command == 'flops':
+            flops.flops(args.names, args.input_size, args.fused, args.csv)
         else:
             script = launch.resolve(args.script, args.args)
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,0 +1,39 @@
+"""Results files and the README's tables, as the scripts beside this one write them."""
+import csv
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / 'results'
+README = Path(__file__).parents[1] / 'README.md'
+
+
+def read_rows(file):
+    with open(file, newline='') as lines:
+        return list(csv.DictReader(lines))
+
+
+def write_rows(file, rows):
+    part = file.with_suffix('.part')
+    with part.open('w', newline='') as lines:
+        writer = csv.DictWriter(lines, list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(file)
+
+
+def markdown(head, rows, left=1):
+    """A table whose first `left` columns are aligned left, the others right."""
+    rule = ['---'] * left + ['---:'] * (len(head) - left)
+    return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
+
+
+def readme_block(name):
+    """The README's text between the markers of a table."""
+    return re.search(rf'<!-- {name} -->\n(.*?)\n<!-- /{name} -->', README.read_text(), re.S)[1]
+
+
+def write_readme_block(name, text):
+    block = f'<!-- {name} -->\n{text}\n<!-- /{name} -->'
+    content, found = re.subn(rf'<!-- {name} -->\n.*?<!-- /{name} -->', lambda _: block, README.read_text(), flags=re.S)
+    assert found == 1, f'the README has no place marked {name}'
+    README.write_text(content)

@@ -1,0 +1,24 @@
+"""The README's tables are the results files', and these are what the code gives."""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
+import table2  # noqa: E402
+from report import RESULTS, read_rows, readme_block  # noqa: E402
+from timm_finet.flops import count_row  # noqa: E402
+
+
+@pytest.mark.parametrize('script', [table2])
+def test_readme_shows_the_results_file(script):
+    name = script.__name__
+    assert readme_block(name) == script.table(read_rows(RESULTS / f'{name}.csv'))
+
+
+@pytest.mark.parametrize('name', ['finet_small_se_g4', 'mobilenetv2_035', 'torchvision:shufflenet_v2_x0_5'])
+def test_table_2_is_what_is_counted_now(name):
+    row = next(row for row in read_rows(RESULTS / 'table2.csv') if row['model'] == name)
+    counted = count_row(name, tuple(map(int, row['input'].split('x'))))
+    assert counted['conv_linear'] == int(row['madds'])
+    assert (counted['params_train'], counted['params_fused']) == (int(row['params_train']), int(row['params_fused']))
