@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Linear, SelectAdaptivePool2d, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from .fbn import FBNConv2d
-from .pretrained import UNTRAINED, WEIGHTS, resolve_weights
+from .pretrained import UNTRAINED, WEIGHTS, build_model
 from .rewrite import check_form, fuse_fbn
 
 __all__ = ['Finet']
@@ -358,10 +358,10 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_finet(variant: str, pretrained: bool = False, **kwargs: Any) -> Finet:
-    return build_model_with_cfg(
+    return build_model(
         Finet, variant, pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
-        **resolve_weights(variant, pretrained, **kwargs),
+        **kwargs,
     )
 
 

@@ -5,21 +5,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+import torch.nn as nn
 from huggingface_hub import hf_hub_download
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, list_models, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, list_models, resolve_pretrained_cfg)
+from timm.models._input import update_model_args
 
-__all__ = ['WEIGHTS', 'UNTRAINED', 'resolve_weights']
+__all__ = ['build_model']
 
 WEIGHTS = Path(__file__).parent / 'weights'  # SHA256SUMS in it records the weights on the Hub as well
 UNTRAINED = 'untrained'  # the tag of the networks as in the paper: 224 px, 1000 classes
 
 
-def resolve_weights(variant: str, pretrained: bool, **kwargs: Any) -> Dict[str, Any]:
-    """The arguments for `build_model_with_cfg`: `kwargs` with the `pretrained_cfg` whose weights are to be loaded.
+def build_model(model_cls, variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """timm's `build_model_with_cfg`, strict about `pretrained=True`.
 
     A tag's weights are the embedded file, else the Hub's, and must have the recorded sha256. Without a tag they are
     `in1k`, else, with a warning, the first tag registered with weights. A source of the caller's own stays: `hf-hub:`,
-    `local-dir:`, or one in the cfg or its overlay. Networks for pictures up to 32 px get the small-input stem.
+    `local-dir:`, or one in the cfg or its overlay. Networks for pictures up to 32 px get the small-input stem, and every
+    network records stem and form, so that timm's `save_for_hf` writes them.
 
     Raises:
         RuntimeError: There are no such weights, or the file is not the recorded one.
@@ -38,7 +42,9 @@ def resolve_weights(variant: str, pretrained: bool, **kwargs: Any) -> Dict[str, 
         cfg = replace(cfg, file=str(find_file(cfg, kwargs.get('cache_dir'))))
     cfg = resolve_pretrained_cfg(variant, cfg, overlay)
     kwargs.setdefault('small_input', max(cfg.input_size[1:]) <= 32)
-    return dict(kwargs, pretrained_cfg=cfg)
+    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg, **kwargs)
+    update_model_args(model, small_input=kwargs['small_input'], fused=kwargs.get('fused', False))
+    return model
 
 
 def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> PretrainedCfg:
@@ -51,8 +57,8 @@ def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> 
         return tags[tag or 'in1k']
     tag, cfg = next(iter(tags.items()))
     warnings.warn(
-        f"{variant} has no ImageNet weights yet: pretrained=True gives {variant}.{tag}, {cfg.description}, "
-        f"{cfg.num_classes} classes, input {'x'.join(map(str, cfg.input_size))}. Name the tag to silence this.", stacklevel=6)
+        f"{variant} has no ImageNet weights: pretrained=True gives {variant}.{tag}, {cfg.description}, {cfg.num_classes} "
+        f"classes, input {'x'.join(map(str, cfg.input_size))}. Name the tag to silence this.", stacklevel=6)
     return cfg
 
 

@@ -3,10 +3,10 @@ from typing import Any
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .pretrained import UNTRAINED, resolve_weights
+from .pretrained import UNTRAINED, build_model
 from .rewrite import check_form, convert_fbn, fuse_fbn
 
 __all__ = ['ResNetFBN']
@@ -60,7 +60,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
-    return build_model_with_cfg(ResNetFBN, variant, pretrained, **resolve_weights(variant, pretrained, **kwargs))
+    return build_model(ResNetFBN, variant, pretrained, **kwargs)
 
 
 RESNET18 = dict(block=BasicBlock, layers=(2, 2, 2, 2))
