@@ -1,7 +1,7 @@
 """The command `timm-finet`."""
 import argparse
 
-from . import demo, flops, launch
+from . import demo, flops, hub, launch
 
 
 def main(argv=None) -> None:
@@ -24,12 +24,25 @@ def main(argv=None) -> None:
     sub.add_argument('script', metavar='SCRIPT', help="a path, or a bare name: looked up in $TIMM_SCRIPTS, else fetched")
     sub.add_argument('args', nargs=argparse.REMAINDER, help="the script's own arguments; recipe:NAME stands for our YAML")
 
+    sub = commands.add_parser('push', help='push a checkpoint, with its card, to the Hugging Face Hub')
+    sub.add_argument('checkpoint', metavar='CHECKPOINT', help="of timm's train.py (its EMA, where it has one), or a state dict")
+    sub.add_argument('--model', required=True, metavar='NAME', help='the network, as in results.csv')
+    sub.add_argument('--repo-id', required=True, metavar='ORG/NAME', help='created where it does not exist')
+    sub.add_argument('--private', action='store_true', help='create it as a private repository')
+    sub.add_argument('--revision', metavar='BRANCH', help='push to this branch, created where it does not exist')
+    sub.add_argument('--fused', action='store_true', help='push the fused form: for inference alone')
+    sub.add_argument('--results', metavar='CSV', help="accuracies for the card, as timm's validate.py --results-file writes them")
+    sub.add_argument('--dry-run', action='store_true', help='print the card and the files, push nothing')
+
     args = parser.parse_args(argv)
     try:
         if args.command == 'demo':
             demo.demo(args.paths, args.output)
         elif args.command == 'flops':
             flops.flops(args.names, args.input_size, args.fused, args.csv)
+        elif args.command == 'push':
+            hub.push_checkpoint(
+                args.checkpoint, args.model, args.repo_id, args.private, args.revision, args.fused, args.results, args.dry_run)
         else:
             script = launch.resolve(args.script, args.args)
     except (OSError, ValueError, RuntimeError) as error:

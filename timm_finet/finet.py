@@ -12,8 +12,6 @@ Paper: `Finet: Using Fine-grained Batch Normalization to Train Light-weight Neur
 
 The paper gives Table 1 and no code. The blocks below reproduce all twelve parameter counts of its Table 2.
 """
-import hashlib
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -22,15 +20,14 @@ import torch.nn.functional as F
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Linear, SelectAdaptivePool2d, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from .fbn import FBNConv2d
+from .pretrained import UNTRAINED, WEIGHTS, build_model
 from .rewrite import check_form, fuse_fbn
 
 __all__ = ['Finet']
-
-WEIGHTS = Path(__file__).parent / 'weights'
 
 
 class ConvNorm(nn.Sequential):
@@ -332,16 +329,18 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-def _cifar_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
+CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
+
+def _cifar10_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
     return _cfg(**{
         'file': str(WEIGHTS / f'{weights}.safetensors'),
+        'description': 'trained on CIFAR-10', 'num_classes': 10, 'label_names': CIFAR10_CLASSES,
         'input_size': (3, 32, 32), 'pool_size': (4, 4), 'crop_pct': 1.0,
         'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
         **kwargs
     })
 
-
-CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 VARIANTS = {
     f'finet_{size}{se}{suffix}': dict(channels=channels, use_se=bool(se), fbn_groups=fbn_groups)
@@ -351,30 +350,15 @@ VARIANTS = {
 }
 
 default_cfgs = generate_default_cfgs({
-    'finet_small_g4.cifar10': _cifar_cfg('finet_small_g4.cifar10', num_classes=10, label_names=CIFAR10_CLASSES),
+    # Best first: without a tag, pretrained=True takes in1k, else the first.
+    'finet_small_g4.cifar10': _cifar10_cfg('finet_small_g4.cifar10'),
     # `*` keeps the paper's network the default; timm lets a tag with weights take over unless this one comes last
-    **{f'{name}.untrained*': _cfg() for name in VARIANTS},
+    **{f'{name}.{UNTRAINED}*': _cfg() for name in VARIANTS},
 })
 
 
-def check_file(file: str) -> None:
-    """Refuse an embedded weight file that is missing or whose sha256 is not the recorded one."""
-    path = Path(file)
-    way_out = 'Reinstall timm-finet, or build the model with pretrained=False.'
-    if not path.is_file():
-        raise FileNotFoundError(f'The weight file {path} is missing. {way_out}')
-    sums = dict(line.split()[::-1] for line in (WEIGHTS / 'SHA256SUMS').read_text().splitlines())
-    if path.parent == WEIGHTS and hashlib.sha256(path.read_bytes()).hexdigest() != sums.get(path.name):
-        raise RuntimeError(f'The weight file {path} is damaged: its sha256 is not the recorded one. {way_out}')
-
-
 def _create_finet(variant: str, pretrained: bool = False, **kwargs: Any) -> Finet:
-    cfg = resolve_pretrained_cfg(
-        variant, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
-    kwargs.setdefault('small_input', max(cfg.input_size[1:]) <= 32)
-    if pretrained and cfg.file:
-        check_file(cfg.file)
-    return build_model_with_cfg(
+    return build_model(
         Finet, variant, pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
         **kwargs,

@@ -3,9 +3,10 @@ from typing import Any
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from .pretrained import UNTRAINED, build_model
 from .rewrite import check_form, convert_fbn, fuse_fbn
 
 __all__ = ['ResNetFBN']
@@ -54,15 +55,12 @@ def _cfg(**kwargs: Any):
 
 
 default_cfgs = generate_default_cfgs({
-    'resnet18_fbn.untrained': _cfg(),
-    'resnet18_fbn_g4.untrained': _cfg(),
-    'resnet50_fbn.untrained': _cfg(),
-    'resnet50_fbn_g4.untrained': _cfg(),
+    f'{name}.{UNTRAINED}*': _cfg() for name in ('resnet18_fbn', 'resnet18_fbn_g4', 'resnet50_fbn', 'resnet50_fbn_g4')
 })
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
-    return build_model_with_cfg(ResNetFBN, variant, pretrained, **kwargs)
+    return build_model(ResNetFBN, variant, pretrained, **kwargs)
 
 
 RESNET18 = dict(block=BasicBlock, layers=(2, 2, 2, 2))

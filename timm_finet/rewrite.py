@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from timm.layers import Conv2dSame, Linear, get_notrace_functions, get_notrace_modules
+from timm.models._input import update_model_args
 
 from .fbn import FBNConv2d
 
@@ -111,6 +112,8 @@ def fuse_fbn(model: nn.Module, inplace: bool = False) -> nn.Module:
         if norm.running_mean is not None:
             model.set_submodule(layer_name, _fuse_pair(layer, norm))
             model.set_submodule(norm_name, _after_norm(norm))
+    if 'fused' in getattr(model, '_model_args', {}):
+        update_model_args(model, fused=True)  # what timm's save_for_hf writes, and so what loads again
     return model
 
 

@@ -1,0 +1,228 @@
+"""Pushing to the Hub and loading from it: the real client against a stand-in on loopback."""
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_stand_in import cut_download, cut_upload
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import save_file
+from timm.models import push_to_hf_hub
+
+from timm_finet import cli, fuse_fbn
+
+ARGS = dict(
+    model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48], pretrained=False,
+    dataset='torch/cifar10_pad2', mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=1.0, interpolation='bilinear',
+    epochs=3, batch_size=128, opt='momentum', lr=0.1, seed=7, data_dir='/home/me/cifar', output='/home/me/out')
+X = torch.randn(2, 3, 32, 32)
+
+
+def same(a, b):
+    torch.testing.assert_close(a.eval()(X), b.eval()(X), rtol=0, atol=0)
+
+
+@pytest.fixture
+def model(randomise):
+    return randomise(timm.create_model('finet_small_g2', num_classes=10, **ARGS['model_kwargs'])).eval()
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    """What train.py leaves: a checkpoint with its arguments, and its log; the EMA's weights are the model's."""
+    raw = timm.create_model('finet_small_g2', num_classes=10, **ARGS['model_kwargs'])
+    torch.save(dict(
+        state_dict=raw.state_dict(), state_dict_ema={f'module.{k}': v for k, v in model.state_dict().items()},
+        args=argparse.Namespace(**ARGS), epoch=2), tmp_path / 'last.pth.tar')
+    (tmp_path / 'summary.csv').write_text('epoch,eval_top1\n1,40.5\n2,50.25\n')
+    (tmp_path / 'results.csv').write_text(
+        'model,form,top1,top5\nfinet_small_g2,train,51.25,90.5\nfinet_small_g2,fused,51.5,90.75\nother,train,1,2\n')
+    return tmp_path / 'last.pth.tar'
+
+
+@pytest.fixture
+def push(checkpoint, capsys):
+    """`timm-finet push` in this process: its exit status and what it printed."""
+    def run(*args, path=checkpoint, model='finet_small_g2', repo='me/net'):
+        try:
+            cli.main(['push', str(path), '--model', model, '--repo-id', repo, *map(str, args)])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+    return run
+
+
+def test_timms_own_push_loads_back_bit_identical(hub, model):
+    for repo_id, network in (('me/train', model), ('me/fused', fuse_fbn(model))):
+        push_to_hf_hub(network, repo_id, safe_serialization=True)
+        assert set(hub.repos[repo_id].files()) == {'config.json', 'model.safetensors', 'README.md'}
+        same(timm.create_model(f'hf-hub:{repo_id}', pretrained=True), network)
+
+
+def test_pushed_checkpoint_is_one_commit_with_all_that_belongs_to_it(hub, push, checkpoint, model):
+    status, out, err = push('--results', checkpoint.with_name('results.csv'), '--private')
+    assert (status, out.strip()) == (0, f"{hub.url}/me/net/commit/{hub.repos['me/net'].branches['main']}"), err
+    repo = hub.repos['me/net']
+    assert repo.private and len(repo.commits) == 2
+    files = repo.files()
+    assert set(files) - {'block.png'} == {'README.md', 'config.json', 'model.safetensors', 'args.yaml', 'summary.csv'}
+    assert files['summary.csv'] == checkpoint.with_name('summary.csv').read_bytes()
+    args = yaml.safe_load(files['args.yaml'])
+    assert args['epochs'] == 3 and not any('/home/me' in str(value) for value in args.values())
+
+    config = json.loads(files['config.json'])
+    assert config['architecture'] == 'finet_small_g2' and config['num_classes'] == 10
+    assert config['model_args'].items() >= dict(small_input=True, act_place='output', fused=False).items()
+    cfg = config['pretrained_cfg']
+    assert (cfg['input_size'], cfg['mean'], cfg['crop_pct']) == ([3, 48, 48], ARGS['mean'], 1.0)
+    assert cfg['label_names'][3] == 'cat' and 'tag' not in cfg and 'file' not in cfg
+
+    card = files['README.md'].decode()
+    assert f"license: {cfg['license']}" in card and "create_model('hf-hub:me/net'" in card
+    assert '51.25' in card and '50.25%' in card and 'seed 7' in card
+
+    again = timm.create_model('hf-hub:me/net', pretrained=True)
+    same(again, model)
+    assert timm.data.resolve_data_config(model=again)['input_size'] == (3, 48, 48)
+
+
+def test_fused_push_loads_fused_without_further_arguments(hub, push, model, tmp_path):
+    assert push('--fused', '--results', tmp_path / 'results.csv')[0] == 0
+    files = hub.repos['me/net'].files()
+    assert json.loads(files['config.json'])['model_args']['fused'] and 'value: 51.5' in files['README.md'].decode()
+    (tmp_path / 'folder').mkdir()
+    for name, content in files.items():
+        (tmp_path / 'folder' / name).write_bytes(content)
+    for source in ('hf-hub:me/net', f'local-dir:{tmp_path / "folder"}'):
+        again = timm.create_model(source, pretrained=True)
+        assert not any('running_var' in key for key in again.state_dict())
+        same(again, fuse_fbn(model))
+
+
+def test_pushing_twice_changes_nothing(hub, push):
+    assert push()[0] == push()[0] == 0
+    assert len(hub.repos['me/net'].commits) == 2
+
+
+def test_revision_is_a_branch_of_its_own(hub, push, model):
+    assert push('--revision', 'v2')[0] == 0
+    assert hub.repos['me/net'].files() == {}
+    same(timm.create_model('hf-hub:me/net@v2', pretrained=True), model)
+    assert "hf-hub:me/net@v2'" in hub.repos['me/net'].files('v2')['README.md'].decode()
+
+
+def test_dry_run_prints_card_and_files_and_asks_nobody(hub, push):
+    status, out, _ = push('--dry-run')
+    assert status == 0 and out.startswith('---\n') and 'model.safetensors' in out and 'Would push to me/net' in out
+    assert hub.log == []
+
+
+def test_cut_upload_is_taken_up_again(hub, push, model):
+    hub.interfere['PUT'] = cut_upload
+    assert push()[0] == 0
+    same(timm.create_model('hf-hub:me/net', pretrained=True), model)
+    assert len(hub.repos['me/net'].commits) == 2
+
+
+def test_killed_push_leaves_nothing_half_done(hub, push, checkpoint, model):
+    uploading = threading.Event()
+    hub.interfere['PUT'] = lambda request: (request.rfile.read(1000), uploading.set(), request.rfile.read())
+    child = subprocess.Popen(
+        [sys.executable, '-m', 'timm_finet', 'push', str(checkpoint), '--model', 'finet_small_g2', '--repo-id', 'me/net'])
+    assert uploading.wait(60)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert hub.repos['me/net'].files() == {}
+    assert push()[0] == 0
+    same(timm.create_model('hf-hub:me/net', pretrained=True), model)
+
+
+@pytest.mark.parametrize('token, repo, message', [
+    ('', 'me/net', 'no token for the Hub: run `hf auth login`, or set HF_TOKEN'),
+    ('hf_wrong', 'me/net', 'the token is not valid'),
+    ('hf_writer', 'you/net', 'you/net: the token has no right to write to it'),
+])
+def test_refused_push_says_why_in_one_line(hub, push, checkpoint, monkeypatch, token, repo, message):
+    monkeypatch.setenv('HF_TOKEN', token)
+    before = checkpoint.read_bytes()
+    status, out, err = push(repo=repo)
+    assert status == 2 and out == '' and message in err and len(err.splitlines()) == 1, err
+    assert hub.repos == {} and checkpoint.read_bytes() == before
+
+
+def test_push_without_a_network_says_so_in_one_line(hub, checkpoint):
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_finet', 'push', str(checkpoint), '--model', 'finet_small_g2', '--repo-id', 'me/net'],
+        env={**os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:1'}, capture_output=True, text=True)
+    assert result.returncode == 2 and 'http://127.0.0.1:1 cannot be reached' in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_bad_arguments_name_themselves(hub, push, checkpoint, tmp_path, model):
+    (tmp_path / 'text.pth').write_text('no checkpoint')
+    save_file(fuse_fbn(model).state_dict(), tmp_path / 'fused.safetensors')
+    for kwargs, message in (
+            (dict(path='no.pth'), "CHECKPOINT='no.pth' does not exist"),
+            (dict(path=tmp_path / 'text.pth'), 'text.pth.* cannot be read'),
+            (dict(model='finet_smal_g2'), "'finet_smal_g2' is unknown: use one of .*finet_small_g2"),
+            (dict(model='finet_large'), "'finet_large' is not what CHECKPOINT.* was trained as: 'finet_small_g2'"),
+            (dict(repo='net'), "--repo-id 'net' must be ORG/NAME"),
+            (dict(path=tmp_path / 'fused.safetensors'), 'fused form: add --fused'),
+    ):
+        status, out, err = push(**kwargs)
+        assert status == 2 and out == '' and len(err.splitlines()) == 1, err
+        assert re.search(message, err), err
+    (tmp_path / 'other.csv').write_text('model,top1,top5\nother,1,2\n')
+    assert "no row for 'finet_small_g2': it has other" in push('--results', tmp_path / 'other.csv')[2]
+    assert 'lacks the columns top5' in (
+        (tmp_path / 'other.csv').write_text('model,top1\nother,1\n') and push('--results', tmp_path / 'other.csv')[2])
+    assert hub.repos == {}
+
+
+def test_state_dict_that_does_not_fit_is_refused(push, tmp_path):
+    save_file(timm.create_model('finet_large_g2').state_dict(), tmp_path / 'large.safetensors')
+    status, _, err = push(path=tmp_path / 'large.safetensors')
+    assert status == 2 and 'does not fit --model finet_small_g2' in err and len(err.splitlines()) == 1
+
+
+def test_cut_download_is_taken_up_again(hub, push, model):
+    push()
+    timm.create_model('hf-hub:me/net')  # the config alone, so that the next GET is the weights'
+    hub.interfere['GET'] = cut_download
+    same(timm.create_model('hf-hub:me/net', pretrained=True), model)
+    assert [line for line in hub.log if line.startswith('GET') and 'model.safetensors' in line][1:]
+
+
+def test_loaded_once_it_loads_offline_and_a_commit_can_be_pinned(hub, push, model, checkpoint):
+    push()
+    first = hub.repos['me/net'].branches['main']
+    timm.create_model('hf-hub:me/net', pretrained=True)
+    save_file(timm.create_model('finet_small_g2', num_classes=10).state_dict(), checkpoint.with_name('new.safetensors'))
+    assert push(path=checkpoint.with_name('new.safetensors'))[0] == 0
+    assert hub.repos['me/net'].branches['main'] != first
+    same(timm.create_model(f'hf-hub:me/net@{first}', pretrained=True), model)
+    script = "import timm, timm_finet; print(timm.create_model('hf-hub:me/net', pretrained=True).num_classes)"
+    asked = len(hub.log)
+    result = subprocess.run(
+        [sys.executable, '-c', script], env={**os.environ, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
+    assert result.stdout.strip() == '10', result.stderr
+    assert len(hub.log) == asked
+
+
+def test_private_and_absent_repositories_are_not_loaded(hub, push, monkeypatch):
+    push('--private')
+    with pytest.raises(RepositoryNotFoundError):
+        timm.create_model('hf-hub:me/none', pretrained=True)
+    monkeypatch.setenv('HF_TOKEN', '')
+    with pytest.raises(RepositoryNotFoundError):
+        timm.create_model('hf-hub:me/net', pretrained=True)
