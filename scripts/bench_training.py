@@ -2,14 +2,13 @@
 
     python scripts/bench_training.py                          # CPU, one thread; on a GPU: --device cuda --channels-last
     python scripts/bench_training.py --models finet_large --groups 4 --layers
-    python scripts/bench_training.py --plot --models finet_small finet_large
+    python scripts/bench_training.py --plot
 
 A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, with
 nn.BatchNorm2d; `reference` the paper's form; `moment` this package's; `conv`, on demand, has no normalisation behind the
 FBN convolutions at all, the floor for any form. Rows are merged into results/bench_training.csv.
 """
 import argparse
-import csv
 import platform
 import shlex
 import sys
@@ -23,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
 from timm_finet import FBNConv2d
 
-RESULTS = Path(__file__).parent / 'results' / 'bench_training.csv'
+FILE = RESULTS / 'bench_training.csv'
 FORMS = ('bn', 'reference', 'moment')
 SEED = 0
 
@@ -167,17 +167,25 @@ KEY = ('model', 'size', 'dtype', 'layout', 'batch', 'groups', 'form', 'device', 
 
 def merge(rows):
     """Write rows over those of the same measurement that the results file holds."""
-    merged = {}
-    if RESULTS.exists():
-        with RESULTS.open(newline='') as file:
-            merged = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
+    merged = {tuple(row[k] for k in KEY): row for row in read_rows(FILE)} if FILE.exists() else {}
     merged.update({tuple(str(row[k]) for k in KEY): row for row in rows})
-    part = RESULTS.with_suffix('.part')
-    with part.open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(merged.values())
-    part.replace(RESULTS)
+    write_rows(FILE, list(merged.values()))
+
+
+def table(rows):
+    """Against plain BN: this package's form and the reference form at G = 2, 4, 8."""
+    def ratios(rows, form, column):
+        found = {r['groups']: f'{float(r[column]):.2f}' for r in rows if r['form'] == form}
+        return ' / '.join(found.get(groups, '-') for groups in ('2', '4', '8'))
+    kinds = {}
+    for row in rows:
+        kinds.setdefault(tuple(row[k] for k in KEY if k not in ('groups', 'form')), []).append(row)
+    cells = []
+    for (name, size, dtype, layout, batch, _, _, compiled), rows in sorted(kinds.items()):
+        cells.append([f"{name}, {size} px, batch {batch}, {dtype}{', channels_last' if layout == 'channels_last' else ''}"
+                      f"{', compiled' if compiled == 'True' else ''}"]
+                     + [ratios(rows, form, column) for column in ('time_vs_bn', 'memory_vs_bn') for form in FORMS[:0:-1]])
+    return markdown(['G = 2 / 4 / 8', 'time vs BN', 'reference form', 'peak memory vs BN', 'reference form'], cells)
 
 
 def plot(models):
@@ -185,10 +193,8 @@ def plot(models):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    with RESULTS.open(newline='') as file:
-        rows = [
-            r for r in csv.DictReader(file)
-            if r['model'] in models and r['dtype'] == 'float32' and r['layout'] == 'contiguous']
+    rows = [
+        r for r in read_rows(FILE) if r['model'] in models and r['dtype'] == 'float32' and r['layout'] == 'contiguous']
     panels = sorted({(int(r['size']), r['model'], int(r['batch'])) for r in rows if r['groups'] == '8'})
     columns = len({name for _, name, _ in panels})
     for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
@@ -204,8 +210,8 @@ def plot(models):
                 label = {'bn': 'plain BN', 'reference': 'FBN, reference form', 'moment': 'FBN, moment form'}[form]
                 ax.plot(*zip(*points), color=color, marker=marker, label=label)
                 if form != 'bn':
-                    ax.annotate(f'{points[-1][1]:.2f}x', points[-1], xytext=(0, 6), textcoords='offset points',
-                                ha='right', color=color, fontsize=9)
+                    ax.annotate(f'{points[-1][1]:.2f}x', points[-1], xytext=(0, 6 if points[-1][1] >= 1 else -14),
+                                textcoords='offset points', ha='right', color=color, fontsize=9)
             ax.set(xscale='log', yscale='log', title=f'{name}, {size} px, batch {batch}')
             ax.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
             ax.set_yticks([y for y in (0.5, 1, 2, 5, 10, 20) if ax.get_ylim()[0] <= y <= ax.get_ylim()[1] * 1.2])
@@ -216,7 +222,7 @@ def plot(models):
         fig.supxlabel('FBN groups G')
         fig.supylabel(f'training step, {what} against plain BN')
         axes[0][0].legend(fontsize=8, loc='upper left')
-        fig.savefig(RESULTS.with_name(f'bench_training_{what}.png'), dpi=150, facecolor='white')
+        fig.savefig(RESULTS / f'bench_training_{what}.png', dpi=150, facecolor='white')
 
 
 def main():
@@ -233,9 +239,10 @@ def main():
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--layers', action='store_true', help='time each kind of FBN layer alone instead')
-    parser.add_argument('--plot', action='store_true', help='draw the plots from the results file and stop')
+    parser.add_argument('--plot', action='store_true', help="make the plots and the README's table from the results file and stop")
     args = parser.parse_args()
     if args.plot:
+        write_readme_block('bench_training', table(read_rows(FILE)))
         return plot(args.models)
     if 'bn' not in args.forms:
         parser.error("--forms must include bn: everything is compared with it")

@@ -5,21 +5,20 @@
 For each input the largest relative error of the batch variance, and the root mean square error of the output in units of
 the output's deviation; `layers` takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
 """
-import csv
 import shlex
 import sys
 from copy import deepcopy
 from datetime import date
-from pathlib import Path
 
 import timm
 import torch
 
 from bench_training import cpu_name
+from report import RESULTS, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.demo import MODEL, shipped_pictures
 
-RESULTS = Path(__file__).parent / 'results' / 'numerics.csv'
+FILE = RESULTS / 'numerics.csv'
 SEED = 0
 
 
@@ -81,10 +80,7 @@ def main():
     for row in rows:
         print(f"{row['input']:<34}" + ''.join(f'  {key} {row[key]:.1e}' for key in list(row)[1:]))
     facts = dict(seed=SEED, device=cpu_name(), torch=torch.__version__, date=date.today(), command=shlex.join(sys.argv))
-    with RESULTS.open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0] | facts), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows({k: f'{v:.2e}' if isinstance(v, float) else v for k, v in row.items()} | facts for row in rows)
+    write_rows(FILE, [{k: f'{v:.2e}' if isinstance(v, float) else v for k, v in row.items()} | facts for row in rows])
 
 
 if __name__ == '__main__':
