@@ -15,8 +15,8 @@ from torchvision.transforms import InterpolationMode
 
 from timm_finet import launch
 
-RECIPES = sorted(path.stem for path in launch.RECIPES.glob('*.yaml'))
 PAPER = ['imagenet', 'cifar10', 'cifar100', 'resnet_cifar']
+RECIPES = [*PAPER, 'cifar10_short', 'finetune', 'modern', 'modern_finetune', 'smoke']
 CIFAR = ['cifar10', 'cifar100', 'resnet_cifar', 'modern', 'smoke', 'cifar10_short']
 UPDATES = 10  # an epoch
 ARRAY = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -45,11 +45,6 @@ def rates(args):
             scheduler.step_update(epoch * UPDATES + update + 1)
         scheduler.step(epoch + 1)
     return found + [optimizer.param_groups[0]['lr']]
-
-
-def test_names():
-    assert RECIPES == ['cifar10', 'cifar100', 'cifar10_short', 'finetune', 'imagenet', 'modern', 'modern_finetune',
-                       'resnet_cifar', 'smoke']
 
 
 @pytest.mark.parametrize('name', RECIPES)
