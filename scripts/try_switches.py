@@ -1,6 +1,6 @@
 """Tries train.py's switches for real on `recipe:smoke`, alone and in two processes of torchrun, all on the CPU.
 
-    python scripts/try_switches.py           # a quarter of an hour on two cores
+    python scripts/try_switches.py           # ten minutes on two idle cores
     python scripts/try_switches.py --table   # the README's tables from the results files
 
 Writes results/switches.csv: how three epochs ended with each switch. Writes results/processes.csv: one process against two
@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
@@ -35,21 +34,19 @@ PAIR = [(1, 100, SAME), (1, 100, f'{SAME} --channels-last'), (2, 50, f'{SAME} --
 
 
 def train(processes, batch, switches, folder):
-    """The command, its exit status, its summary's rows and seconds."""
+    """The command, its exit status and its summary's rows."""
     args = ['run', 'train', '--config', 'recipe:smoke', '--epochs', str(EPOCHS), '--batch-size', str(batch),
             *shlex.split(switches)]
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *(torchrun if processes > 1 else []), '-m', 'timm_finet', *args, '--output', folder, '--experiment', 'run'],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seconds = time.perf_counter() - start
     command = f'torchrun --standalone --nproc_per_node={processes} -m timm_finet' if processes > 1 else 'timm-finet'
     summary = Path(folder, 'run', 'summary.csv')
     rows = list(csv.DictReader(summary.open(newline=''))) if summary.exists() else []
     if done.returncode:
         print(done.stdout[-3000:])
-    return shlex.join([*command.split(), *args]), done.returncode, rows, seconds
+    return shlex.join([*command.split(), *args]), done.returncode, rows
 
 
 def environment():
@@ -68,18 +65,17 @@ def measure():
     switches = []
     for processes, batch, switch in RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            command, status, rows, seconds = train(processes, batch, switch, folder)
+            command, status, rows = train(processes, batch, switch, folder)
         last = rows[-1] if rows else {}
         switches.append(dict(
             processes=processes, switches=switch or 'none', exit_status=status, epochs=len(rows),
-            train_loss=last.get('train_loss', ''), eval_top1=last.get('eval_top1', ''), seconds=round(seconds),
-            command=command, **environment()))
+            train_loss=last.get('train_loss', ''), eval_top1=last.get('eval_top1', ''), command=command, **environment()))
         print(switches[-1], flush=True)
         write('switches.csv', switches)
     pairs = []
     for processes, batch, switch in PAIR:
         with tempfile.TemporaryDirectory() as folder:
-            command, status, rows, _ = train(processes, batch, switch, folder)
+            command, status, rows = train(processes, batch, switch, folder)
         pairs += [dict(
             processes=processes, batch_a_process=batch, layout='channels_last' if 'last' in switch else 'contiguous',
             epoch=int(row['epoch']), train_loss=row['train_loss'], eval_loss=row['eval_loss'], eval_top1=row['eval_top1'],

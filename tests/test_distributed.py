@@ -28,7 +28,7 @@ NETWORKS = {
     '3x3': lambda: FBNConv2d(8, 6, 3, padding=1, fbn_groups=2),
     'finet': finet,
     'resnet stage': lambda: timm.create_model('resnet18_fbn').layer2,
-    'launcher': finet,  # with the SyncBatchNorm for the CPU that `timm-finet run train` puts in, nothing is frozen
+    'launcher': finet,  # nothing frozen: what `timm-finet run train` does for train.py on the CPU
 }
 
 
@@ -58,9 +58,10 @@ def worker(rank, folder, name):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     model, x, weighting = torch.load(f'{folder}/job.pt', weights_only=False)
+    model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
     if name == 'launcher':
         allow_cpu()
-    model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[torch.device('cpu')])  # averages the gradients
     y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
     torch.save((y, grad, [p.grad for p in model.parameters()], list(model.buffers())), f'{folder}/{rank}.pt')
     dist.destroy_process_group()

@@ -1,0 +1,44 @@
+"""The shipped CIFAR-10 pictures as WebDataset shards, to try timm's readers of sharded and streamed data on.
+
+    python scripts/write_shards.py FOLDER
+"""
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+from timm_finet.data import shipped_pictures
+
+SHARDS = {'train': 2, 'validation': 1}
+
+
+def add(tar, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def main():
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, labels = shipped_pictures()
+    splits = {}
+    for split, shards in SHARDS.items():
+        mine = [i for i in range(len(labels)) if (i % 40 < 30) == (split == 'train')]
+        names = [f'{split}-{shard:06}.tar' for shard in range(shards)]
+        for shard, name in enumerate(names):
+            with tarfile.open(folder / name, 'w') as tar:
+                for i in mine[shard::shards]:
+                    png = io.BytesIO()
+                    pictures[i].save(png, 'PNG')
+                    add(tar, f'{i:06}.png', png.getvalue())
+                    add(tar, f'{i:06}.cls', str(labels[i]).encode())
+        lengths = [len(mine[shard::shards]) for shard in range(shards)]
+        splits[split] = dict(name=split, num_samples=len(mine), filenames=names, shard_lengths=lengths)
+    (folder / '_info.json').write_text(json.dumps(dict(splits=splits), indent=1))
+    print(f'wrote {folder}')
+
+
+if __name__ == '__main__':
+    main()
