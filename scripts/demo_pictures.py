@@ -1,15 +1,20 @@
-"""Make the pictures of `timm-finet demo`: the first 40 of each class of CIFAR-10's test set, a lossless sprite, class by class.
+"""Make the shipped pictures, lossless sprites, class by class: the first 40 of each class of CIFAR-10's test set, on which
+`timm-finet demo` and `export` check networks, and the first 10 of its training set, on which `export --int8` calibrates.
 
     python scripts/demo_pictures.py cifar10.npz
 """
 import sys
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+WEIGHTS = Path(__file__).parents[1] / 'timm_finet' / 'weights'
+
 with np.load(sys.argv[1]) as arrays:
-    pictures = np.concatenate([arrays['test'][arrays['test_labels'] == c][:40] for c in range(10)])
-sprite = pictures.reshape(20, 20, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(640, 640, 3)
-target = Path(__file__).parents[1] / 'timm_finet' / 'weights' / 'cifar10_test.webp'
-Image.fromarray(sprite).save(target, lossless=True, quality=100, method=6)
+    for split, each in (('test', 40), ('train', 10)):
+        pictures = np.concatenate([arrays[split][arrays[f'{split}_labels'] == c][:each] for c in range(10)])
+        side = isqrt(len(pictures))
+        sprite = pictures.reshape(side, side, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(side * 32, side * 32, 3)
+        Image.fromarray(sprite).save(WEIGHTS / f'cifar10_{split}.webp', lossless=True, quality=100, method=6)

@@ -16,7 +16,8 @@ import torch
 from bench_training import cpu_name
 from report import RESULTS, write_rows
 from timm_finet import FBNConv2d
-from timm_finet.demo import MODEL, shipped_pictures
+from timm_finet.data import shipped_pictures
+from timm_finet.demo import MODEL
 
 FILE = RESULTS / 'numerics.csv'
 SEED = 0

@@ -21,10 +21,8 @@ def write_rows(file, rows):
     part.replace(file)
 
 
-def markdown(head, rows, left=1):
-    """A table whose first `left` columns are aligned left, the others right."""
-    rule = ['---'] * left + ['---:'] * (len(head) - left)
-    return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
+def markdown(head, rows):
+    return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (head, ['---'] * len(head), *rows))
 
 
 def readme_block(name):

@@ -1,6 +1,7 @@
 """Table 2 again: multiply-adds and parameters of Finet and of the networks it is compared with, beside the paper's figures.
 
     python scripts/table2.py
+    python scripts/table2.py --plot      # results/table2.png, accuracy against multiply-adds
 
 Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes results/table2.csv and the README's table.
 The accuracies are the paper's own; none of them is measured here.
@@ -43,6 +44,9 @@ PAPER = {
 }
 SIZES = {'mobilenetv2_035': 192}  # the published checkpoint with this accuracy and this count is the one for 192 px
 FC1 = 1024 * 1024
+# Where the plot's labels stand, so that they do not cover each other: left of the point, or this much above it.
+LEFT = ('mobilenetv3_small_075', 'torchvision:shufflenet_v2_x1_5', 'semnasnet_100', 'mobilenetv2_100')
+SHIFT = {'finet_large_se': 5, 'finet_large_g4': -4, 'finet_large_se_g4': 3, 'finet_large_se_g2': -3}
 
 
 class Elements(TorchDispatchMode):
@@ -106,7 +110,37 @@ def table(rows):
     return markdown(head, cells)
 
 
+def plot(rows):
+    """The paper's accuracies against the multiply-adds counted here, a panel for each size."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
+    series = {'Finet': ('#1b7fbd', 'D'), 'Finet + SE': ('#0b4a73', 's'), 'other networks': ('#777777', 'o')}
+    for ax, title, sizes in zip(axes, ('small', 'large'), ((0, 1e8), (1e8, 1e9))):
+        for label, (color, marker) in series.items():
+            points = [
+                (int(row['madds']) / 1e6, float(row['paper_top1']), row['model']) for row in rows
+                if sizes[0] < int(row['madds']) < sizes[1]
+                and label == ('other networks' if 'finet' not in row['model'] else 'Finet + SE' if '_se' in row['model'] else 'Finet')]
+            ax.plot(*zip(*((x, y) for x, y, _ in points)), marker, color=color, label=label, markersize=6)
+            for x, y, name in points:
+                finet, groups = name.startswith('finet'), name[-1] if '_g' in name else '1'
+                text = f'G = {groups}' if finet else name.removeprefix('torchvision:')
+                side = -1 if name in LEFT else 1
+                ax.annotate(text, (x, y), xytext=(7 * side, SHIFT.get(name, 0)), textcoords='offset points', fontsize=8,
+                            va='center', ha='left' if side > 0 else 'right', color=color)
+        ax.set(title=title, xlabel='multiply-adds, millions, counted here')
+        ax.margins(x=0.2, y=0.1)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 on ImageNet, %, the paper's")
+    axes[0].legend(fontsize=8, loc='lower left')
+    fig.savefig(RESULTS / 'table2.png', dpi=150, facecolor='white')
+
+
 if __name__ == '__main__':
     file = RESULTS / 'table2.csv'
+    if '--plot' in sys.argv:
+        sys.exit(plot(read_rows(file)))
     write_rows(file, [count(name) for name in PAPER])
     write_readme_block('table2', table(read_rows(file)))

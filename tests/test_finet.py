@@ -7,7 +7,7 @@ from safetensors.torch import save_model
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_finet import FBNConv2d, finet, fuse_fbn
-from timm_finet.demo import shipped_pictures
+from timm_finet.data import shipped_pictures
 
 NAMES = [
     f'finet_{size}{se}{groups}'

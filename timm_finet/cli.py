@@ -1,7 +1,7 @@
 """The command `timm-finet`."""
 import argparse
 
-from . import demo, flops, hub, launch
+from . import demo, export, flops, hub, launch
 
 
 def main(argv=None) -> None:
@@ -19,6 +19,14 @@ def main(argv=None) -> None:
     form.add_argument('--fused', action='store_true', default=True, help='count the deploy form (the default)')
     form.add_argument('--train-form', action='store_false', dest='fused', help='count the form that is trained')
     sub.add_argument('--csv', action='store_true', help='print CSV')
+
+    sub = commands.add_parser('export', help='write a fused network as an ONNX or ExecuTorch file, checked on pictures')
+    sub.add_argument('name', metavar='NAME', help='a network of timm, e.g. finet_small_g4.cifar10')
+    sub.add_argument('--to', required=True, choices=export.SUFFIXES)
+    sub.add_argument('--int8', action='store_true', help='quantise weights and activations')
+    sub.add_argument('--checkpoint', metavar='FILE', help='weights to use, in train or fused form')
+    sub.add_argument('--calibration', nargs='+', default=(), metavar='PATH', help='pictures for --int8, of the training set')
+    sub.add_argument('--output', metavar='FILE', help='default: NAME.onnx, NAME.pte, NAME.int8.onnx or NAME.int8.pte')
 
     sub = commands.add_parser('run', help="run timm's train, validate, benchmark, inference or onnx_export with our models")
     sub.add_argument('script', metavar='SCRIPT', help="a path, or a bare name: looked up in $TIMM_SCRIPTS, else fetched")
@@ -43,6 +51,8 @@ def main(argv=None) -> None:
         elif args.command == 'push':
             hub.push_checkpoint(
                 args.checkpoint, args.model, args.repo_id, args.private, args.revision, args.fused, args.results, args.dry_run)
+        elif args.command == 'export':
+            export.export(args.name, args.to, args.output, args.int8, args.checkpoint, args.calibration)
         else:
             script = launch.resolve(args.script, args.args)
     except (OSError, ValueError, RuntimeError) as error:

@@ -19,15 +19,17 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 __all__ = ['CIFAR10Pad2', 'CIFAR100Pad2', 'CIFAR10Sample', 'shipped_pictures']
 
 PAD = 2
-PICTURES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'  # 400 tiles of 32 px, 40 a class, class by class
+# Tiles of 32 px, class by class: 40 a class, and 10 a class
+PICTURES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
+TRAINING_PICTURES = Path(__file__).parent / 'weights' / 'cifar10_train.webp'
 
 
-def shipped_pictures() -> Tuple[List[Image.Image], List[int]]:
-    """The 400 shipped CIFAR-10 test pictures and their labels."""
-    with Image.open(PICTURES) as sprite:
+def shipped_pictures(file: Path = PICTURES) -> Tuple[List[Image.Image], List[int]]:
+    """The 400 shipped CIFAR-10 test pictures, or the 100 of the training set, and their labels."""
+    with Image.open(file) as sprite:
         sprite = sprite.convert('RGB')
-    tiles = [sprite.crop((x, y, x + 32, y + 32)) for y in range(0, 640, 32) for x in range(0, 640, 32)]
-    return tiles, [i // 40 for i in range(len(tiles))]
+    tiles = [sprite.crop((x, y, x + 32, y + 32)) for y in range(0, sprite.height, 32) for x in range(0, sprite.width, 32)]
+    return tiles, [10 * i // len(tiles) for i in range(len(tiles))]
 
 
 class _Pad2:

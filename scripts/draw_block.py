@@ -1,0 +1,102 @@
+"""Draw a block of Finet as it is trained and as it is deployed, from the traced graphs of the two forms.
+
+    python scripts/draw_block.py                 # writes results/block.png
+
+Boxes in one column run one after the other; the right column is Squeeze-and-Excitation, which reads the block's input.
+"""
+import matplotlib
+import timm
+import torch.nn as nn
+
+from report import RESULTS
+from timm_finet import FBNConv2d, fuse_fbn
+from timm_finet.rewrite import _LeafTracer
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+NAME = 'finet_large_se_g4'
+COLORS = {'conv': '#cfe3f5', 'norm': '#fbd9b5', 'act': '#d7ead0', 'math': '#e8e8e8'}
+HEIGHT, GAP, WIDTH = 0.62, 0.38, 3.3
+
+
+def describe(node, block):
+    """A box's text and kind, or None for what does nothing in eval mode."""
+    if node.op != 'call_module':
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        return {'placeholder': "the block's input", 'output': "the block's output"}.get(
+            node.op, {'mean': 'average pooling', 'mul': '×', 'add': '+'}.get(name, name)), 'math'
+    module = block.get_submodule(node.target)
+    if isinstance(module, nn.Identity):
+        return None
+    if isinstance(module, FBNConv2d):
+        c, g, out = module.in_channels, module.fbn_groups, module.out_channels
+        return f'{g} × (1x1 conv {c // g} to {out}, BN)\nsummed: FBN, G = {g}', 'norm'
+    if isinstance(module, nn.Conv2d):
+        kind = 'depthwise' if module.groups > 1 else 'conv'
+        bias = '' if module.bias is None else ', bias'
+        size = f'{module.kernel_size[0]}x{module.kernel_size[1]}'
+        return f'{size} {kind} {module.in_channels} to {module.out_channels}{bias}', 'conv'
+    if isinstance(module, nn.BatchNorm2d):
+        return f'BN {module.num_features}', 'norm'
+    return type(module).__name__, 'act'
+
+
+def draw(ax, block, title):
+    boxes, behind_conv1, bottoms = {}, set(), [0.0, 0.0]
+    sources = {}  # the node whose box stands for a node: another's, where it draws none itself
+    for node in _LeafTracer().trace(block).nodes:
+        inputs = [sources[i] for i in node.all_input_nodes]
+        if node.target == 'conv1' or any(i in behind_conv1 for i in inputs):
+            behind_conv1.add(node)
+        text = describe(node, block)
+        if text is None:
+            sources[node] = inputs[0]
+            continue
+        sources[node] = node
+        lane = int(bool(inputs) and node not in behind_conv1)
+        above = [boxes[i][1] for i in inputs] + [bottoms[lane]]
+        top = min(above) - GAP
+        bottoms[lane] = top - HEIGHT
+        x = lane * (WIDTH + 0.9)
+        boxes[node] = x, bottoms[lane]
+        ax.add_patch(plt.Rectangle((x, bottoms[lane]), WIDTH, HEIGHT, facecolor=COLORS[text[1]], edgecolor='#444444', lw=0.8))
+        ax.text(x + WIDTH / 2, bottoms[lane] + HEIGHT / 2, text[0], ha='center', va='center', fontsize=8, color='black')
+        for source in inputs:
+            connect(ax, boxes[source], boxes[node], skip=len(inputs) > 1 and source.op == 'placeholder')
+    ax.set_title(title, fontsize=10)
+    ax.set(xlim=(-0.7, 2 * WIDTH + 1))
+    ax.axis('off')
+    return min(bottoms)
+
+
+def connect(ax, source, target, skip):
+    arrow = dict(arrowstyle='->', color='#444444', lw=1)
+    (x0, y0), (x1, y1) = source, target
+    if skip:  # the identity, round the left side
+        ax.plot([x0, x0 - 0.5, x0 - 0.5], [y0 + HEIGHT / 2, y0 + HEIGHT / 2, y1 + HEIGHT / 2], color='#444444', lw=1)
+        ax.annotate('', (x1, y1 + HEIGHT / 2), (x0 - 0.5, y1 + HEIGHT / 2), arrowprops=arrow)
+    elif x0 == x1:
+        ax.annotate('', (x1 + WIDTH / 2, y1 + HEIGHT), (x0 + WIDTH / 2, y0), arrowprops=arrow)
+    elif x0 < x1:  # to the right: along the source's height, then down
+        ax.plot([x0 + WIDTH, x1 + WIDTH / 2], [y0 + HEIGHT / 2] * 2, color='#444444', lw=1)
+        ax.annotate('', (x1 + WIDTH / 2, y1 + HEIGHT), (x1 + WIDTH / 2, y0 + HEIGHT / 2), arrowprops=arrow)
+    else:  # back to the left: down, then along the target's height
+        ax.plot([x0 + WIDTH / 2] * 2, [y0, y1 + HEIGHT / 2], color='#444444', lw=1)
+        ax.annotate('', (x1 + WIDTH, y1 + HEIGHT / 2), (x0 + WIDTH / 2, y1 + HEIGHT / 2), arrowprops=arrow)
+
+
+def main():
+    block = timm.create_model(NAME).stages[0][1].eval()
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 6.4), layout='constrained')
+    bottoms = [
+        draw(ax, form, f'{title}, {sum(p.numel() for p in form.parameters()):,} parameters')
+        for ax, form, title in zip(axes, (block, fuse_fbn(block)), ('train form', 'fused'))]
+    for ax in axes:
+        ax.set_ylim(min(bottoms) - 0.2, 0)
+    fig.suptitle(f'{NAME}: a block of stride 1, {block.conv1.in_channels} channels', fontsize=11)
+    fig.savefig(RESULTS / 'block.png', dpi=130, facecolor='white')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,208 @@
+"""`timm-finet export`: a fused network as an ONNX or ExecuTorch file, in float32 or int8, checked before it is written."""
+import logging
+import os
+import tempfile
+import warnings
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Callable, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_state_dict
+from timm.utils import reparameterize_model
+
+from .data import TRAINING_PICTURES, shipped_pictures
+from .demo import read_pictures
+from .finet import CIFAR10_CLASSES
+from .flops import find_names
+from .rewrite import fuse_fbn
+
+__all__ = ['export']
+
+SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
+EXTRAS = {'onnx': 'export', 'executorch': 'executorch'}
+
+# What a file must reach against the fused network in PyTorch, on the shipped test pictures, to be written.
+LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.9}  # share of pictures with the same top-1; rounding to int8 turns close calls
+LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; float32 alone
+
+
+@contextmanager
+def needs(to: str):
+    """Turn a missing package into an error that names the extra, and keep the exporters' chatter away."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(None):
+            warnings.simplefilter('ignore')
+            yield
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"--to {to} needs the package {error.name}: pip install 'timm-finet[{EXTRAS[to]}]'.") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def to_onnx(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None) -> None:
+    """Write a fused `model` for inputs shaped like `x`; int8 where there are `calibration` pictures `(n, 3, H, W)`."""
+    with needs('onnx'):
+        import onnx  # noqa: F401 (torch's own message for a missing package is long)
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        torch.onnx.export(
+            model, (x,), file, input_names=['input'], output_names=['logits'], dynamo=True, external_data=False, verbose=False)
+        if calibration is not None:
+            quantise_onnx(file, calibration)
+
+
+def quantise_onnx(file: str, calibration: torch.Tensor) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        pictures = iter(calibration.split(1))
+
+        def get_next(self):
+            x = next(self.pictures, None)
+            return None if x is None else {'input': x.numpy()}
+
+    quant_pre_process(file, file)
+    quantize_static(file, file, Reader(), per_channel=True)
+
+
+def to_executorch(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None) -> None:
+    """As `to_onnx`, for ExecuTorch with XNNPACK."""
+    with needs('executorch'):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        program = torch.export.export(model, (x,))
+        if calibration is not None:
+            program = torch.export.export(quantise_executorch(program.module(), calibration), (x,))
+        program = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        Path(file).write_bytes(program.to_executorch().buffer)
+
+
+def quantise_executorch(model: nn.Module, calibration: torch.Tensor) -> nn.Module:
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    model = prepare_pt2e(model, XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
+    for x in calibration.split(1):
+        model(x)
+    return convert_pt2e(model)
+
+
+def load_onnx(file: str, threads: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'input': x.numpy()})[0])
+
+
+def load_executorch(file: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    from executorch.runtime import Runtime
+    method = Runtime.get().load_program(file).load_method('forward')
+    return lambda x: method.execute([x])[0]
+
+
+WRITE = {'onnx': to_onnx, 'executorch': to_executorch}
+LOAD = {'onnx': load_onnx, 'executorch': load_executorch}
+
+
+def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
+    """A network, fused, with its pretrained weights, those of a checkpoint in either form, or random ones.
+
+    Raises:
+        ValueError: The name is unknown, or the checkpoint does not fit.
+        FileNotFoundError: There is no such checkpoint.
+    """
+    from_hub = name.startswith(('hf-hub:', 'local-dir:'))
+    if not from_hub:
+        find_names([name])
+    if checkpoint is None:
+        model = timm.create_model(name, pretrained=from_hub or timm.get_pretrained_cfg(name).has_weights)
+    else:
+        if not Path(checkpoint).is_file():
+            raise FileNotFoundError(f'checkpoint={checkpoint!r} does not exist.')
+        try:
+            state = load_state_dict(checkpoint)
+            head = state.get(f"{timm.get_pretrained_cfg_value(name, 'classifier')}.bias")
+            kwargs = {} if head is None else dict(num_classes=len(head))
+            if 'fbn' in name or 'finet' in name and not any(key.endswith('running_var') for key in state):
+                kwargs['fused'] = True
+            model = timm.create_model(name, **kwargs)
+            model.load_state_dict(state)
+        except Exception as error:  # what unpickling and loading raise is manifold
+            reason = ' '.join(str(error).split())
+            raise ValueError(f'checkpoint={checkpoint!r} does not fit {name}: {reason[:300]}') from error
+    return fuse_fbn(reparameterize_model(model.eval(), inplace=True), inplace=True)
+
+
+@torch.no_grad()
+def compare(model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the fused network and of the file, for pictures `x` `(n, 3, H, W)`."""
+    return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(1)])
+
+
+def export(
+        name: str, to: str, output: Optional[str] = None, int8: bool = False, checkpoint: Optional[str] = None,
+        calibration: Sequence[str] = ()) -> None:
+    """Write a network for one picture at a time, unless the file disagrees with PyTorch; print what was found.
+
+    Args:
+        name: A network of timm, ours among them.
+        to: 'onnx' or 'executorch'.
+        output: The file to write, by default the network's name in the current folder.
+        int8: Post-training quantisation, weights per channel, calibrated on pictures.
+        checkpoint: Weights, in train or fused form, instead of the pretrained ones.
+        calibration: Pictures or folders of them; by default 100 training pictures of CIFAR-10, for networks of its classes.
+
+    Raises:
+        ValueError, FileNotFoundError: An argument is wrong.
+        RuntimeError: A package is missing, or the file disagrees.
+    """
+    precision = 'int8' if int8 else 'float32'
+    output = Path(output or name.replace(':', '_').replace('/', '_') + ('.int8' if int8 else '') + SUFFIXES[to])
+    if output.is_dir() or not os.access(output.resolve().parent, os.W_OK):
+        raise ValueError(f'output={str(output)!r} cannot be written: give a file in a folder that exists.')
+    if calibration and not int8:
+        raise ValueError(f'calibration={calibration} needs --int8.')
+    model = build(name, checkpoint)
+    classes = tuple(model.pretrained_cfg.get('label_names') or ())
+    if int8 and not calibration and classes != CIFAR10_CLASSES:
+        raise ValueError(f'calibration: give pictures that {name} was trained on; those shipped are of CIFAR-10.')
+    config = resolve_data_config({}, model=model)
+    transform = create_transform(**config)
+
+    def batch(pictures):
+        return torch.stack([transform(picture) for picture in pictures])
+
+    calibrating = None
+    if int8:
+        calibrating = batch(read_pictures(calibration) if calibration else shipped_pictures(TRAINING_PICTURES)[0])
+    pictures, labels = shipped_pictures()
+    x = batch(pictures)
+    part = tempfile.NamedTemporaryFile(dir=output.resolve().parent, prefix=f'.{output.name}.', suffix=SUFFIXES[to], delete=False)
+    part.close()
+    try:
+        WRITE[to](model, x[:1], part.name, calibrating)
+        expected, got = compare(model, LOAD[to](part.name), x)
+        agreement = (expected.argmax(1) == got.argmax(1)).double().mean().item()
+        difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
+        size = os.path.getsize(part.name)
+        print(f"{name}, fused, {precision}; input 1x{'x'.join(map(str, config['input_size']))}, mean {config['mean']}, std {config['std']}")
+        if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
+            print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
+        print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} pictures; largest difference of the logits: {difference:.2g}, '
+              f'largest logit: {largest:.2g}')
+        if classes == CIFAR10_CLASSES:
+            right = [(logits.argmax(1) == torch.tensor(labels)).double().mean().item() for logits in (expected, got)]
+            print(f'right: {right[0]:.2%} in PyTorch, {right[1]:.2%} in the file')
+        if not (agreement >= LEAST_AGREEMENT[precision] and (int8 or difference <= LARGEST_DIFFERENCE * largest)):
+            limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
+            raise RuntimeError(f'{output} is not written, it disagrees: {LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
+        os.replace(part.name, output)
+    finally:
+        Path(part.name).unlink(missing_ok=True)
+    print(f'wrote {output}, {size / 2 ** 20:.2f} MiB')
