@@ -1,7 +1,7 @@
 """The command `timm-finet`."""
 import argparse
 
-from . import demo, hub, launch
+from . import demo, hub, launch, space
 
 
 def main(argv=None) -> None:
@@ -26,6 +26,8 @@ def main(argv=None) -> None:
     sub.add_argument('--results', metavar='CSV', help="accuracies for the card, as timm's validate.py --results-file writes them")
     sub.add_argument('--dry-run', action='store_true', help='print the card and the files, push nothing')
 
+    commands.add_parser('space', help='serve a web page that classifies pictures, in train and in fused form')
+
     args = parser.parse_args(argv)
     try:
         if args.command == 'demo':
@@ -33,6 +35,8 @@ def main(argv=None) -> None:
         elif args.command == 'push':
             hub.push_checkpoint(
                 args.checkpoint, args.model, args.repo_id, args.private, args.revision, args.fused, args.results, args.dry_run)
+        elif args.command == 'space':
+            space.space()
         else:
             script = launch.resolve(args.script, args.args)
     except (OSError, ValueError, RuntimeError) as error:
