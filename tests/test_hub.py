@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from timm.models import push_to_hf_hub
 
 from timm_finet import cli, fuse_fbn
+from timm_finet.demo import shipped_pictures
 
 ARGS = dict(
     model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48], pretrained=False,
@@ -203,18 +204,33 @@ def test_cut_download_is_taken_up_again(hub, push, model):
     assert [line for line in hub.log if line.startswith('GET') and 'model.safetensors' in line][1:]
 
 
-def test_loaded_once_it_loads_offline_and_a_commit_can_be_pinned(hub, push, model, checkpoint):
+def test_checkpoint_of_train_py_loads_its_ema(checkpoint, model):
+    same(timm.create_model(
+        'finet_small_g2', num_classes=10, checkpoint_path=str(checkpoint), **ARGS['model_kwargs']), model)
+
+
+def test_cards_usage_runs_as_it_stands(hub, push, tmp_path, monkeypatch, capsys):
+    push()
+    monkeypatch.chdir(tmp_path)
+    shipped_pictures()[0][0].save('picture.png')
+    exec(re.search(r'```python\n(.*?)```', hub.repos['me/net'].files()['README.md'].decode(), re.S)[1], {})
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_commit_can_be_pinned_and_what_was_loaded_loads_offline_in_timms_scripts(hub, push, model, checkpoint, tmp_path):
     push()
     first = hub.repos['me/net'].branches['main']
-    timm.create_model('hf-hub:me/net', pretrained=True)
     save_file(timm.create_model('finet_small_g2', num_classes=10).state_dict(), checkpoint.with_name('new.safetensors'))
     assert push(path=checkpoint.with_name('new.safetensors'))[0] == 0
     assert hub.repos['me/net'].branches['main'] != first
     same(timm.create_model(f'hf-hub:me/net@{first}', pretrained=True), model)
-    script = "import timm, timm_finet; print(timm.create_model('hf-hub:me/net', pretrained=True).num_classes)"
+    timm.create_model('hf-hub:me/net', pretrained=True)
     asked = len(hub.log)
+    (tmp_path / 'script.py').write_text(
+        'import sys, timm\nprint(timm.create_model(sys.argv[2], pretrained=True).num_classes)')
     result = subprocess.run(
-        [sys.executable, '-c', script], env={**os.environ, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
+        [sys.executable, '-m', 'timm_finet', 'run', str(tmp_path / 'script.py'), '--model', 'hf-hub:me/net'],
+        env={**os.environ, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
     assert result.stdout.strip() == '10', result.stderr
     assert len(hub.log) == asked
 

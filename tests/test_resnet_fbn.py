@@ -21,13 +21,19 @@ def test_it_is_timms_resnet_but_for_fbn(name, plain, fbn_groups):
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in resnet.parameters()) + extra
 
 
-def test_one_group_is_timms_resnet():
-    model, resnet = timm.create_model('resnet18_fbn', fbn_groups=1).eval(), timm.create_model('resnet18').eval()
-    resnet.load_state_dict({
-        key.replace('conv', 'bn').replace('.bn.', '.') if key.startswith('layer') and '.conv' in key and '.bn.' in key
-        else key.replace('downsample.0.bn', 'downsample.1'): value for key, value in model.state_dict().items()})
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_one_group_is_timms_resnet_and_takes_its_checkpoints(name, randomise, tmp_path):
+    resnet = randomise(timm.create_model(name)).eval()
+    torch.save(dict(state_dict=resnet.state_dict()), tmp_path / 'plain.pth')
+    model = timm.create_model(f'{name}_fbn', fbn_groups=1, checkpoint_path=str(tmp_path / 'plain.pth')).eval()
     x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(model(x), resnet(x))
+    torch.testing.assert_close(model(x), resnet(x), rtol=1e-4, atol=1e-4)
+    overlay = dict(file=str(tmp_path / 'plain.pth'))
+    again = timm.create_model(
+        f'{name}_fbn', fbn_groups=1, num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    torch.testing.assert_close(again.forward_features(x), model.forward_features(x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match='fbn_groups=2: build it with fbn_groups=1'):
+        timm.create_model(f'{name}_fbn', checkpoint_path=str(tmp_path / 'plain.pth'))
 
 
 def test_last_norms_start_at_zero_as_in_timm():

@@ -1,7 +1,7 @@
 """The command `timm-finet`."""
 import argparse
 
-from . import demo, export, flops, hub, launch
+from . import demo, export, flops, hub, launch, space
 
 
 def main(argv=None) -> None:
@@ -42,6 +42,8 @@ def main(argv=None) -> None:
     sub.add_argument('--results', metavar='CSV', help="accuracies for the card, as timm's validate.py --results-file writes them")
     sub.add_argument('--dry-run', action='store_true', help='print the card and the files, push nothing')
 
+    commands.add_parser('space', help='serve a web page that classifies pictures, in train and in fused form')
+
     args = parser.parse_args(argv)
     try:
         if args.command == 'demo':
@@ -53,6 +55,8 @@ def main(argv=None) -> None:
                 args.checkpoint, args.model, args.repo_id, args.private, args.revision, args.fused, args.results, args.dry_run)
         elif args.command == 'export':
             export.export(args.name, args.to, args.output, args.int8, args.checkpoint, args.calibration)
+        elif args.command == 'space':
+            space.space()
         else:
             script = launch.resolve(args.script, args.args)
     except (OSError, ValueError, RuntimeError) as error:

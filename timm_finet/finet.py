@@ -351,7 +351,9 @@ VARIANTS = {
 
 default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.
-    'finet_small_g4.cifar10': _cifar10_cfg('finet_small_g4.cifar10'),
+    'finet_small_g4.cifar10': _cifar10_cfg('finet_small_g4.cifar10', notes=(
+        'The run was stopped, and resumed from its own checkpoints, after epochs 3, 4 and 24, with a first version of the moment '
+        'form: the same mathematics, other rounding.',)),
     # `*` keeps the paper's network the default; timm lets a tag with weights take over unless this one comes last
     **{f'{name}.{UNTRAINED}*': _cfg() for name in VARIANTS},
 })

@@ -28,7 +28,7 @@ BLOCK = Path(__file__).parents[1] / 'scripts' / 'results' / 'block.png'  # there
 LOCAL_ARGS = ('config', 'data', 'data_dir', 'experiment', 'initial_checkpoint', 'output', 'pretrained_path', 'resume')
 RECIPE = (
     'epochs', 'batch_size', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum', 'weight_decay', 'smoothing', 'drop', 'mixup',
-    'cutmix', 'aa', 'model_ema', 'amp', 'seed')
+    'cutmix', 'aa', 'pretrained', 'model_ema', 'amp')
 
 # By tag, and by train.py's --dataset: the Hub's name, the usual name, the classes.
 CIFAR10, CIFAR100 = ('cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('cifar100', 'CIFAR-100', None)
@@ -87,10 +87,8 @@ Not measured for these weights.
 
 ## Limits
 
-Trained on {dataset} at {size}, and on nothing else: it knows these {num_classes} classes and no others, and is no better than
-its training pictures. One run gives one figure; other seeds will differ. The paper gives no code: its parameter counts are
-reproduced exactly, but where a block's second ReLU stands is a choice of this implementation (`act_place`). The fused form cannot
-be trained further with batch statistics.
+Trained on {dataset} at {size}: it knows these {num_classes} classes and no others, and is no better than its training pictures.
+One run gives one figure; other seeds will differ. {choice}The fused form cannot be trained further with batch statistics.
 
 ## Licence and citation
 
@@ -241,6 +239,9 @@ def make_card(
         block=f'\n![The block in train and in fused form]({BLOCK.name})\n' if BLOCK.is_file() else '',
         params=[count['params'] for count in counts], macs=[count['conv'] + count['linear'] for count in counts],
         size='x'.join(map(str, cfg['input_size'])),
+        choice='' if not isinstance(model, Finet) else (
+            "The paper gives no code: its parameter counts are reproduced exactly, but where a block's second\nReLU stands is a "
+            'choice of this implementation (`act_place`). '),
         fuse='' if form == 'fused' else '\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n',
         training=training_section(cfg, args, dataset, log), accuracy=accuracy_section(results, dataset, args),
         licence=f"{cfg['license']}. Please cite the paper:")
@@ -249,9 +250,9 @@ def make_card(
 
 def training_section(cfg, args, dataset, log) -> str:
     lines = [f'Data set: {dataset}. ' + (
-        'Arguments of timm\'s train.py, all of which are in [args.yaml](args.yaml):' if args
+        "Arguments of timm's train.py, the rest of which is in [args.yaml](args.yaml):" if args
         else 'The training arguments were not recorded.')]
-    settings = [key for key in RECIPE if args.get(key) is not None]
+    settings = [key for key in RECIPE if args.get(key)]
     if settings:
         lines += ['', '| ' + ' | '.join(settings) + ' |', '|' + '---|' * len(settings),
                   '| ' + ' | '.join(str(args[key]) for key in settings) + ' |']

@@ -1,0 +1,3 @@
+from timm_finet.space import space
+
+space()

@@ -1,0 +1,45 @@
+"""Write the cards of the embedded weights, and push them to the Hub: a worked example of timm_finet.hub.
+
+    python scripts/push_to_hub.py        # hf_cards/<name>.<tag>/ alone
+    python scripts/push_to_hub.py ORG    # then ORG/<name>.<tag> on the Hub, which wants `hf auth login`
+
+A card's figures come from the network and from results/: weights.csv, and the training log and arguments of each name.
+"""
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import timm
+import yaml
+
+from timm_finet import hub
+
+RESULTS = Path(__file__).parent / 'results'
+CARDS = Path(__file__).parents[1] / 'hf_cards'
+
+
+def write(name, folder):
+    """The whole model repository of an embedded weight."""
+    model = timm.create_model(name, pretrained=True).eval()
+    results = hub.read_results(RESULTS / 'weights.csv', name)
+    args = yaml.safe_load((RESULTS / f'{name}.yaml').read_text())
+    log = RESULTS / f'{name}.csv'
+    hub.save(model, folder, hub.make_card(model, name, name, results, args, log), args, log)
+
+
+def main(org=None):
+    for name in timm.list_models(module=hub.MODULES, pretrained=True):
+        with TemporaryDirectory() as folder:
+            write(name, folder)
+            (CARDS / name).mkdir(parents=True, exist_ok=True)
+            for file in ('README.md', 'config.json', hub.BLOCK.name):
+                if Path(folder, file).is_file():
+                    shutil.copy(Path(folder, file), CARDS / name)
+            print(f'wrote hf_cards/{name}')
+            if org:
+                print(hub.push(folder, f'{org}/{name}'))
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,93 @@
+"""The committed cards: generated, traceable figure by figure, and with a usage that runs."""
+import csv
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from huggingface_hub import ModelCard
+
+from timm_finet import fuse_fbn, hub as hub_module
+from timm_finet.demo import shipped_pictures
+from timm_finet.flops import count_flops
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / 'scripts' / 'results'
+NAMES = timm.list_models(module=hub_module.MODULES, pretrained=True)
+
+spec = importlib.util.spec_from_file_location('push_to_hub', ROOT / 'scripts' / 'push_to_hub.py')
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+def card_text(name):
+    return (ROOT / 'hf_cards' / name / 'README.md').read_text()
+
+
+def figures(card):
+    """The numbers that a card states as measured or counted: in tables, in the model-index, and at the log's end."""
+    lines = [line for line in card.splitlines() if line.startswith('|') or 'value:' in line or '% top-1' in line]
+    return set(re.findall(r'\d[\d,]*(?:\.\d+)?', re.sub(r'`[^`]*`|\d+x\d+x\d+|top-\d|\[[^]]*\]\([^)]*\)', '', '\n'.join(lines))))
+
+
+def known_figures(name):
+    """The numbers of the results files and the counts of the network."""
+    with open(RESULTS / 'weights.csv', newline='') as file:
+        values = {value for row in csv.DictReader(file) if row['model'] == name for value in row.values()}
+    with open(RESULTS / f'{name}.csv', newline='') as file:
+        last = list(csv.DictReader(file))[-1]
+    values |= {last['epoch'], last['eval_top1']}
+    values |= {str(value) for value in yaml.safe_load((RESULTS / f'{name}.yaml').read_text()).values()}
+    model = timm.create_model(name).eval()
+    for form in (model, fuse_fbn(model)):
+        counts = count_flops(form)
+        values |= {f'{counts["params"]:,}', f'{counts["conv"] + counts["linear"]:,}'}
+    return values
+
+
+def test_every_weight_has_a_card():
+    assert sorted(path.name for path in (ROOT / 'hf_cards').iterdir() if path.name != 'space') == sorted(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_committed_card_is_the_generated_one(name, tmp_path):
+    script.write(name, tmp_path)
+    for file in ('README.md', 'config.json', hub_module.BLOCK.name):
+        committed, written = ROOT / 'hf_cards' / name / file, tmp_path / file
+        assert written.exists() == committed.exists() and (
+            not written.exists() or written.read_bytes() == committed.read_bytes()), 'run python scripts/push_to_hub.py'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_figure_is_in_the_results(name):
+    card, known = card_text(name), known_figures(name)
+    stated = figures(card)
+    assert len(stated) >= 10 and stated <= known, stated - known
+    for figure in stated:  # and one that is not would be seen
+        wrong = f'{figure}7' if '.' in figure else f'7{figure}'
+        tampered = re.sub(rf'(?<![\d.,]){re.escape(figure)}(?![\d,]|\.\d)', wrong, card)
+        assert not figures(tampered) <= known, figure
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_metadata_and_config_agree(name):
+    data = ModelCard(card_text(name)).data
+    config = json.loads((ROOT / 'hf_cards' / name / 'config.json').read_text())
+    assert (data.library_name, data.pipeline_tag, data.model_name) == ('timm', 'image-classification', name)
+    assert 'transformers' not in data.tags and data.license == config['pretrained_cfg']['license']
+    assert [result.metric_name for result in data.eval_results] == ['Top-1 accuracy', 'Top-5 accuracy']
+    assert config['model_args']['small_input'] and len(config['pretrained_cfg']['label_names']) == config['num_classes']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_usage_runs_as_it_stands(name, tmp_path, monkeypatch, capsys):
+    usage = re.search(r'```python\n(.*?)```', card_text(name), re.S)[1]
+    assert usage.startswith('import timm_finet')
+    monkeypatch.chdir(tmp_path)
+    shipped_pictures()[0][0].save('picture.png')
+    exec(usage, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and re.fullmatch(r'airplane \d+\.\d%', lines[0])

@@ -1,0 +1,45 @@
+"""`timm-finet space`: the page's two forms, and the page."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from timm_finet import FBNConv2d, space
+
+NAME = 'finet_small_g4.cifar10'
+
+
+@pytest.mark.parametrize('fbn_groups', space.GROUPS)
+def test_forms_are_one_function_at_any_groups(fbn_groups):
+    train, fused = space.forms(NAME, fbn_groups)
+    layers = [m for m in train.modules() if isinstance(m, FBNConv2d)]
+    assert all(layer.fbn_groups == (fbn_groups if layer.in_channels % fbn_groups == 0 else 4) for layer in layers)
+    assert not any(isinstance(m, FBNConv2d) for m in fused.modules())
+    widths = []
+    layers[-1].bn.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(train(x), fused(x), rtol=1e-4, atol=1e-4)
+    assert widths == [fbn_groups * layers[-1].out_channels]  # the partial sums were there
+
+
+def test_a_picture_gets_five_classes_and_a_time_by_each_form():
+    picture = space.shipped_pictures()[0][0]
+    train, train_time, fused, fused_time = space.classify(picture.convert('RGBA').resize((300, 200)), NAME, 4)
+    assert list(train) == list(fused) and len(train) == 5 and next(iter(train)) == 'airplane'
+    assert train_time.endswith(' ms') and float(fused_time.split()[0]) > 0
+
+
+def test_page_is_built_and_sends_nothing_out():
+    pytest.importorskip('gradio')
+    page = space.app()
+    assert not page.analytics_enabled
+    config = str(page.get_config_file())
+    assert NAME in config and all(title in config for title in ('Train form', 'Fused'))
+
+
+def test_without_gradio_one_line_says_what_to_install():
+    code = "import sys; sys.modules['gradio'] = None; from timm_finet.cli import main; main(['space'])"
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "timm-finet space: gradio is missing: pip install 'timm-finet[space]'.\n"
