@@ -208,20 +208,20 @@ class _MomentStatistics(torch.autograd.Function):
         return add_affine(grad, x, a.to(x.dtype), b.flatten().to(x.dtype)), grad_weight, None
 
 
-def sync_batch_norm(z, mean, var, gamma, beta, eps, process_group):
-    """`F.batch_norm` over all processes, momentum 1. (torch's own synchronised one refuses the CPU.)"""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    count = z.new_full((1,), z.numel() // z.shape[1])
-    sums = _AllReduce.apply(torch.cat((z.sum((0, 2, 3)), count)), process_group)
+def sync_batch_norm(x, mean, var, gamma, beta, eps, process_group):
+    """`F.batch_norm` over all processes with momentum 1, for `x` `(N, C, ...)`. (torch's own refuses the CPU.)"""
+    dims, shape = [0, *range(2, x.ndim)], (-1,) + (1,) * (x.ndim - 2)
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = _AllReduce.apply(torch.cat((z.sum(dims), z.new_full((1,), z.numel() // z.shape[1]))), process_group)
     total = sums[-1].detach()
-    centred = z - (sums[:-1] / total)[:, None, None]
-    biased = _AllReduce.apply(centred.square().sum((0, 2, 3)), process_group) / total
+    z = z - (sums[:-1] / total).view(shape)
+    biased = _AllReduce.apply(z.square().sum(dims), process_group) / total
     with torch.no_grad():
         mean.copy_(sums[:-1] / total)
         var.copy_(biased * total / (total - 1))
-    scale = torch.rsqrt(biased + eps) if gamma is None else torch.rsqrt(biased + eps) * gamma
-    z = centred * scale[:, None, None]
-    return z if beta is None else z + beta[:, None, None]
+    scale = torch.rsqrt(biased + eps)
+    z = z * (scale if gamma is None else scale * gamma).view(shape)
+    return (z if beta is None else z + beta.view(shape)).to(x.dtype)
 
 
 @register_notrace_module
@@ -342,7 +342,7 @@ class FBNConv2d(nn.Conv2d):
             norm = [None if v is None else v[g * out:(g + 1) * out] for v in (mean, var, bn.weight, bn.bias)]
             z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
             if process_group is not None:
-                return sync_batch_norm(z, *norm, bn.eps, process_group).to(z.dtype)
+                return sync_batch_norm(z, *norm, bn.eps, process_group)
             return F.batch_norm(z, *norm, training=True, momentum=1., eps=bn.eps)
 
         y = None

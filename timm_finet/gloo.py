@@ -5,12 +5,13 @@ For rehearsals of a distributed run on a machine without GPUs; on other devices 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+from .fbn import sync_batch_norm
 
 __all__ = ['allow_cpu']
 
 ddp_init = nn.parallel.DistributedDataParallel.__init__
-sync_batch_norm = nn.SyncBatchNorm.forward
+torchs_forward = nn.SyncBatchNorm.forward
 
 
 def init(self, module, device_ids=None, **kwargs):
@@ -22,23 +23,14 @@ def init(self, module, device_ids=None, **kwargs):
 def forward(self, x):
     """SyncBatchNorm for `x` `(N, C, ...)` on the CPU, statistics in float32 at least; processes' N may differ."""
     if x.device.type != 'cpu' or not self.training or not dist.is_initialized():
-        return sync_batch_norm(self, x)
-    dims, shape = [0, *range(2, x.ndim)], (-1,) + (1,) * (x.ndim - 2)
-    z = x.to(torch.promote_types(x.dtype, torch.float32))
-    group = self.process_group or dist.group.WORLD
-    count, total = (all_reduce(t, group=group) for t in (z.new_tensor(x.numel() / x.shape[1]), z.sum(dims)))
-    mean = total / count
-    z = z - mean.view(shape)
-    var = all_reduce(z.square().sum(dims), group=group) / count
+        return torchs_forward(self, x)
+    mean, var = torch.zeros(2, self.num_features, dtype=torch.promote_types(x.dtype, torch.float32))
+    y = sync_batch_norm(x, mean, var, self.weight, self.bias, self.eps, self.process_group or dist.group.WORLD)
     if self.track_running_stats:
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
-    z = z * (var + self.eps).rsqrt().view(shape)
-    if self.affine:
-        z = z * self.weight.view(shape) + self.bias.view(shape)
-    return z.to(x.dtype)
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+    return y
 
 
 def allow_cpu() -> None:
