@@ -19,6 +19,7 @@ from pathlib import Path
 
 import timm
 import torch
+from bench_training import cpu_name
 
 RESULTS = Path(__file__).parent / 'results'
 EPOCHS = 3
@@ -48,7 +49,7 @@ def train(processes, batch, switches, folder):
 
 def environment():
     return dict(torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), threads=1, seed=0,
-                machine=platform.machine(), cores=os.cpu_count(), date=date.today())
+                processor=cpu_name(), cores=os.cpu_count(), date=date.today())
 
 
 def write(name, rows):
