@@ -7,7 +7,6 @@ entropy, backward and SGD at the recipe's batch size. Loader and networks take t
 process with such a thread, so sixteen of them are extrapolated, not measured. Writes results/bench_loader.csv.
 """
 import csv
-import platform
 import tempfile
 import time
 from argparse import Namespace
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import yaml
+from bench_training import cpu_name
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
@@ -30,11 +30,6 @@ RESULTS = Path(__file__).parent / 'results' / 'bench_loader.csv'
 RECIPES = ('cifar10', 'modern')
 MODELS = ('finet_small_g4', 'finet_large_g8')
 PICTURES, ROUNDS, STEPS, SEED = 12800, 7, 2, 0
-
-
-def processor():
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), platform.processor())
 
 
 def loader(recipe, folder):
@@ -85,7 +80,7 @@ def main():
         subject=subject, pictures_per_second=round(median(found[1:])), lowest=round(min(found[1:])),
         highest=round(max(found[1:])), threads=1, workers='in the process', rounds=ROUNDS, seed=SEED,
         command='python scripts/bench_loader.py', torch=torch.__version__, torchvision=torchvision.__version__,
-        timm=timm.__version__, numpy=np.__version__, processor=processor(), date=date.today(),
+        timm=timm.__version__, numpy=np.__version__, processor=cpu_name(), date=date.today(),
     ) for subject, found in rates.items()]
     for row in rows:
         print(f"{row['subject']:<36} {row['pictures_per_second']:>8,} ({row['lowest']:,} to {row['highest']:,})")

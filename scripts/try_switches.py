@@ -1,6 +1,6 @@
-"""Tries train.py's switches for real on `recipe:smoke`, alone and in two processes of torchrun, all on the CPU.
+"""Tries train.py's switches for real on `recipe:smoke` in two processes of torchrun on the CPU.
 
-    python scripts/try_switches.py           # ten minutes on two idle cores
+    python scripts/try_switches.py           # some minutes on two idle cores
     python scripts/try_switches.py --table   # the README's tables from the results files
 
 Writes results/switches.csv: how three epochs ended with each switch. Writes results/processes.csv: one process against two
@@ -19,16 +19,14 @@ from pathlib import Path
 
 import timm
 import torch
+from bench_training import cpu_name
 
 RESULTS = Path(__file__).parent / 'results'
 EPOCHS = 3
 SWITCHES = (
     '', '--model-ema', '--grad-accum-steps 2', '--grad-checkpointing', '--channels-last', '--amp --amp-dtype bfloat16',
-    '--torchcompile', '--dist-bn reduce')
-ALL = '--model-ema --grad-accum-steps 2 --grad-checkpointing --channels-last --amp --amp-dtype bfloat16'
-RUNS = [
-    *((1, 20, switch) for switch in SWITCHES[:-1]), (1, 20, ALL), (2, 10, '--dist-bn reduce'),
-    *((2, 10, f'--sync-bn {switch}'.strip()) for switch in SWITCHES[:-1]), (2, 10, f'--sync-bn {ALL}')]
+    '--torchcompile', '--model-ema --grad-accum-steps 2 --grad-checkpointing --channels-last --amp --amp-dtype bfloat16')
+RUNS = [(1, 20, ''), (2, 10, '--dist-bn reduce'), *((2, 10, f'--sync-bn {switch}'.strip()) for switch in SWITCHES)]
 SAME = '--train-split validation --no-aug --drop 0 --lr 0.001'
 PAIR = [(1, 100, SAME), (1, 100, f'{SAME} --channels-last'), (2, 50, f'{SAME} --sync-bn')]
 
@@ -51,7 +49,7 @@ def train(processes, batch, switches, folder):
 
 def environment():
     return dict(torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), threads=1, seed=0,
-                machine=platform.machine(), cores=os.cpu_count(), date=date.today())
+                processor=cpu_name(), cores=os.cpu_count(), date=date.today())
 
 
 def write(name, rows):
