@@ -6,12 +6,15 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
 import bench_training  # noqa: E402
+import int8  # noqa: E402
 import table2  # noqa: E402
+import table4  # noqa: E402
+import table4_operators  # noqa: E402
 from report import RESULTS, read_rows, readme_block  # noqa: E402
 from timm_finet.flops import count_row  # noqa: E402
 
 
-@pytest.mark.parametrize('script', [bench_training, table2])
+@pytest.mark.parametrize('script', [bench_training, table2, table4, table4_operators, int8])
 def test_readme_shows_the_results_file(script):
     name = script.__name__
     assert readme_block(name) == script.table(read_rows(RESULTS / f'{name}.csv'))

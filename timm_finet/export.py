@@ -1,7 +1,6 @@
 """`timm-finet export`: a fused network as an ONNX or ExecuTorch file, in float32 or int8, checked before it is written."""
 import logging
 import os
-import tempfile
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -183,14 +182,13 @@ def export(
         calibrating = batch(read_pictures(calibration) if calibration else shipped_pictures(TRAINING_PICTURES)[0])
     pictures, labels = shipped_pictures()
     x = batch(pictures)
-    part = tempfile.NamedTemporaryFile(dir=output.resolve().parent, prefix=f'.{output.name}.', suffix=SUFFIXES[to], delete=False)
-    part.close()
+    part = f'{output}.part'
     try:
-        WRITE[to](model, x[:1], part.name, calibrating)
-        expected, got = compare(model, LOAD[to](part.name), x)
+        WRITE[to](model, x[:1], part, calibrating)
+        expected, got = compare(model, LOAD[to](part), x)
         agreement = (expected.argmax(1) == got.argmax(1)).double().mean().item()
         difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
-        size = os.path.getsize(part.name)
+        size = os.path.getsize(part)
         print(f"{name}, fused, {precision}; input 1x{'x'.join(map(str, config['input_size']))}, mean {config['mean']}, std {config['std']}")
         if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
             print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
@@ -202,7 +200,7 @@ def export(
         if not (agreement >= LEAST_AGREEMENT[precision] and (int8 or difference <= LARGEST_DIFFERENCE * largest)):
             limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
             raise RuntimeError(f'{output} is not written, it disagrees: {LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
-        os.replace(part.name, output)
+        os.replace(part, output)
     finally:
-        Path(part.name).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
     print(f'wrote {output}, {size / 2 ** 20:.2f} MiB')

@@ -1,0 +1,58 @@
+"""What int8 costs in accuracy: exported files in float32 and int8 on all 10,000 test images of CIFAR-10.
+
+    python scripts/int8.py cifar10.npz
+
+The files are those of `timm-finet export`, calibrated on the 100 shipped training pictures. Writes results/int8.csv and
+the README's table.
+"""
+import shlex
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from timm.data import create_transform, resolve_data_config
+from tqdm import tqdm
+
+from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
+from timm_finet import export
+from timm_finet.data import CIFAR10Pad2
+
+NAME = 'finet_small_g4.cifar10'
+PACKAGE = {'onnx': 'onnxruntime', 'executorch': 'executorch'}
+FILE = RESULTS / 'int8.csv'
+
+
+def measure(data, folder):
+    model = export.build(NAME)
+    data = CIFAR10Pad2(data, train=False, transform=create_transform(**resolve_data_config({}, model=model)))
+    x = torch.stack([picture for picture, _ in tqdm(data)])
+    targets = torch.tensor(data.targets)
+    for to in export.SUFFIXES:
+        for int8 in (False, True):
+            file = str(Path(folder) / f'model{export.SUFFIXES[to]}')
+            export.export(NAME, to, file, int8)
+            expected, got = export.compare(model, export.LOAD[to](file), x)
+            yield dict(
+                model=NAME, to=to, precision='int8' if int8 else 'float32', images=len(x),
+                top1_pytorch=round((expected.argmax(1) == targets).double().mean().item() * 100, 2),
+                top1=round((got.argmax(1) == targets).double().mean().item() * 100, 2),
+                same_top1=round((expected.argmax(1) == got.argmax(1)).double().mean().item() * 100, 2),
+                largest_difference=f'{(expected - got).abs().max().item():.2g}', bytes=Path(file).stat().st_size,
+                runtime_version=version(PACKAGE[to]), torch=torch.__version__, timm=version('timm'), date=date.today(),
+                command=shlex.join([sys.argv[0], 'DATA']))
+
+
+def table(rows):
+    return markdown(
+        ('', '', 'top-1', "same top-1 as PyTorch's float32", 'largest difference of the logits', 'MiB'),
+        [(row['to'], row['precision'], row['top1'], row['same_top1'], row['largest_difference'], f"{int(row['bytes']) / 2 ** 20:.2f}")
+         for row in rows])
+
+
+if __name__ == '__main__':
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(FILE, list(measure(sys.argv[1], folder)))
+    write_readme_block('int8', table(read_rows(FILE)))
