@@ -25,7 +25,7 @@ SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
 EXTRAS = {'onnx': 'export', 'executorch': 'executorch'}
 
 # What a file must reach against the fused network in PyTorch, on the shipped test pictures, to be written.
-LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.9}  # share of pictures with the same top-1; rounding to int8 turns close calls
+LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}  # share of pictures with the same top-1; rounding to int8 turns close calls
 LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; float32 alone
 
 
@@ -128,7 +128,8 @@ def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
             state = load_state_dict(checkpoint)
             head = state.get(f"{timm.get_pretrained_cfg_value(name, 'classifier')}.bias")
             kwargs = {} if head is None else dict(num_classes=len(head))
-            if 'fbn' in name or 'finet' in name and not any(key.endswith('running_var') for key in state):
+            ours = timm.models.is_model_in_modules(name.split('.')[0], ['finet', 'resnet_fbn'])
+            if ours and not any(key.endswith('running_var') for key in state):
                 kwargs['fused'] = True
             model = timm.create_model(name, **kwargs)
             model.load_state_dict(state)
