@@ -140,7 +140,7 @@ def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def compare(model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
     """Logits of the fused network and of the file, for pictures `x` `(n, 3, H, W)`."""
     return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(1)])
 
@@ -160,7 +160,7 @@ def export(
 
     Raises:
         ValueError, FileNotFoundError: An argument is wrong.
-        RuntimeError: A package is missing, or the file disagrees.
+        RuntimeError: A package or the weights are missing, or the file disagrees.
     """
     precision = 'int8' if int8 else 'float32'
     output = Path(output or name.replace(':', '_').replace('/', '_') + ('.int8' if int8 else '') + SUFFIXES[to])
@@ -190,7 +190,8 @@ def export(
         agreement = (expected.argmax(1) == got.argmax(1)).double().mean().item()
         difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
         size = os.path.getsize(part)
-        print(f"{name}, fused, {precision}; input 1x{'x'.join(map(str, config['input_size']))}, mean {config['mean']}, std {config['std']}")
+        shape = 'x'.join(map(str, config['input_size']))
+        print(f"{name}, fused, {precision}; input 1x{shape}, mean {config['mean']}, std {config['std']}")
         if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
             print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
         print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} pictures; largest difference of the logits: {difference:.2g}, '
@@ -200,7 +201,8 @@ def export(
             print(f'right: {right[0]:.2%} in PyTorch, {right[1]:.2%} in the file')
         if not (agreement >= LEAST_AGREEMENT[precision] and (int8 or difference <= LARGEST_DIFFERENCE * largest)):
             limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
-            raise RuntimeError(f'{output} is not written, it disagrees: {LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
+            raise RuntimeError(
+                f'{output} is not written, it disagrees: {LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
         os.replace(part, output)
     finally:
         Path(part).unlink(missing_ok=True)
