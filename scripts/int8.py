@@ -48,8 +48,8 @@ def measure(data, folder):
 def table(rows):
     return markdown(
         ('', '', 'top-1', "same top-1 as PyTorch's float32", 'largest difference of the logits', 'MiB'),
-        [(row['to'], row['precision'], row['top1'], row['same_top1'], row['largest_difference'], f"{int(row['bytes']) / 2 ** 20:.2f}")
-         for row in rows])
+        [(row['to'], row['precision'], row['top1'], row['same_top1'], row['largest_difference'],
+          f"{int(row['bytes']) / 2 ** 20:.2f}") for row in rows])
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 """Table 2 again: multiply-adds and parameters of Finet and of the networks it is compared with, beside the paper's figures.
 
     python scripts/table2.py
-    python scripts/table2.py --plot      # results/table2.png, accuracy against multiply-adds
+    python scripts/table2.py --readme    # the README's table and results/table2.png, from the results file
 
-Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes results/table2.csv and the README's table.
+Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes results/table2.csv, table and plot.
 The accuracies are the paper's own; none of them is measured here.
 """
 import shlex
@@ -84,7 +84,8 @@ def note(name, row, model):
         return f"{size}{without / 1e6:.3f} M parameters without BatchNorm's"
     with torch.no_grad(), Elements('mul', 'hardswish_') as products:
         model(torch.zeros(1, 3, 224, 224))
-    return f"{(madds + products.total) / 1e6:.1f} M with SE's products and hard-swish at one an element, which fvcore leaves out"
+    total = (madds + products.total) / 1e6
+    return f"{total:.1f} M with SE's products and hard-swish at one an element, which fvcore leaves out"
 
 
 def count(name):
@@ -110,6 +111,10 @@ def table(rows):
     return markdown(head, cells)
 
 
+def series_of(name):
+    return 'other networks' if 'finet' not in name else 'Finet + SE' if '_se' in name else 'Finet'
+
+
 def plot(rows):
     """The paper's accuracies against the multiply-adds counted here, a panel for each size."""
     import matplotlib
@@ -121,8 +126,7 @@ def plot(rows):
         for label, (color, marker) in series.items():
             points = [
                 (int(row['madds']) / 1e6, float(row['paper_top1']), row['model']) for row in rows
-                if sizes[0] < int(row['madds']) < sizes[1]
-                and label == ('other networks' if 'finet' not in row['model'] else 'Finet + SE' if '_se' in row['model'] else 'Finet')]
+                if sizes[0] < int(row['madds']) < sizes[1] and label == series_of(row['model'])]
             ax.plot(*zip(*((x, y) for x, y, _ in points)), marker, color=color, label=label, markersize=6)
             for x, y, name in points:
                 finet, groups = name.startswith('finet'), name[-1] if '_g' in name else '1'
@@ -140,7 +144,7 @@ def plot(rows):
 
 if __name__ == '__main__':
     file = RESULTS / 'table2.csv'
-    if '--plot' in sys.argv:
-        sys.exit(plot(read_rows(file)))
-    write_rows(file, [count(name) for name in PAPER])
+    if '--readme' not in sys.argv:
+        write_rows(file, [count(name) for name in PAPER])
     write_readme_block('table2', table(read_rows(file)))
+    plot(read_rows(file))

@@ -196,8 +196,8 @@ def main():
         del sys.argv[at:at + 2]
     rows = list(rows_of(args.runtime, args.threads, args.rounds, times))
     for row in rows:
-        print(f"{args.runtime} {args.threads} {row['model']:32} {row['ms']:8.2f} ms  {row['vs_shufflenet']:.3f} of ShuffleNetV2's "
-              f"speed ({row['vs_shufflenet_low']:.3f}..{row['vs_shufflenet_high']:.3f}), {row['vs_finet_large']:.3f} of finet_large's")
+        print(f"{args.runtime} {args.threads} {row['model']:32} {row['ms']:8.2f} ms  {row['vs_shufflenet']:.3f} of "
+              f"ShuffleNetV2's speed ({row['vs_shufflenet_low']:.3f}..{row['vs_shufflenet_high']:.3f})")
     merge(rows)
 
 

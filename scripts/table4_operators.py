@@ -31,7 +31,8 @@ def kind(operator, pooled=False, depthwise=False):
     """The kind of an operator by its name, whatever the runtime; `pooled`: it works on 1x1 maps or vectors."""
     name = operator.lower()
     if re.search('conv|gemm|linear|fullyconnected|matmul', name):
-        return 'on pooled maps' if pooled else 'depthwise' if depthwise or 'group' in name or 'dwconv' in name else 'convolutions'
+        depthwise = depthwise or 'group' in name or 'dwconv' in name
+        return 'on pooled maps' if pooled else 'depthwise' if depthwise else 'convolutions'
     if re.search('reorder|transpose|copy', name):
         return 'layout'
     if re.search('pool|mean', name):
@@ -60,7 +61,8 @@ def openvino(model, x, folder):
     to_onnx(model, x, f'{folder}/model.onnx')
     run = load_openvino(f'{folder}/model.onnx', 1, PERF_COUNT=True)
     request = run.request
-    shapes = {op.friendly_name: list(op.output(0).shape) for op in request.get_compiled_model().get_runtime_model().get_ops() if op.outputs()}
+    operators = request.get_compiled_model().get_runtime_model().get_ops()
+    shapes = {op.friendly_name: list(op.output(0).shape) for op in operators if op.outputs()}
     for _ in range(RUNS):
         run(x)
         for event in request.get_profiling_info():
@@ -112,11 +114,14 @@ def measure(runtime, name):
 
 
 def table(rows):
-    cells = [(RUNTIMES[row['runtime']][0].split(',')[0], f"`{row['model']}`", *(f'{float(row[k]):.2f}' for k in KINDS)) for row in rows]
+    cells = [
+        (RUNTIMES[row['runtime']][0].split(',')[0], f"`{row['model']}`", *(f'{float(row[k]):.2f}' for k in KINDS))
+        for row in rows]
     return markdown(('ms a picture', '', *KINDS), cells)
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    write_rows(FILE, [measure(runtime, name) for runtime in ('onnxruntime', 'openvino', 'executorch', 'eager') for name in NETWORKS])
+    runtimes = ('onnxruntime', 'openvino', 'executorch', 'eager')
+    write_rows(FILE, [measure(runtime, name) for runtime in runtimes for name in NETWORKS])
     write_readme_block('table4_operators', table(read_rows(FILE)))

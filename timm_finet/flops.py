@@ -34,7 +34,7 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
         activations), `params`, and `uncounted`: how often each operator ran that fvcore does not know.
 
     Raises:
-        ValueError: No `input_size` and no `pretrained_cfg` to take it from, or an `input_size` that does not fit the model.
+        ValueError: `input_size` does not fit the model, or there is none, nor a `pretrained_cfg` to take it from.
     """
     if input_size is None:
         if not hasattr(model, 'pretrained_cfg'):
@@ -146,7 +146,8 @@ def flops(
     left = sum(widths[:2]) + 2
     print(f"{'':{left}}  {'multiply-adds, ' + ('fused' if fused else 'train form'):<{sum(widths[2:6]) + 6}}  parameters")
     for line in ([*heads.values()], *cells):
-        print('  '.join(f'{cell:<{width}}' if i < 2 else f'{cell:>{width}}' for i, (cell, width) in enumerate(zip(line, widths))))
+        padded = [f'{cell:<{width}}' if i < 2 else f'{cell:>{width}}' for i, (cell, width) in enumerate(zip(line, widths))]
+        print('  '.join(padded))
     print("\nOne multiply-add is one FLOP; `both` is the paper's. Not counted, as fvcore does not know them (calls):")
     alike = {}
     for row in rows:
