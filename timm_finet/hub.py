@@ -223,6 +223,8 @@ def make_card(
     groups = sorted({m.fbn_groups for m in twin.modules() if isinstance(m, FBNConv2d)})
     hub_dataset, dataset, _ = DATASETS.get(cfg.get('tag') or args.get('dataset'), UNKNOWN_DATASET)
     is_known = hub_dataset != UNKNOWN_DATASET[0]
+    if not is_known and cfg.get('description'):
+        dataset = cfg['description'].removeprefix('trained on ')
     form = 'fused' if model_args['fused'] else 'train'
 
     metrics = [row for row in results if row.get('form', form) == form]
