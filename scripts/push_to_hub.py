@@ -3,7 +3,7 @@
     python scripts/push_to_hub.py        # hf_cards/<name>.<tag>/ alone
     python scripts/push_to_hub.py ORG    # then ORG/<name>.<tag> on the Hub, which wants `hf auth login`
 
-A card's figures come from the network and from results/: weights.csv, and the training log and arguments of each name.
+A card's figures come from the network and from results/: weights.csv, weights_speed.csv, and each name's log and arguments.
 """
 import shutil
 import sys
@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 import timm
 import yaml
 
+from report import RESULTS, read_rows
 from timm_finet import hub
 
-RESULTS = Path(__file__).parent / 'results'
 CARDS = Path(__file__).parents[1] / 'hf_cards'
 
 
@@ -25,7 +25,8 @@ def write(name, folder):
     results = hub.read_results(RESULTS / 'weights.csv', name)
     args = yaml.safe_load((RESULTS / f'{name}.yaml').read_text())
     log = RESULTS / f'{name}.csv'
-    hub.save(model, folder, hub.make_card(model, name, name, results, args, log), args, log)
+    speed = [row for row in read_rows(RESULTS / 'weights_speed.csv') if row['model'] == name]
+    hub.save(model, folder, hub.make_card(model, name, name, results, args, log, speed), args, log)
 
 
 def main(org=None):

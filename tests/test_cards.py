@@ -1,8 +1,7 @@
 """The committed cards: generated, traceable figure by figure, and with a usage that runs."""
-import csv
-import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,12 @@ from timm_finet.demo import shipped_pictures
 from timm_finet.flops import count_flops
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / 'scripts' / 'results'
-NAMES = timm.list_models(module=hub_module.MODULES, pretrained=True)
+sys.path.append(str(ROOT / 'scripts'))
 
-spec = importlib.util.spec_from_file_location('push_to_hub', ROOT / 'scripts' / 'push_to_hub.py')
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+import push_to_hub  # noqa: E402
+from report import RESULTS, read_rows  # noqa: E402
+
+NAMES = timm.list_models(module=hub_module.MODULES, pretrained=True)
 
 
 def card_text(name):
@@ -35,10 +34,9 @@ def figures(card):
 
 def known_figures(name):
     """The numbers of the results files and the counts of the network."""
-    with open(RESULTS / 'weights.csv', newline='') as file:
-        values = {value for row in csv.DictReader(file) if row['model'] == name for value in row.values()}
-    with open(RESULTS / f'{name}.csv', newline='') as file:
-        last = list(csv.DictReader(file))[-1]
+    rows = read_rows(RESULTS / 'weights.csv') + read_rows(RESULTS / 'weights_speed.csv')
+    values = {value for row in rows if row['model'] == name for value in row.values()}
+    last = read_rows(RESULTS / f'{name}.csv')[-1]
     values |= {last['epoch'], last['eval_top1']}
     values |= {str(value) for value in yaml.safe_load((RESULTS / f'{name}.yaml').read_text()).values()}
     model = timm.create_model(name).eval()
@@ -54,7 +52,7 @@ def test_every_weight_has_a_card():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_committed_card_is_the_generated_one(name, tmp_path):
-    script.write(name, tmp_path)
+    push_to_hub.write(name, tmp_path)
     for file in ('README.md', 'config.json', hub_module.BLOCK.name):
         committed, written = ROOT / 'hf_cards' / name / file, tmp_path / file
         assert written.exists() == committed.exists() and (

@@ -115,6 +115,17 @@ def test_pushing_twice_changes_nothing(hub, push):
     assert len(hub.repos['me/net'].commits) == 2
 
 
+def test_checkpoint_fine_tuned_from_the_hub_is_pushed_as_it_was_built(hub, push, tmp_path, randomise):
+    push()
+    tuned = randomise(timm.create_model('hf-hub:me/net', pretrained=True, num_classes=7)).eval()
+    args = dict(model='hf-hub:me/net', pretrained=True, dataset='', model_kwargs={}, seed=0)
+    torch.save(dict(state_dict=tuned.state_dict(), args=argparse.Namespace(**args)), tmp_path / 'tuned.pth.tar')
+    assert push(path=tmp_path / 'tuned.pth.tar', repo='me/tuned')[0] == 0
+    again = timm.create_model('hf-hub:me/tuned', pretrained=True)
+    same(again, tuned)  # act_place too
+    assert 'label_names' not in again.pretrained_cfg and again.pretrained_cfg['input_size'] == [3, 48, 48]
+
+
 def test_revision_is_a_branch_of_its_own(hub, push, model):
     assert push('--revision', 'v2')[0] == 0
     assert hub.repos['me/net'].files() == {}
@@ -176,7 +187,7 @@ def test_bad_arguments_name_themselves(hub, push, checkpoint, tmp_path, model):
             (dict(path='no.pth'), "CHECKPOINT='no.pth' does not exist"),
             (dict(path=tmp_path / 'text.pth'), 'text.pth.* cannot be read'),
             (dict(model='finet_smal_g2'), "'finet_smal_g2' is unknown: use one of .*finet_small_g2"),
-            (dict(model='finet_large'), "'finet_large' is not what CHECKPOINT.* was trained as: 'finet_small_g2'"),
+            (dict(model='finet_large'), 'does not fit --model finet_large: it was trained as finet_small_g2'),
             (dict(repo='net'), "--repo-id 'net' must be ORG/NAME"),
             (dict(path=tmp_path / 'fused.safetensors'), 'fused form: add --fused'),
     ):

@@ -3,7 +3,7 @@ import csv
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch.nn as nn
@@ -36,7 +36,7 @@ IMAGENET = ('imagenet-1k', 'ImageNet-1k', None)
 DATASETS = {
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100,
-    'in1k': IMAGENET, 'torch/imagenet': IMAGENET, 'hfds/timm/imagenet-1k-wds': IMAGENET,
+    'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
 }
 UNKNOWN_DATASET = ('imagefolder', 'the owner\'s pictures', None)
 
@@ -83,7 +83,7 @@ for probability, index in zip(probabilities, classes):
 
 ## Speed
 
-Not measured for these weights.
+{speed}
 
 ## Limits
 
@@ -102,6 +102,13 @@ One run gives one figure; other seeds will differ. {choice}The fused form cannot
   year={{2020}}
 }}
 ```
+'''
+
+
+PICTURE = f'''
+![A block in train and in fused form]({BLOCK.name})
+
+The picture shows finet_large_se_g4; the others differ in width, in G, and in the right column, Squeeze-and-Excitation.
 '''
 
 
@@ -129,15 +136,14 @@ def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, An
         args = training_args(path)
     except Exception as error:  # whatever torch and safetensors raise for a file that is none of theirs
         raise ValueError(f'CHECKPOINT={checkpoint!r} cannot be read: {one_line(error)}') from error
-    built_as = args.get('model', name)
-    if built_as.split('.')[0] != architecture:
-        raise ValueError(f'--model {name!r} is not what CHECKPOINT={checkpoint!r} was trained as: {built_as!r}.')
-    cfg = get_pretrained_cfg(built_as)
+    cfg, built_as = get_pretrained_cfg(architecture), args.get('model', name)
     try:
         model = timm.create_model(
             built_as, pretrained=args.get('pretrained', False), num_classes=len(weights[f'{cfg.classifier}.weight']),
             in_chans=weights[f'{cfg.first_conv}.weight'].shape[1], global_pool=args.get('gp'),
             **args.get('model_kwargs') or {}).eval()
+        if model.pretrained_cfg['architecture'] != architecture:
+            raise RuntimeError(f'it was trained as {built_as}.')
         if not any(key.endswith('running_var') for key in weights):
             model = fuse_fbn(model, inplace=True)
         model.load_state_dict(weights)
@@ -197,9 +203,9 @@ def read_results(file: str, name: str) -> List[Dict[str, str]]:
 
 
 def make_card(
-        model: nn.Module, name: str, source: str, results: List[Dict[str, str]] = (), args: Optional[Dict[str, Any]] = None,
-        log: Optional[str] = None) -> ModelCard:
-    """The model card, whose figures come from the network, its training log and `read_results` alone.
+        model: nn.Module, name: str, source: str, results: Sequence[Dict[str, str]] = (), args: Optional[Dict[str, Any]] = None,
+        log: Optional[str] = None, speed: Sequence[Dict[str, str]] = ()) -> ModelCard:
+    """The model card. Its figures come from the network and from the results and the log that are given.
 
     Args:
         model: In either form; its `pretrained_cfg` describes the weights.
@@ -208,6 +214,7 @@ def make_card(
         results: Rows of a results file, one a form.
         args: The training arguments.
         log: Path of train.py's summary.csv.
+        speed: Rows of results/weights_speed.csv.
     """
     args, cfg = args or {}, model.pretrained_cfg
     model_args = get_model_args(model)
@@ -216,6 +223,8 @@ def make_card(
     groups = sorted({m.fbn_groups for m in twin.modules() if isinstance(m, FBNConv2d)})
     hub_dataset, dataset, _ = DATASETS.get(cfg.get('tag') or args.get('dataset'), UNKNOWN_DATASET)
     is_known = hub_dataset != UNKNOWN_DATASET[0]
+    if not is_known and cfg.get('description'):
+        dataset = cfg['description'].removeprefix('trained on ')
     form = 'fused' if model_args['fused'] else 'train'
 
     metrics = [row for row in results if row.get('form', form) == form]
@@ -236,7 +245,7 @@ def make_card(
         groups=', '.join(map(str, groups)),
         family='a light-weight Finet, whose 1x1 convolutions' if isinstance(model, Finet) else 'a ResNet, whose convolutions',
         form='train form' if form == 'train' else 'fused form, for inference', top=min(5, model.num_classes),
-        block=f'\n![The block in train and in fused form]({BLOCK.name})\n' if BLOCK.is_file() else '',
+        block=PICTURE if isinstance(model, Finet) and BLOCK.is_file() else '',
         params=[count['params'] for count in counts], macs=[count['conv'] + count['linear'] for count in counts],
         size='x'.join(map(str, cfg['input_size'])),
         choice='' if not isinstance(model, Finet) else (
@@ -244,6 +253,7 @@ def make_card(
             'choice of this implementation (`act_place`). '),
         fuse='' if form == 'fused' else '\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n',
         training=training_section(cfg, args, dataset, log), accuracy=accuracy_section(results, dataset, args),
+        speed=speed_section(speed),
         licence=f"{cfg['license']}. Please cite the paper:")
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{body}')
 
@@ -273,7 +283,16 @@ def accuracy_section(results, dataset, args) -> str:
     lines += [f"| {row.get('form', '')} | {row['top1']} | {row['top5']} | `{row.get('command', 'validate.py of timm')}` |"
               for row in results]
     seed = f", seed {args['seed']}" if 'seed' in args else ''
-    return '\n'.join(lines + ['', f'Percent of the {dataset} test set, weights of one run{seed}.'])
+    return '\n'.join(lines + ['', f'Percent of the test set ({dataset}), weights of one run{seed}.'])
+
+
+def speed_section(rows) -> str:
+    if not rows:
+        return 'Not measured.'
+    lines = ['| form | pictures a second | ms, quartiles |', '|---|---|---|']
+    lines += [f"| {row['form']} | {row['images_per_second']} | {row['ms_low']} to {row['ms_high']} |" for row in rows]
+    lines += ['', 'Batch 1, {threads} thread of {device}, {runtime}, the forms in turns.'.format(**rows[0])]
+    return '\n'.join(lines)
 
 
 def save(
@@ -284,9 +303,10 @@ def save(
     card.save(folder / 'README.md')
     if args:
         (folder / 'args.yaml').write_text(yaml.safe_dump(args))
-    for source, target in ((log, 'summary.csv'), (BLOCK if BLOCK.is_file() else None, BLOCK.name)):
-        if source:
-            shutil.copyfile(source, folder / target)
+    if log:
+        shutil.copyfile(log, folder / 'summary.csv')
+    if BLOCK.name in card.text:
+        shutil.copyfile(BLOCK, folder / BLOCK.name)
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: Optional[str] = None) -> str:
@@ -320,7 +340,7 @@ def push(folder: str, repo_id: str, private: bool = False, revision: Optional[st
             reason = f'{constants.ENDPOINT} cannot be reached or broke off ({one_line(error)})'
         else:
             reason = one_line(error)
-        raise RuntimeError(f'--repo-id {repo_id}: {reason}. Nothing was committed.') from error
+        raise RuntimeError(f'--repo-id {repo_id}: {reason}. A push is one commit or none: push again.') from error
 
 
 def push_checkpoint(

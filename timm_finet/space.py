@@ -23,10 +23,10 @@ TEXT = '''
 # Finet
 
 A picture in, its likeliest classes out, by one trained network in two forms with the same outputs. **Train form**: each 1x1
-convolution makes G partial sums, batch-normalises every one and adds them up, as the paper (arXiv 2005.06828) writes it. **Fused**:
-all of it folded into one plain convolution. At another G than the trained one these are still the trained weights, split into
-another number of partial sums, not a network trained with that G; layers whose channels G does not divide stay as trained.
-A network knows the classes that it was trained on, and takes every picture for one of them.
+convolution makes G partial sums, batch-normalises every one and adds them up, as the paper (arXiv 2005.06828) writes it.
+**Fused**: all of it folded into one plain convolution. At another G than the trained one these are still the trained weights,
+split into another number of partial sums, not a network trained with that G; layers whose channels G does not divide stay as
+trained. A network knows the classes that it was trained on, and takes every picture for one of them.
 '''
 
 

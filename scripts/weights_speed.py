@@ -1,0 +1,59 @@
+"""Pictures a second of every embedded weight at batch 1, in train form and fused, in turns.
+
+    OMP_NUM_THREADS=1 python scripts/weights_speed.py
+
+In eval mode the train form folds its weights anew for every picture. A round runs each form ten times and takes the median.
+Writes results/weights_speed.csv, then run scripts/push_to_hub.py for the cards.
+"""
+import shlex
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from statistics import median, quantiles
+
+import timm
+import torch
+
+from bench_training import cpu_name
+from report import RESULTS, write_rows
+from timm_finet import fuse_fbn, hub
+
+ROUNDS, RUNS = 100, 10
+
+
+@torch.inference_mode()
+def measure(name):
+    """Milliseconds of each form, one median a round."""
+    model = timm.create_model(name, pretrained=True).eval()
+    forms = {'train': model, 'fused': fuse_fbn(model)}
+    x = torch.randn(1, *model.pretrained_cfg['input_size'])
+    times = {form: [] for form in forms}
+    for i in range(ROUNDS + 1):
+        for form, network in forms.items():
+            each = []
+            for _ in range(RUNS):
+                start = time.perf_counter()
+                network(x)
+                each.append(time.perf_counter() - start)
+            if i:  # the first round warms up
+                times[form].append(1e3 * median(each))
+    return times
+
+
+def main():
+    torch.set_num_threads(1)
+    rows = []
+    for name in timm.list_models(module=hub.MODULES, pretrained=True):
+        for form, times in measure(name).items():
+            low, _, high = quantiles(times, n=4)
+            rows.append(dict(
+                model=name, form=form, runtime='PyTorch eager', threads=1, images_per_second=round(1e3 / median(times), 1),
+                ms=round(median(times), 3), ms_low=round(low, 3), ms_high=round(high, 3), rounds=ROUNDS, runs=RUNS,
+                device=cpu_name(), torch=version('torch'), timm=version('timm'), date=date.today(),
+                command=shlex.join(['python', *sys.argv])))
+    write_rows(RESULTS / 'weights_speed.csv', rows)
+
+
+if __name__ == '__main__':
+    main()
