@@ -72,8 +72,10 @@ class Setting(NamedTuple):
     epochs: int = 0
 
     def __str__(self):
-        rest = (self.form, self.loader == 'gpu' and 'gpu_loader', self.epochs and f'{self.epochs}_epochs')
-        return ' '.join((self.dataset, self.recipe, self.model, *self.kwargs, *filter(None, rest)))
+        recipe = self.recipe if self.recipe != self.dataset else ''
+        loader = 'gpu_loader' if self.loader == 'gpu' else ''
+        epochs = f'{self.epochs}_epochs' if self.epochs else ''
+        return ' '.join(filter(None, (self.dataset, recipe, self.model, *self.kwargs, self.form, loader, epochs)))
 
     def args(self, seed):
         """The arguments of train.py that make the experiment."""
@@ -159,12 +161,18 @@ def command(run, args):
     return line + args.extra
 
 
+def recorded_command(run, extra):
+    """The command that anybody may repeat."""
+    setting, seed = run
+    return shlex.join(['timm-finet', 'run', 'train', *setting.args(seed), *extra, '--data-dir', 'DATA'])
+
+
 def start(run, args):
     """One more session of a run: its process, whose log begins with what the results must know of it."""
     home = folder(args.output, run)
     home.mkdir(parents=True, exist_ok=True)
     log = (home / f"log{len(list(home.glob('log*.txt')))}.txt").open('w')
-    head = dict(started=time.time(), commit=args.commit, jobs=args.jobs)
+    head = dict(started=time.time(), commit=args.commit, jobs=args.jobs, command=recorded_command(run, args.extra))
     print('session: ' + json.dumps(head), file=log, flush=True)
     path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), os.environ.get('PYTHONPATH', '')])
     return subprocess.Popen(command(run, args), stdout=log, stderr=log, env=os.environ | {'PYTHONPATH': path})
@@ -179,18 +187,23 @@ def epochs_of(file):
 
 
 def collect(run, output, extra=()):
-    """The results' line of a run, or None if it has not finished."""
+    """The results' line of a run, or None if it has not finished.
+
+    Raises:
+        ValueError: The run's folder holds another experiment.
+    """
     setting, seed = run
     home = folder(output, run)
     epochs, logs = epochs_of(home / 'summary.csv'), sorted(home.glob('log*.txt'), key=lambda file: int(file.stem[3:]))
-    if not epochs or not logs:
-        return None
-    args = yaml.safe_load((home / 'args.yaml').read_text())
     sessions = [dict(re.findall(r'^(session|facts): (.*)', log.read_text(errors='replace'), re.M)) for log in logs]
-    if len(epochs) < args['epochs'] or 'facts' not in sessions[-1]:
-        return None
     heads = [json.loads(session['session']) for session in sessions]
     facts = [json.loads(session['facts']) for session in sessions if 'facts' in session]
+    for head in heads:
+        if head['command'] != recorded_command(run, extra):
+            raise ValueError(f"{home} holds another experiment, {head['command']!r}: name another --output, or delete it.")
+    args = yaml.safe_load((home / 'args.yaml').read_text()) if epochs else {}
+    if not epochs or len(epochs) < args['epochs'] or 'facts' not in sessions[-1]:
+        return None
     rates = {}  # of timm's log, the mean of the epoch so far: its last line stands
     for log in logs:
         for epoch, updates, rate in re.findall(
@@ -207,8 +220,7 @@ def collect(run, output, extra=()):
         precision=args['amp_dtype'] if args['amp'] else 'float32', compiled=bool(args['torchcompile']),
         commit=' '.join(dict.fromkeys(head['commit'] for head in heads)),
         **{key: ' '.join(dict.fromkeys(fact[key] for fact in facts)) for key in ('device', 'torch', 'timm')},
-        date=date.today(),
-        command=shlex.join(['timm-finet', 'run', 'train', *setting.args(seed), *extra, '--data-dir', 'DATA']))
+        date=date.today(), command=recorded_command(run, extra))
 
 
 def record(line, run, args):
@@ -223,11 +235,12 @@ def record(line, run, args):
 
 def train(runs, args):
     """Keep `--jobs` runs going until all are done or the time is up. Returns those that failed."""
-    deadline = time.monotonic() + 60 * args.minutes
+    end = time.monotonic() + 60 * args.minutes
     waiting, active, failed = list(runs), {}, []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
     try:
-        while active or waiting and time.monotonic() < deadline:
-            while waiting and len(active) < args.jobs:
+        while active or waiting and time.monotonic() < end:
+            while waiting and len(active) < args.jobs and time.monotonic() < end:
                 run = waiting.pop(0)
                 line = collect(run, args.output, args.extra)
                 if line:  # it had finished before it could be recorded
@@ -237,9 +250,8 @@ def train(runs, args):
             time.sleep(0.5)
             for run, process in list(active.items()):
                 if process.poll() is None:
-                    if time.monotonic() > deadline:
+                    if time.monotonic() > end:
                         process.terminate()
-                        waiting.clear()
                     continue
                 del active[run]
                 line = collect(run, args.output, args.extra)
@@ -263,8 +275,8 @@ def rows_of(dataset):
     def finets(*kwargs, figures=(None,) * 5):
         return [(f'G = {g}', finet(dataset, GROUPS[g], *kwargs), figure) for g, figure in zip(GROUPS, figures)]
 
-    yield 'Table 5, with affine', finets(figures=paper['with affine']) + [
-        ('G = 8, with SE', finet(dataset, 'finet_large_se_g8'), None)]
+    se = [('G = 8, with SE', finet(dataset, 'finet_large_se_g8'), None)] if dataset == 'cifar10' else []
+    yield 'Table 5, with affine', finets(figures=paper['with affine']) + se
     yield 'Table 5, without affine', finets('affine=False', figures=paper['without affine'])
     yield 'Table 6', [(f'C/G = {size}', finet(dataset, GROUPS[1], f'fbn_group_size={size}'), figure)
                       for size, figure in zip(SIZES, paper['group size'])]
@@ -293,6 +305,10 @@ def mean_deviation(values):
     return mean(values), stdev(values) if len(values) > 1 else None
 
 
+def title_of(dataset):
+    return dataset.replace('cifar', 'CIFAR-')
+
+
 def pm(middle, deviation):
     return f'{middle:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')
 
@@ -317,7 +333,7 @@ def tables(rows):
     for dataset in DATASETS:
         if not any(row['setting'].split()[0] == dataset for row in rows):
             continue
-        parts += [f'**{dataset.upper().replace("CIFAR", "CIFAR-")}**, top-1 in %; mean ± deviation over the seeds']
+        parts += [f'**{title_of(dataset)}**, top-1 in %, mean ± deviation over the seeds']
         cells = []
         for title, settings in rows_of(dataset):
             for name, setting, figure in settings:
@@ -349,7 +365,7 @@ def answers(dataset, rows):
 
 
 def cost(dataset, rows):
-    """Time and memory of the runs that ran alone, against plain BN."""
+    """Time and memory of the runs that ran alone, against plain BN. At G = 8 stage 2 is widened from 100 to 104 channels."""
     cells = []
     for loader in ('timm', 'gpu'):
         def line(g, form=''):
@@ -377,19 +393,16 @@ def plot(rows, results):
     from plot_training import plot as plot_epochs
 
     datasets = [d for d in DATASETS if any(row['setting'].split()[0] == d for row in rows)]
-    fig, axes = plt.subplots(2, len(datasets), figsize=(5 * len(datasets), 7.5), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(2, len(datasets), figsize=(5 * len(datasets), 8.5), squeeze=False, layout='constrained')
     for dataset, column in zip(datasets, axes.T):
-        paper = PAPER[dataset]
-        finets = [
-            (f'Finet-large, {affine}', paper[affine], {g: finet(dataset, name, *kwargs) for g, name in GROUPS.items()})
-            for affine, kwargs in (('with affine', ()), ('without affine', ('affine=False',)))]
-        resnets = [
-            (f'ResNet-{name[6:]}', paper[name], {g: resnet(dataset, name, g) for g in (1, 2, 4)})
-            for name in ('resnet18', 'resnet50')]
-        for ax, curves in zip(column, (finets, resnets)):
-            for (name, figures, settings), color in zip(curves, ('#1b7fbd', '#d95f02')):
-                ax.plot(*zip(*((g, y) for g, y in zip(settings, figures) if y)), color=color, marker='o', mfc='white', ls=':',
-                        label=f'{name}: paper')
+        finets = {
+            affine: {g: finet(dataset, name, *kwargs) for g, name in GROUPS.items()}
+            for affine, kwargs in (('with affine', ()), ('without affine', ('affine=False',)))}
+        resnets = {name: {g: resnet(dataset, name, g) for g in (1, 2, 4)} for name in ('resnet18', 'resnet50')}
+        for ax, family, curves in zip(column, ('finet_large', 'ResNets'), (finets, resnets)):
+            for (name, settings), color in zip(curves.items(), ('#1b7fbd', '#d95f02')):
+                ax.plot(*zip(*((g, y) for g, y in zip(settings, PAPER[dataset][name]) if y)), color=color, marker='o',
+                        mfc='white', ls=':', label=f'{name}, paper')
                 for loader, marker in (('timm', 'o'), ('gpu', 'D')):
                     points = [
                         (g, *mean_deviation(top1(found[loader]))) for g, setting in settings.items()
@@ -397,11 +410,11 @@ def plot(rows, results):
                     if points:
                         x, y, deviations = zip(*points)
                         ax.errorbar(x, y, [d or 0 for d in deviations], color=color, marker=marker, capsize=3,
-                                    label=f'{name}: measured' + (', loader on the GPU' if loader == 'gpu' else ''))
-            ax.set(title=dataset.upper().replace('CIFAR', 'CIFAR-'), xlabel='FBN groups G (1 is plain BN)',
-                   ylabel='top-1 of the last epoch (%)', xticks=list(curves[0][2]))
+                                    label=f'{name}, measured' + (', loader on the GPU' if loader == 'gpu' else ''))
+            ax.set(title=f'{family} on {title_of(dataset)}', xlabel='FBN groups G (1 is plain BN)',
+                   ylabel='last epoch\'s top-1 in %, mean and deviation', xticks=list(settings))
             ax.grid(alpha=0.3)
-            ax.legend(fontsize=8)
+            ax.legend(fontsize=8, ncols=2, loc='upper center', bbox_to_anchor=(0.5, -0.14))
     fig.savefig(results.with_name(f'{results.stem}_groups.png'), dpi=150, facecolor='white')
     plt.close(fig)
     for dataset in datasets:
@@ -412,7 +425,7 @@ def plot(rows, results):
                 run = setting._replace(loader=loader), lines[0]['seed']
                 curves.append(f"{name}:{folder(results.with_suffix(''), run)}.csv")
         if curves:
-            plot_epochs(curves, results.with_name(f'{results.stem}_epochs_{dataset}.png'), title=f'finet_large on {dataset}')
+            plot_epochs(curves, results.with_name(f'{results.stem}_epochs_{dataset}.png'), title=f'finet_large on {title_of(dataset)}')
 
 
 def commit():
@@ -467,13 +480,17 @@ def main():
     if args.dry_run:
         print('\n'.join(shlex.join(command(run, args)) for run in runs))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
-    failed = train(runs, args) if runs else []
+    try:
+        failed = train(runs, args) if runs else []
+    except ValueError as error:
+        parser.error(error)
     if args.tables:
         print(tables(rows()))
         if args.results == RESULTS / 'cifar.csv':
             write_readme_block('cifar', tables(rows()))
-    if args.plot and rows():
+    if args.plot:
+        if not rows():
+            parser.error(f'--plot: {args.results} holds no run yet.')
         plot(rows(), args.results)
     if failed:
         sys.exit(f'{len(failed)} of {len(runs)} runs failed.')

@@ -55,13 +55,14 @@ class _OnGPU:
             raise ValueError('Pictures that lie on the GPU need no loader workers: --workers 0.')
         transforms = [t for t in self.transform.transforms if not changes_nothing(t)]
         self.flip = sum(t.p for t in transforms if isinstance(t, RandomHorizontalFlip))
-        self.normalize = next((t for t in transforms if isinstance(t, Normalize)), None)
-        if self.normalize is None:
+        normalize = next((t for t in transforms if isinstance(t, Normalize)), None)
+        if normalize is None:
             raise ValueError('Pictures that lie on the GPU need no prefetcher, and are normalised there: --no-prefetcher.')
         others = [type(t).__name__ for t in transforms if not isinstance(t, (RandomHorizontalFlip, Normalize))]
         if others:
             raise ValueError(f"{', '.join(others)}: not done on the GPU; switch it off, or use torch/{self.name}_pad2.")
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
+        self.mean, self.std = (torch.as_tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
         self.labels = torch.tensor(self.targets, device=device)
         self.pictures = torch.from_numpy(self.data).to(device)
         self.side = torch.arange(32, device=device)
@@ -78,8 +79,8 @@ class _OnGPU:
         rows = top + self.side
         columns = left + torch.where(flip == 1, 31 - self.side, self.side)
         batch = self.pictures[index[:, :, None], rows[:, :, None], columns[:, None]]
-        batch = batch.permute(0, 3, 1, 2).contiguous().float().div_(255)  # as torchvision's ToTensor
-        return [Batch((self.normalize(batch), self.labels[index[:, 0]]))]
+        batch = batch.permute(0, 3, 1, 2).float().contiguous()
+        return [Batch((batch.div_(255).sub_(self.mean).div_(self.std), self.labels[index[:, 0]]))]
 
 
 class CIFAR10GPU(_OnGPU, CIFAR10Pad2):
