@@ -1,4 +1,4 @@
-"""The script of the CIFAR tables: what it runs, what it takes from a run, and what it makes of that."""
+"""The runs of the CIFAR tables: what they are, how they are run and resumed, what is taken from them and made of it."""
 import json
 import os
 import re
@@ -15,6 +15,7 @@ import yaml
 SCRIPTS = Path(__file__).parents[1] / 'scripts'
 sys.path.insert(0, str(SCRIPTS))
 
+import cifar_runs as runs  # noqa: E402
 import cifar_tables as tables  # noqa: E402
 from report import read_rows, readme_block  # noqa: E402
 from timm_finet import launch  # noqa: E402
@@ -60,13 +61,13 @@ def fake_train(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(SCRIPTS.parent))
 
 
-RUNS = [(tables.finet('cifar10', 'finet_large_g8'), seed) for seed in (0, 1)]
+RUNS = [(runs.finet('cifar10', 'finet_large_g8'), seed) for seed in (0, 1)]
 
 
 def test_runs_are_the_rows_of_the_papers_tables():
-    for dataset in tables.DATASETS:
+    for dataset in runs.DATASETS:
         rows = {title: rows for title, rows in tables.rows_of(dataset)}
-        planned = {setting for setting, _ in tables.missing([dataset], [], 'timm', [])}
+        planned = {setting for setting, _ in runs.missing([dataset], [], 'timm', [])}
         assert {setting for settings in rows.values() for _, setting, _ in settings} <= planned
         sizes = [len(rows[t]) for t in ('Table 5, with affine', 'Table 5, without affine', 'Table 6', 'Table 7')]
         assert sizes == [6 if dataset == 'cifar10' else 5, 5, 3, 6]
@@ -75,25 +76,25 @@ def test_runs_are_the_rows_of_the_papers_tables():
 
 
 def test_order_and_seeds():
-    runs = tables.missing(['cifar10'], [], 'timm', [])
-    assert len(runs) == len(set(runs)) == 52 and len(tables.missing(['cifar100'], [], 'timm', [])) == 40
-    assert [(str(s), seed) for s, seed in runs[:2]] == [
+    planned = runs.missing(['cifar10'], [], 'timm', [])
+    assert len(planned) == len(set(planned)) == 52 and len(runs.missing(['cifar100'], [], 'timm', [])) == 40
+    assert [(str(s), seed) for s, seed in planned[:2]] == [
         ('cifar10 finet_large act_place=depthwise', 0), ('cifar10 finet_large_g8 act_place=depthwise', 0)]
     count = {}
-    for setting, _ in runs:
+    for setting, _ in planned:
         count[setting] = count.get(setting, 0) + 1
-    assert {g: count[tables.finet('cifar10', name)] for g, name in tables.GROUPS.items()} == {1: 3, 2: 3, 4: 3, 6: 1, 8: 3}
-    assert count[tables.finet('cifar10', 'finet_large', place='output')] == 2
-    assert count[tables.resnet('cifar10', 'resnet18', 4)] == 3
+    assert {g: count[runs.finet('cifar10', name)] for g, name in runs.GROUPS.items()} == {1: 3, 2: 3, 4: 3, 6: 1, 8: 3}
+    assert count[runs.finet('cifar10', 'finet_large', place='output')] == 2
+    assert count[runs.resnet('cifar10', 'resnet18', 4)] == 3
     assert not any(setting.epochs for setting in count)  # cost is measured alone, and only when asked for
-    cost = tables.missing(['cifar10'], ['cost'], 'timm', [])
+    cost = runs.missing(['cifar10'], ['cost'], 'timm', [])
     assert [(s.model, s.form) for s, _ in cost] == [
         ('finet_large', ''), ('finet_large_g8', ''), ('finet_large_g8', 'reference_form')]
 
 
 def test_every_setting_builds_its_network():
     for dataset, classes in (('cifar10', 10), ('cifar100', 100)):
-        for setting in {setting for setting, _ in tables.missing([dataset], [], 'timm', [])}:
+        for setting in {setting for setting, _ in runs.missing([dataset], [], 'timm', [])}:
             kwargs = {k: yaml.safe_load(v) for k, v in (arg.split('=') for arg in setting.kwargs)}
             model = timm.create_model(setting.model, num_classes=classes, small_input=True, device='meta', **kwargs)
             groups = {m.fbn_groups for m in model.modules() if hasattr(m, 'fbn_groups')}
@@ -111,8 +112,8 @@ def test_train_py_reads_the_commands_as_meant(monkeypatch):
     parse = runpy.run_path(launch.find_script('train'))['_parse_args']
     for dataset, classes in (('cifar10', 10), ('cifar100', 100)):
         for loader in ('timm', 'gpu'):
-            for run in tables.missing([dataset], [], loader, []):
-                line = tables.command(run, options(Path('out')))
+            for run in runs.missing([dataset], [], loader, []):
+                line = runs.command(run, options(Path('out')))
                 monkeypatch.setattr(sys, 'argv', ['train.py', *map(launch.find_recipe, line[5:])])
                 args, _ = parse()
                 setting, seed = run
@@ -123,12 +124,12 @@ def test_train_py_reads_the_commands_as_meant(monkeypatch):
                 assert args.mean[0] == (0.4914 if classes == 10 else 0.5071)
                 assert args.model_kwargs.pop('small_input') is True
                 assert [f'{k}={v}' for k, v in args.model_kwargs.items()] == list(setting.kwargs)
-                assert args.device_modules == ['timm_finet', 'train_facts'] and args.experiment == tables.folder('', run).name
+                assert args.device_modules == ['timm_finet', 'train_facts'] and args.experiment == runs.folder('', run).name
 
 
 def test_a_finished_run_becomes_a_line_and_is_not_repeated(fake_train, tmp_path):
     args = options(tmp_path)
-    assert tables.train(RUNS, args) == []
+    assert runs.train(RUNS, args) == []
     first, second = sorted(read_rows(args.results), key=lambda row: row['seed'])
     assert (first['seed'], second['seed']) == ('0', '1')
     measured = {key: first[key] for key in (
@@ -142,37 +143,37 @@ def test_a_finished_run_becomes_a_line_and_is_not_repeated(fake_train, tmp_path)
         'timm-finet run train --config recipe:cifar10 --model finet_large_g8 --model-kwargs small_input=True '
         'act_place=depthwise --channels-last --seed 0 --data-dir DATA')
     assert 0 <= int(first['seconds']) < 60 and str(tmp_path) not in ''.join(first.values())
-    curve = read_rows(tmp_path / 'cifar' / f'{tables.folder("", RUNS[0]).name}.csv')
+    curve = read_rows(tmp_path / 'cifar' / f'{runs.folder("", RUNS[0]).name}.csv')
     assert [row['eval_top1'] for row in curve] == ['10', '30', '25.5', '20']
-    assert not set(RUNS) & set(tables.missing(['cifar10'], [], 'timm', read_rows(args.results)))
+    assert not set(RUNS) & set(runs.missing(['cifar10'], [], 'timm', read_rows(args.results)))
     args.results.unlink()  # finished, but not recorded: nothing is trained again
-    assert tables.train(RUNS, args) == []
+    assert runs.train(RUNS, args) == []
     assert [row['sessions'] for row in read_rows(args.results)] == ['1', '1']
 
 
 def test_a_failed_run_is_told_and_goes_on_from_its_checkpoint(fake_train, tmp_path, monkeypatch, capsys):
     args = options(tmp_path)
     monkeypatch.setenv('CUT', 'yes')
-    assert tables.train(RUNS[:1], args) == RUNS[:1]
+    assert runs.train(RUNS[:1], args) == RUNS[:1]
     assert 'failed with status 3' in capsys.readouterr().out and not args.results.exists()
-    assert '--resume' in tables.command(RUNS[0], args)
+    assert '--resume' in runs.command(RUNS[0], args)
     with pytest.raises(ValueError, match='seed0 holds another experiment'):
-        tables.train(RUNS[:1], options(tmp_path, extra=['--lr', '1']))
-    assert tables.train(RUNS[:1], args) == []
+        runs.train(RUNS[:1], options(tmp_path, extra=['--lr', '1']))
+    assert runs.train(RUNS[:1], args) == []
     (row,) = read_rows(args.results)
     assert (row['epochs'], row['sessions'], row['top1_best'], row['top1_last']) == ('4', '2', '30.0', '20.0')
-    curve = read_rows(tmp_path / 'cifar' / f'{tables.folder("", RUNS[0]).name}.csv')
+    curve = read_rows(tmp_path / 'cifar' / f'{runs.folder("", RUNS[0]).name}.csv')
     assert [row['epoch'] for row in curve] == ['0', '1', '2', '3']
 
 
 def test_the_time_limit_cuts_runs_and_starts_no_more(fake_train, tmp_path, monkeypatch):
     args = options(tmp_path, jobs=1, minutes=0.1)
     monkeypatch.setenv('CUT', 'sleep')
-    assert tables.train(RUNS, args) == []
-    assert not args.results.exists() and not tables.folder(args.output, RUNS[1]).exists()
+    assert runs.train(RUNS, args) == []
+    assert not args.results.exists() and not runs.folder(args.output, RUNS[1]).exists()
     args.minutes = 1
     monkeypatch.delenv('CUT')
-    assert tables.train(RUNS[:1], args) == [] and len(read_rows(args.results)) == 1
+    assert runs.train(RUNS[:1], args) == [] and len(read_rows(args.results)) == 1
 
 
 def line(setting, seed, top1, **more):
@@ -187,7 +188,7 @@ def test_mean_deviation_and_difference():
 
 
 def test_tables_stand_beside_the_papers_figures():
-    bn, fbn = (tables.finet('cifar10', name) for name in ('finet_large', 'finet_large_g8'))
+    bn, fbn = (runs.finet('cifar10', name) for name in ('finet_large', 'finet_large_g8'))
     rows = [line(bn, seed, 92 + seed) for seed in range(3)] + [line(fbn, seed, 94 + seed) for seed in range(3)]
     rows += [line(fbn._replace(loader='gpu'), 0, 93.5)]
     cost = bn._replace(epochs=5), fbn._replace(epochs=5), fbn._replace(epochs=5, form='reference_form')
@@ -209,11 +210,11 @@ def test_readme_shows_the_results_file():
 def test_plots(tmp_path):
     pytest.importorskip('matplotlib')
     rows = []
-    for g, name in tables.GROUPS.items():
-        rows += [line(tables.finet('cifar10', name), seed, 92 + seed + g / 10) for seed in range(3)]
+    for g, name in runs.GROUPS.items():
+        rows += [line(runs.finet('cifar10', name), seed, 92 + seed + g / 10) for seed in range(3)]
     (tmp_path / 'cifar').mkdir()
     for g in (1, 8):
-        name = tables.folder('', (tables.finet('cifar10', tables.GROUPS[g]), 0)).name
+        name = runs.folder('', (runs.finet('cifar10', runs.GROUPS[g]), 0)).name
         (tmp_path / 'cifar' / f'{name}.csv').write_text('epoch,eval_top1\n0,10\n1,20\n')
     tables.plot(rows, tmp_path / 'cifar.csv')
     for name in ('cifar_groups.png', 'cifar_epochs_cifar10.png'):
