@@ -213,7 +213,6 @@ def train(runs, args):
     """Keep `--jobs` runs going until all are done or the time is up. Returns those that failed."""
     end = time.monotonic() + 60 * args.minutes
     waiting, active, failed = list(runs), {}, []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
     try:
         while active or waiting and time.monotonic() < end:
             while waiting and len(active) < args.jobs and time.monotonic() < end:

@@ -15,6 +15,7 @@ that makes another experiment, it needs a `--results` of its own:
 import argparse
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -249,7 +250,10 @@ def main():
         print('\n'.join(shlex.join(command(run, args)) for run in runs))
         return
     try:
-        failed = train(runs, args) if runs else []
+        failed = []
+        if runs:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
+            failed = train(runs, args)
     except ValueError as error:
         parser.error(error)
     if args.tables:

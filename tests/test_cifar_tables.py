@@ -23,16 +23,14 @@ from timm_finet import launch  # noqa: E402
 FAKE = '''
 import os, sys, time
 from pathlib import Path
-import yaml
-import train_facts
 args = dict(zip(sys.argv[1:], sys.argv[2:]))
 home = Path(args['--output'], args['--experiment'])
 first = 0
 if '--resume' in args:
     first = int(Path(args['--resume']).read_text()) + 1
 epochs = 4
-home.joinpath('args.yaml').write_text(yaml.safe_dump(dict(
-    epochs=epochs, batch_size=100, amp=True, amp_dtype='bfloat16', torchcompile=None)))
+home.joinpath('args.yaml').write_text(
+    f'{{epochs: {epochs}, batch_size: 100, amp: true, amp_dtype: bfloat16, torchcompile: null}}')
 with home.joinpath('summary.csv').open('a') as file:
     print('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', file=file)
     for epoch in range(first, epochs):
@@ -44,6 +42,7 @@ with home.joinpath('summary.csv').open('a') as file:
             if os.environ['CUT'] == 'sleep':
                 time.sleep(60)
             raise SystemExit(3)
+print('facts: {"peak_mb": null, "device": "none", "torch": "1", "timm": "2"}')
 '''
 
 
@@ -55,10 +54,15 @@ def options(tmp_path, **changes):
 
 @pytest.fixture
 def fake_train(tmp_path, monkeypatch):
-    """In the place of timm's train.py: it writes what that would."""
+    """In the place of `python -m timm_finet run train`: it writes what that would."""
     (tmp_path / 'train.py').write_text(FAKE)
-    monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path))
-    monkeypatch.setenv('PYTHONPATH', str(SCRIPTS.parent))
+    real = runs.command
+
+    def command(run, args):
+        line = real(run, args)
+        assert line[:5] == [sys.executable, '-m', 'timm_finet', 'run', 'train']
+        return [sys.executable, str(tmp_path / 'train.py'), *line[5:]]
+    monkeypatch.setattr(runs, 'command', command)
 
 
 RUNS = [(runs.finet('cifar10', 'finet_large_g8'), seed) for seed in (0, 1)]
@@ -138,7 +142,7 @@ def test_a_finished_run_becomes_a_line_and_is_not_repeated(fake_train, tmp_path)
     assert measured == dict(
         setting='cifar10 finet_large_g8 act_place=depthwise', epochs='4', top1_last='20.0', top1_best='30.0',
         best_epoch='2', seconds_an_epoch='2.5', peak_mb='', jobs='2', sessions='1', precision='bfloat16', compiled='False',
-        commit='abc', timm=timm.__version__)
+        commit='abc', timm='2')
     assert first['command'] == (
         'timm-finet run train --config recipe:cifar10 --model finet_large_g8 --model-kwargs small_input=True '
         'act_place=depthwise --channels-last --seed 0 --data-dir DATA')
@@ -167,7 +171,7 @@ def test_a_failed_run_is_told_and_goes_on_from_its_checkpoint(fake_train, tmp_pa
 
 
 def test_the_time_limit_cuts_runs_and_starts_no_more(fake_train, tmp_path, monkeypatch):
-    args = options(tmp_path, jobs=1, minutes=0.1)
+    args = options(tmp_path, jobs=1, minutes=0.03)
     monkeypatch.setenv('CUT', 'sleep')
     assert runs.train(RUNS, args) == []
     assert not args.results.exists() and not runs.folder(args.output, RUNS[1]).exists()
