@@ -15,8 +15,8 @@ from torchvision.transforms import InterpolationMode
 
 from timm_finet import launch
 
-PAPER = ['imagenet', 'cifar10', 'cifar100', 'resnet_cifar']
-RECIPES = [*PAPER, 'cifar10_short', 'finetune', 'modern', 'modern_finetune', 'smoke']
+PAPER = ['imagenet', 'tiny_in200', 'cifar10', 'cifar100', 'resnet_cifar']
+RECIPES = [*PAPER, 'cifar10_short', 'finetune', 'modern', 'modern_finetune', 'modern_photos', 'smoke']
 CIFAR = ['cifar10', 'cifar100', 'resnet_cifar', 'modern', 'smoke', 'cifar10_short']
 UPDATES = 10  # an epoch
 ARRAY = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -60,6 +60,7 @@ def test_numbers_are_numbers_and_traps_are_named(name):
 
 @pytest.mark.parametrize('name, expected', [
     ('imagenet', [0.2 * (1 - epoch / 320) for epoch in range(321)]),
+    ('tiny_in200', [0.2 * (1 - epoch / 40) for epoch in range(41)]),
     *((name, [0.1] * 100 + [0.01] * 50 + [0.001] * 51) for name in ('cifar10', 'cifar100', 'resnet_cifar')),
 ])
 def test_learning_rate_at_every_epoch_boundary(name, expected):
@@ -77,7 +78,7 @@ def test_other_schedules_rise_once_and_end_at_zero(name):
 
 
 @pytest.mark.parametrize('name, batch, decay', [
-    ('imagenet', 512, 4e-5), ('cifar10', 128, 5e-4), ('cifar100', 128, 5e-4), ('resnet_cifar', 64, 5e-4)])
+    ('imagenet', 512, 4e-5), ('tiny_in200', 512, 4e-5), ('cifar10', 128, 5e-4), ('cifar100', 128, 5e-4), ('resnet_cifar', 64, 5e-4)])
 def test_papers_optimizer_is_sgd_without_nesterov_that_decays_every_parameter(name, batch, decay):
     args = read(name)
     model = build(name)
@@ -100,7 +101,8 @@ def test_optimizers_take_every_parameter(name):
 def test_drop_rate_and_classes_reach_the_network(name):
     model = build(name)
     assert model.drop_rate == {'resnet_cifar': 0, 'cifar10_short': 0}.get(name, 0.2)
-    classes = {'imagenet': 1000, 'cifar100': 100, 'finetune': 3, 'modern_finetune': 3}.get(name, 10)
+    classes = {'imagenet': 1000, 'tiny_in200': 200, 'modern_photos': 200, 'cifar100': 100, 'finetune': 3, 'modern_finetune': 3}
+    classes = classes.get(name, 10)
     assert model.num_classes == classes
 
 
@@ -138,3 +140,10 @@ def test_imagenet_transforms_are_those_of_pytorchs_example():
     resize, centre, _ = create_transform(
         data['input_size'], interpolation=data['interpolation'], crop_pct=data['crop_pct'], use_prefetcher=True).transforms
     assert (resize.size, resize.interpolation, centre.size) == (256, InterpolationMode.BILINEAR, (224, 224))
+
+
+def test_tiny_imagenet_is_imagenets_recipe_but_for_size_length_and_precision():
+    ours, imagenet = vars(read('tiny_in200')), vars(read('imagenet'))
+    assert {key for key in ours.keys() | imagenet.keys() if ours.get(key) != imagenet.get(key)} == {
+        'train_split', 'val_split', 'num_classes', 'input_size', 'epochs', 'amp', 'amp_dtype', 'channels_last', 'workers',
+        'checkpoint_hist'}

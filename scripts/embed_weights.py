@@ -1,0 +1,101 @@
+"""Embed a checkpoint of train.py in half precision, if that moves its top-1 by less than 0.05 points.
+
+    python scripts/embed_weights.py CHECKPOINT finet_large_se_g4.tiny_in200 --data-dir PACK
+
+Its EMA is taken where it has one. Matrices and kernels become float16, statistics and other vectors stay as they are.
+timm's validate.py compares both on the validation set that train.py used, the second in train and in fused form. Then
+timm_finet/weights gets the file and its line in SHA256SUMS, and TAG.txt with the names of the classes out of
+PACK/classes.txt. What is left is the tag's line in the network's default_cfgs, which is printed.
+"""
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from timm.models import load_state_dict
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from timm_finet.finet import WEIGHTS
+
+MOVES = 0.05  # points
+ROOM = 60_000_000  # bytes, all embedded weights together
+TITLES = {'tiny_in200': 'Tiny-ImageNet-200', 'mini_in100': 'mini-ImageNet-100'}
+
+
+def halve(state):
+    return {key: value.half() if value.is_floating_point() and value.ndim > 1 else value for key, value in state.items()}
+
+
+def validate(file, model, data_dir, args, *options):
+    """Top-1 by timm's validate.py, of float32 arithmetic."""
+    with tempfile.NamedTemporaryFile(suffix='.json') as report:
+        command = [
+            'run', 'validate', '--model', model, '--checkpoint', str(file), '--data-dir', str(data_dir),
+            '--dataset', args['dataset'] or '', '--split', args['val_split'], '--num-classes', str(args['num_classes']),
+            '--input-size', *map(str, args['input_size']), '--mean', *map(str, args['mean']), '--std', *map(str, args['std']),
+            '--crop-pct', str(args['crop_pct']), '--interpolation', args['interpolation'],
+            '--model-kwargs', *(f'{key}={value}' for key, value in (args['model_kwargs'] or {'drop_rate': 0}).items()),
+            '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--results-format', 'json',
+            '--results-file', report.name, *options]
+        subprocess.run([sys.executable, '-m', 'timm_finet', *command], check=True)
+        return json.loads(Path(report.name).read_text())['top1']
+
+
+def embed(state, name, names, weights=WEIGHTS):
+    """Write the file, its sum and the classes' names."""
+    file = weights / f'{name}.safetensors'
+    part = file.with_suffix('.part')
+    save_file({key: value.contiguous() for key, value in state.items()}, part)
+    size = part.stat().st_size + sum(other.stat().st_size for other in weights.glob('*.safetensors') if other != file)
+    if size > ROOM:
+        part.unlink()
+        raise ValueError(f'{name} would make the embedded weights {size / 1e6:.1f} MB, more than {ROOM / 1e6:.0f} MB.')
+    os.replace(part, file)
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(weights.glob('*.safetensors'))}
+    (weights / 'SHA256SUMS').write_text(''.join(f'{value}  {key}\n' for key, value in sums.items()))
+    if names:
+        (weights / f"{name.split('.')[1]}.txt").write_text('\n'.join(names) + '\n')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('checkpoint', type=Path)
+    parser.add_argument('name', metavar='MODEL.TAG')
+    parser.add_argument('--data-dir', type=Path, required=True)
+    opts = parser.parse_args()
+    model, tag = opts.name.split('.')
+    args = vars(load_checkpoint_metadata(opts.checkpoint)['args'])
+    state = load_state_dict(str(opts.checkpoint))
+    half = halve(state)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f'{name}.safetensors') for name in ('full', 'half')]
+        for file, tensors in zip(files, (state, half)):
+            save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+        full, *others = (
+            validate(files[0], model, opts.data_dir, args), validate(files[1], model, opts.data_dir, args),
+            validate(files[1], model, opts.data_dir, args, '--reparam'))
+    print(f'top-1: {full} in full precision, {others[0]} in half, {others[1]} in half and fused')
+    if max(abs(full - other) for other in others) >= MOVES:
+        parser.exit(2, f'embed_weights.py: half precision moves top-1 by {MOVES} points or more: nothing embedded.\n')
+    classes = opts.data_dir / 'classes.txt'
+    names = [line.split('\t')[1] for line in classes.read_text().splitlines()] if classes.is_file() else []
+    try:
+        embed(half, opts.name, names)
+    except ValueError as error:
+        parser.exit(2, f'embed_weights.py: {error}\n')
+    print('Register it, in front of the untrained tags:')
+    label_names = f"tuple((WEIGHTS / '{tag}.txt').read_text().splitlines())" if names else '...'
+    print(
+        f"    '{opts.name}': _cfg(file=str(WEIGHTS / '{opts.name}.safetensors'), description='trained on {TITLES.get(tag, tag)}',\n"
+        f"        num_classes={args['num_classes']}, input_size={tuple(args['input_size'])}, pool_size={tuple(x // 32 for x in args['input_size'][1:])},\n"
+        f"        crop_pct={args['crop_pct']}, interpolation='{args['interpolation']}', label_names={label_names}),")
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,126 @@
+"""Table 2's comparison on photographs: every network from scratch on Tiny-ImageNet-200 under recipe:tiny_in200.
+
+    python scripts/table2_photos.py --data-dir PACK [--models finet_small mobilenetv2_035] [--seeds 0 1]
+
+PACK is written by scripts/photos.py. The runs that the results lack are started; cut off, by `--minutes` or otherwise, they go
+on when started again with the same `--output`. Every finished run adds a line to results/table2_photos.csv, out of which the
+README's table is written, without `--data-dir` that alone. Options that are not ours go to train.py, which makes another
+experiment: it needs a `--results` of its own, and its table is printed.
+"""
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+
+import shufflenet  # noqa: F401 (registers two networks)
+from cifar_tables import commit, mean_deviation, pm, top1, train
+from report import RESULTS, markdown, read_rows, write_readme_block
+from timm_finet import fuse_fbn
+from timm_finet.flops import count_flops
+
+CSV = RESULTS / 'table2_photos.csv'
+CLASSES, SIZE = 200, 128
+PAPER = {  # top-1 on ImageNet
+    'finet_small': 61.710, 'finet_small_g2': 62.988, 'finet_small_g4': 63.338,
+    'finet_small_se': 64.632, 'finet_small_se_g2': 65.322, 'finet_small_se_g4': 65.706,
+    'shufflenetv2_x0_5': 60.3, 'mobilenetv2_035': 58.2, 'mobilenetv3_small_075': 65.4,
+    'finet_large': 71.256, 'finet_large_g2': 72.410, 'finet_large_g4': 72.746,
+    'finet_large_se': 72.790, 'finet_large_se_g2': 73.642, 'finet_large_se_g4': 73.786,
+    'shufflenetv2_x1_5': 72.6, 'mobilenetv2_100': 72.0, 'mobilenetv3_large_100': 75.2, 'semnasnet_100': 75.2,
+}
+
+
+class Setting(NamedTuple):
+    """What cifar_tables.train asks of a row of the table."""
+    model: str
+    loader = 'timm'
+
+    @property
+    def form(self):
+        return 'shufflenet' if self.model.startswith('shufflenet') else ''
+
+    def __str__(self):
+        return f'tiny_in200 {self.model}'
+
+    def args(self, seed):
+        modules = ['--device-modules', 'timm_finet', self.form] if self.form else []
+        return ['--config', 'recipe:tiny_in200', '--model', self.model, *modules, '--seed', str(seed)]
+
+
+def rows_of(file):
+    return read_rows(file) if file.exists() else []
+
+
+def arguments(description, results):
+    """What cifar_tables.train takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('--data-dir')
+    parser.add_argument('--output', default=f'output/{results.stem}', help='folder for checkpoints and logs, kept until all is done')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at once (default: %(default)s)')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='time after which runs are cut (default: none)')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
+    parser.add_argument('--results', type=Path, default=results)
+    return parser
+
+
+def parse(parser, results):
+    args, args.extra = parser.parse_known_args()
+    if args.extra and args.results == results:
+        parser.error(f'{shlex.join(args.extra)!r} for train.py makes another experiment: name a file for it by --results.')
+    return args
+
+
+def run(settings, args):
+    """Start the runs that the results lack, seed by seed."""
+    done = {(row['setting'], row['seed']) for row in rows_of(args.results)}
+    runs = [(setting, seed) for seed in args.seeds for setting in settings if (str(setting), str(seed)) not in done]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
+    if runs and train(runs, args):
+        sys.exit('Some runs failed.')
+
+
+def count(name):
+    """Parameters of the train form and multiply-adds of the fused one."""
+    model = timm.create_model(name, num_classes=CLASSES).eval()
+    params = sum(p.numel() for p in model.parameters())
+    counts = count_flops(fuse_fbn(model) if name.startswith('finet') else model, (3, SIZE, SIZE))
+    return params, counts['conv'] + counts['linear']
+
+
+def table(rows):
+    if not rows:
+        return 'Not measured yet.'
+    cells = []
+    for name, figure in PAPER.items():
+        mine = [row for row in rows if row['setting'] == str(Setting(name))]
+        if mine:
+            params, macs = count(name)
+            cells.append([
+                f'`{name}`', f'{params:,}', f'{macs:,}', pm(*mean_deviation([float(row['seconds_an_epoch']) for row in mine])),
+                pm(*mean_deviation(top1(mine))), pm(*mean_deviation(top1(mine, 'top1_best'))),
+                ', '.join(row['seed'] for row in mine), f'{figure:.1f}'])
+    return markdown(
+        ['', 'parameters', f'multiply-adds at {SIZE} px', 'seconds an epoch', 'top-1, last epoch', 'best epoch', 'seeds',
+         "paper's top-1 on ImageNet"], cells)
+
+
+def main():
+    parser = arguments(__doc__.splitlines()[0], CSV)
+    parser.add_argument('--models', nargs='+', default=list(PAPER), choices=list(PAPER), metavar='NAME')
+    args = parse(parser, CSV)
+    if args.data_dir:
+        run([Setting(name) for name in args.models], args)
+    text = table(rows_of(args.results))
+    if args.results == CSV:
+        write_readme_block('table2_photos', text)
+    else:
+        print(text)
+
+
+if __name__ == '__main__':
+    main()
