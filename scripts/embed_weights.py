@@ -40,7 +40,7 @@ def validate(file, model, data_dir, args, *options):
             '--dataset', args['dataset'] or '', '--split', args['val_split'], '--num-classes', str(args['num_classes']),
             '--input-size', *map(str, args['input_size']), '--mean', *map(str, args['mean']), '--std', *map(str, args['std']),
             '--crop-pct', str(args['crop_pct']), '--interpolation', args['interpolation'],
-            '--model-kwargs', *(f'{key}={value}' for key, value in (args['model_kwargs'] or {'drop_rate': 0}).items()),
+            '--model-kwargs', *(f'{key}={value}' for key, value in (args['model_kwargs'] or {}).items()),
             '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--results-format', 'json',
             '--results-file', report.name, *options]
         subprocess.run([sys.executable, '-m', 'timm_finet', *command], check=True)

@@ -24,6 +24,7 @@ import photos  # noqa: E402
 import shufflenet  # noqa: E402, F401
 import table2_photos  # noqa: E402
 import transfer  # noqa: E402
+from report import readme_block  # noqa: E402
 from timm_finet import launch  # noqa: E402
 
 GOLDFISH, BULLFROG = 'n01443537', 'n01641577'
@@ -199,3 +200,8 @@ def test_cifar_is_packed_without_its_padding(tmp_path):
         places = [int(Path(name).stem) for name in dataset.filenames()]
         assert sorted(places) == [*range(20)]
         assert all(np.array_equal(arrays[name][i], image) for i, (image, _) in zip(places, dataset))
+
+
+def test_readme_holds_the_tables_of_the_results():
+    for script, name in ((table2_photos, 'table2_photos'), (transfer, 'transfer')):
+        assert readme_block(name) == script.table(table2_photos.rows_of(script.CSV))
