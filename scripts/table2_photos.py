@@ -9,7 +9,6 @@ experiment: it needs a `--results` of its own, and its table is printed.
 """
 import argparse
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -75,13 +74,16 @@ def parse(parser, results):
     return args
 
 
-def run(settings, args):
+def run(settings, args, parser):
     """Start the runs that the results lack, seed by seed."""
     done = {(row['setting'], row['seed']) for row in rows_of(args.results)}
     runs = [(setting, seed) for seed in args.seeds for setting in settings if (str(setting), str(seed)) not in done]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
-    if runs and train(runs, args):
-        sys.exit('Some runs failed.')
+    try:
+        failed = train(runs, args)
+    except ValueError as error:
+        parser.error(error)
+    if failed:
+        sys.exit(f'{len(failed)} of {len(runs)} runs failed.')
 
 
 def count(name):
@@ -114,7 +116,7 @@ def main():
     parser.add_argument('--models', nargs='+', default=list(PAPER), choices=list(PAPER), metavar='NAME')
     args = parse(parser, CSV)
     if args.data_dir:
-        run([Setting(name) for name in args.models], args)
+        run([Setting(name) for name in args.models], args, parser)
     text = table(rows_of(args.results))
     if args.results == CSV:
         write_readme_block('table2_photos', text)

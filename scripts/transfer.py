@@ -89,7 +89,7 @@ def main():
         folder = Path(args.output, 'data')
         pack_cifar(args.data_dir, folder)
         args.data_dir = str(folder)
-        run([Setting(model, start) for model in args.models for start in RATES], args)
+        run([Setting(model, start) for model in args.models for start in RATES], args, parser)
     text = table(rows_of(args.results))
     if args.results == CSV:
         write_readme_block('transfer', text)

@@ -160,7 +160,7 @@ def test_table_runs_every_network_under_one_recipe_but_what_the_results_hold(tmp
     started = []
     monkeypatch.setattr(table2_photos, 'train', lambda runs, args: started.extend(runs))
     settings = [table2_photos.Setting(name) for name in table2_photos.PAPER]
-    table2_photos.run(settings, Namespace(results=results, seeds=[0, 1]))
+    table2_photos.run(settings, Namespace(results=results, seeds=[0, 1]), None)
     assert len(settings) == 19 and len(started) == 37 and started[-1] == (settings[-1], 1)
     for setting in settings:
         assert timm.is_model(setting.model)
