@@ -20,20 +20,25 @@ import torch
 import timm_finet  # noqa: F401 (registers the names)
 
 RESULTS = Path(__file__).parent / 'results' / 'weights.csv'
-DATASETS = {'cifar10': 'torch/cifar10_pad2', 'cifar100': 'torch/cifar100_pad2'}
+DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
+    'cifar10': ['--data-dir', 'DATA', '--dataset', 'torch/cifar10_pad2'],
+    'cifar100': ['--data-dir', 'DATA', '--dataset', 'torch/cifar100_pad2'],
+    'tiny_in200': ['--data-dir', 'DATA/tiny_in200', '--split', 'validation.tar'],
+    'mini_in100': ['--data-dir', 'DATA/mini_in100', '--split', 'validation.tar'],
+}
 
 rows = []
 for name in timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True):
     for form in ('train', 'fused'):
         with tempfile.NamedTemporaryFile(suffix='.json') as report:
             command = [
-                'run', 'validate', '--model', name, '--pretrained', '--dataset', DATASETS[name.split('.')[1]],
-                '--data-dir', sys.argv[1], '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--workers', '1',
+                'run', 'validate', '--model', name, '--pretrained', *DATASETS[name.split('.')[1]],
+                '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--workers', '1',
                 '--results-format', 'json', '--results-file', report.name, *(['--reparam'] if form == 'fused' else [])]
-            subprocess.run([sys.executable, '-m', 'timm_finet', *command], check=True)
+            local = [arg.replace('DATA', sys.argv[1]) for arg in command]
+            subprocess.run([sys.executable, '-m', 'timm_finet', *local], check=True)
             result = json.loads(Path(report.name).read_text())
         command = [arg for arg in command if arg not in ('--results-file', report.name, '--results-format', 'json')]
-        command[command.index('--data-dir') + 1] = 'DATA'
         rows.append(dict(
             model=name, form=form, top1=result['top1'], top5=result['top5'], params_millions=result['param_count'],
             command=shlex.join(['timm-finet', *command]), torch=torch.__version__, timm=timm.__version__,
