@@ -11,7 +11,6 @@ PACK gets train.tar, validation.tar (pictures byte by byte as they were, in a fo
 the order of the class indices, and their names where they are ImageNet's synsets) and pack.csv (the counts).
 """
 import argparse
-import csv
 import hashlib
 import io
 import re
@@ -26,6 +25,8 @@ from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from tqdm import tqdm
+
+from report import write_rows
 
 SPLITS = {'train': 'train', 'val': 'validation'}
 
@@ -85,21 +86,24 @@ def pack(pictures, read, file):
     """Write a split's tar and return its counts."""
     modes, sizes, names = Counter(), Counter(), hashlib.sha256()
     part = file.with_suffix('.part')
-    with tarfile.open(part, 'w', format=tarfile.USTAR_FORMAT) as tar:
-        for place, path in tqdm(pictures.items(), desc=file.stem, unit='picture'):
-            data = read(path)
-            try:
-                with Image.open(io.BytesIO(data)) as picture:
-                    picture.load()
-                    modes[picture.mode] += 1
-                    sizes['x'.join(map(str, picture.size))] += 1
-            except OSError as error:
-                raise ValueError(f'{path} is not a picture that Pillow can read: {error}') from error
-            names.update(f'{hashlib.sha256(data).hexdigest()}  {place}\n'.encode())
-            info = tarfile.TarInfo(place)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    part.replace(file)
+    try:
+        with tarfile.open(part, 'w', format=tarfile.USTAR_FORMAT) as tar:
+            for place, path in tqdm(pictures.items(), desc=file.stem, unit='picture'):
+                data = read(path)
+                try:
+                    with Image.open(io.BytesIO(data)) as picture:
+                        picture.load()
+                        modes[picture.mode] += 1
+                        sizes['x'.join(map(str, picture.size))] += 1
+                except (OSError, SyntaxError) as error:
+                    raise ValueError(f'{path} is not a picture that Pillow can read: {error}') from error
+                names.update(f'{hashlib.sha256(data).hexdigest()}  {place}\n'.encode())
+                info = tarfile.TarInfo(place)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
     per_class = Counter(place.split('/')[0] for place in pictures)
     return {
         'pictures': len(pictures), 'classes': len(per_class),
@@ -118,10 +122,14 @@ def main():
     try:
         version, paths, read = open_source(args.source)
         splits = {split: limit(found, args.classes, args.per_class) for split, found in find_pictures(paths, read).items()}
-        folders = [list(dict.fromkeys(place.split('/')[0] for place in found)) for found in splits.values()]
-        if not folders[0] or folders[0] != folders[1]:
+        folders, others = ({place.split('/')[0] for place in found} for found in splits.values())
+        if not folders:
+            raise ValueError(f'SOURCE={args.source} holds no folder `train` with a folder of pictures a class.')
+        if folders != others:
             raise ValueError(
-                f'SOURCE={args.source} must hold the same classes in train and val, and has {len(folders[0])} and {len(folders[1])}.')
+                f'SOURCE={args.source} must hold the same classes in train and val; in one alone: '
+                f"{', '.join(sorted(folders ^ others)[:5])}.")
+        folders = sorted(folders, key=natural_key)  # timm's class indices
         args.pack.mkdir(parents=True, exist_ok=True)
         rows = [
             dict(data=args.pack.name, version=version, split=split, **pack(found, read, args.pack / f'{split}.tar'),
@@ -130,12 +138,9 @@ def main():
         parser.exit(2, f'photos.py: {error}\n')
     info = ImageNetInfo()
     known = set(info.label_names())
-    names = [info.label_name_to_description(name).split(',')[0] if name in known else name for name in folders[0]]
-    (args.pack / 'classes.txt').write_text(''.join(f'{folder}\t{name}\n' for folder, name in zip(folders[0], names)))
-    with (args.pack / 'pack.csv').open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+    names = [info.label_name_to_description(name).split(',')[0] if name in known else name for name in folders]
+    (args.pack / 'classes.txt').write_text(''.join(f'{folder}\t{name}\n' for folder, name in zip(folders, names)))
+    write_rows(args.pack / 'pack.csv', rows)
     for row in rows:
         print(*(f'{key}={value}' for key, value in row.items()))
 

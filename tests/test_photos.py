@@ -116,14 +116,17 @@ def test_broken_picture_is_named_and_leaves_no_tar(source, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         pack(monkeypatch, source, tmp_path / 'pack')
     assert stop.value.code == 2 and f'{BULLFROG}_1.JPEG is not a picture' in capsys.readouterr().err
-    assert not list((tmp_path / 'pack').glob('*.tar'))
+    assert not list((tmp_path / 'pack').iterdir())
 
 
 def test_splits_with_different_classes_are_refused(source, tmp_path, monkeypatch, capsys):
     (source / 'tiny' / 'val' / 'val_annotations.txt').write_text(f'val_0.JPEG\t{BULLFROG}\nval_1.JPEG\t{BULLFROG}\n')
     with pytest.raises(SystemExit) as stop:
         pack(monkeypatch, source, tmp_path / 'pack')
-    assert stop.value.code == 2 and 'the same classes' in capsys.readouterr().err
+    assert stop.value.code == 2 and f'in one alone: {GOLDFISH}.' in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        pack(monkeypatch, source / 'tiny' / 'test', tmp_path / 'pack')
+    assert stop.value.code == 2 and 'holds no folder `train`' in capsys.readouterr().err
 
 
 def test_only_matrices_and_kernels_are_halved():
