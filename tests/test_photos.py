@@ -142,6 +142,7 @@ def test_embedding_writes_file_sum_and_names_or_nothing(tmp_path, monkeypatch):
     state = {'weight': torch.ones(100, 100).half()}
     embed_weights.embed(state, 'net.tag', ['cat', 'dog'], tmp_path)
     file = tmp_path / 'net.tag.safetensors'
+    assert file.stat().st_mode & 0o777 == 0o644
     assert load_file(file)['weight'].equal(state['weight']) and (tmp_path / 'tag.txt').read_text() == 'cat\ndog\n'
     assert (tmp_path / 'SHA256SUMS').read_text() == f'{hashlib.sha256(file.read_bytes()).hexdigest()}  net.tag.safetensors\n'
     monkeypatch.setattr(embed_weights, 'ROOM', 30_000)
