@@ -56,6 +56,7 @@ def embed(state, name, names, weights=WEIGHTS):
     if size > ROOM:
         part.unlink()
         raise ValueError(f'{name} would make the embedded weights {size / 1e6:.1f} MB, more than {ROOM / 1e6:.0f} MB.')
+    part.chmod(0o644)  # safetensors keeps it to its owner
     os.replace(part, file)
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(weights.glob('*.safetensors'))}
     (weights / 'SHA256SUMS').write_text(''.join(f'{value}  {key}\n' for key, value in sums.items()))

@@ -16,18 +16,18 @@ class ShuffleNetV2(models.ShuffleNetV2):
         self.fc = nn.Sequential(nn.Dropout(drop_rate), self.fc)
 
 
-default_cfgs = generate_default_cfgs({name: {'num_classes': 1000} for name in ('shufflenetv2_x0_5', 'shufflenetv2_x1_5')})
+default_cfgs = generate_default_cfgs({name: {'num_classes': 1000} for name in ('shufflenet_v2_x0_5', 'shufflenet_v2_x1_5')})
 
 
 @register_model
-def shufflenetv2_x0_5(pretrained=False, **kwargs):
+def shufflenet_v2_x0_5(pretrained=False, **kwargs):
     return build_model_with_cfg(
-        ShuffleNetV2, 'shufflenetv2_x0_5', pretrained, stages_repeats=(4, 8, 4),
+        ShuffleNetV2, 'shufflenet_v2_x0_5', pretrained, stages_repeats=(4, 8, 4),
         stages_out_channels=(24, 48, 96, 192, 1024), **kwargs)
 
 
 @register_model
-def shufflenetv2_x1_5(pretrained=False, **kwargs):
+def shufflenet_v2_x1_5(pretrained=False, **kwargs):
     return build_model_with_cfg(
-        ShuffleNetV2, 'shufflenetv2_x1_5', pretrained, stages_repeats=(4, 8, 4),
+        ShuffleNetV2, 'shufflenet_v2_x1_5', pretrained, stages_repeats=(4, 8, 4),
         stages_out_channels=(24, 176, 352, 704, 1024), **kwargs)

@@ -16,25 +16,20 @@ from typing import NamedTuple
 import timm
 
 import shufflenet  # noqa: F401 (registers two networks)
-from cifar_tables import commit, mean_deviation, pm, top1, train
+import table2
+from cifar_runs import train
+from cifar_tables import commit, mean_deviation, pm, top1
 from report import RESULTS, markdown, read_rows, write_readme_block
 from timm_finet import fuse_fbn
 from timm_finet.flops import count_flops
 
 CSV = RESULTS / 'table2_photos.csv'
 CLASSES, SIZE = 200, 128
-PAPER = {  # top-1 on ImageNet
-    'finet_small': 61.710, 'finet_small_g2': 62.988, 'finet_small_g4': 63.338,
-    'finet_small_se': 64.632, 'finet_small_se_g2': 65.322, 'finet_small_se_g4': 65.706,
-    'shufflenetv2_x0_5': 60.3, 'mobilenetv2_035': 58.2, 'mobilenetv3_small_075': 65.4,
-    'finet_large': 71.256, 'finet_large_g2': 72.410, 'finet_large_g4': 72.746,
-    'finet_large_se': 72.790, 'finet_large_se_g2': 73.642, 'finet_large_se_g4': 73.786,
-    'shufflenetv2_x1_5': 72.6, 'mobilenetv2_100': 72.0, 'mobilenetv3_large_100': 75.2, 'semnasnet_100': 75.2,
-}
+PAPER = {name.removeprefix('torchvision:'): accuracy for name, (_, _, accuracy) in table2.PAPER.items()}  # on ImageNet
 
 
 class Setting(NamedTuple):
-    """What cifar_tables.train asks of a row of the table."""
+    """What cifar_runs.train asks of a row of the table."""
     model: str
     loader = 'timm'
 
@@ -55,7 +50,7 @@ def rows_of(file):
 
 
 def arguments(description, results):
-    """What cifar_tables.train takes."""
+    """What cifar_runs.train takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--data-dir')
     parser.add_argument('--output', default=f'output/{results.stem}', help='folder for checkpoints and logs, kept until all is done')

@@ -142,6 +142,7 @@ def test_embedding_writes_file_sum_and_names_or_nothing(tmp_path, monkeypatch):
     state = {'weight': torch.ones(100, 100).half()}
     embed_weights.embed(state, 'net.tag', ['cat', 'dog'], tmp_path)
     file = tmp_path / 'net.tag.safetensors'
+    assert file.stat().st_mode & 0o777 == 0o644
     assert load_file(file)['weight'].equal(state['weight']) and (tmp_path / 'tag.txt').read_text() == 'cat\ndog\n'
     assert (tmp_path / 'SHA256SUMS').read_text() == f'{hashlib.sha256(file.read_bytes()).hexdigest()}  net.tag.safetensors\n'
     monkeypatch.setattr(embed_weights, 'ROOM', 30_000)
@@ -150,7 +151,7 @@ def test_embedding_writes_file_sum_and_names_or_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['SHA256SUMS', 'net.tag.safetensors', 'tag.txt']
 
 
-@pytest.mark.parametrize('name, params', [('shufflenetv2_x0_5', 1_366_792), ('shufflenetv2_x1_5', 3_503_624)])
+@pytest.mark.parametrize('name, params', [('shufflenet_v2_x0_5', 1_366_792), ('shufflenet_v2_x1_5', 3_503_624)])
 def test_shufflenet_is_torchvisions_with_dropout(name, params):
     model = timm.create_model(name, drop_rate=0.2)
     assert sum(p.numel() for p in model.parameters()) == params and model.fc[0].p == 0.2
