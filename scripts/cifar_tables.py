@@ -112,7 +112,7 @@ def tables(rows):
                         pm(*mean_deviation(top1(lines))) if lines else 'not measured',
                         pm(*mean_deviation(top1(lines, 'top1_best'))) if lines else '',
                         ', '.join(line['seed'] for line in lines), '' if figure is None else f'{figure:.3f}'])
-        parts += [markdown(['', '', 'last epoch', 'best epoch', 'seeds', 'paper'], cells, left=2)]
+        parts += [markdown(['', '', 'last epoch', 'best epoch', 'seeds', 'paper'], cells)]
         parts += [answers(dataset, rows), cost(dataset, rows)]
     return '\n\n'.join(filter(None, parts))
 
@@ -130,7 +130,7 @@ def answers(dataset, rows):
             for loader in by_loader[g].keys() & by_loader[1].keys():
                 ours, theirs = by_loader[g][loader], by_loader[1][loader]
                 cells.append([name, f'G = {g}', pm(*difference(top1(ours), top1(theirs))), f'{len(ours)} and {len(theirs)}'])
-    return cells and markdown(['', '', 'FBN minus BN, points ± standard error', 'seeds'], cells, left=2)
+    return cells and markdown(['', '', 'FBN minus BN, points ± standard error', 'seeds'], cells)
 
 
 def cost(dataset, rows):
@@ -146,7 +146,7 @@ def cost(dataset, rows):
                 cells.append([name, row['device'], row['seconds_an_epoch'], row['peak_mb'], ratio(row, bn, 'seconds_an_epoch'),
                               ratio(row, bn, 'peak_mb')])
     return cells and markdown(['finet_large, one run on the GPU', 'device', 'seconds an epoch', 'peak MB', 'time vs BN',
-                               'memory vs BN'], cells, left=2)
+                               'memory vs BN'], cells)
 
 
 def ratio(row, bn, column):
