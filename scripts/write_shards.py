@@ -10,7 +10,7 @@ from pathlib import Path
 
 from timm_finet.data import shipped_pictures
 
-SHARDS = {'train': 2, 'validation': 1}
+SHARDS = {'train': 2, 'validation': 2}
 
 
 def add(tar, name, content):
