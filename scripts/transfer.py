@@ -78,7 +78,7 @@ def table(rows):
         cells.append([
             f'`{model}`', start, pm(*mean_deviation(top1(mine))), pm(*mean_deviation(top1(mine, 'top1_best'))),
             ', '.join(row['seed'] for row in mine)])
-    return markdown(['', '', 'top-1, last epoch', 'best epoch', 'seeds'], cells, left=2)
+    return markdown(['', '', 'top-1, last epoch', 'best epoch', 'seeds'], cells)
 
 
 def main():

@@ -209,3 +209,12 @@ def test_cifar_is_packed_without_its_padding(tmp_path):
 def test_readme_holds_the_tables_of_the_results():
     for script, name in ((table2_photos, 'table2_photos'), (transfer, 'transfer')):
         assert readme_block(name) == script.table(table2_photos.rows_of(script.CSV))
+
+
+def test_transfer_table_tells_starts_apart():
+    rows = [
+        dict(setting=str(transfer.Setting('net.tag', start)), seed=seed, top1_last=top1, top1_best='60')
+        for start, seed, top1 in (('fine-tuned', '0', '58'), ('fine-tuned', '1', '60'), ('from scratch, higher rate', '0', '40'))]
+    assert transfer.table(rows).splitlines()[2:] == [
+        '| `net.tag` | fine-tuned | 59.00 ± 1.41 | 60.00 ± 0.00 | 0, 1 |',
+        '| `net.tag` | from scratch, higher rate | 40.00 | 60.00 | 0 |']
