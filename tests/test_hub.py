@@ -123,7 +123,7 @@ def test_checkpoint_fine_tuned_from_the_hub_is_pushed_as_it_was_built(hub, push,
     assert push(path=tmp_path / 'tuned.pth.tar', repo='me/tuned')[0] == 0
     again = timm.create_model('hf-hub:me/tuned', pretrained=True)
     same(again, tuned)  # act_place too
-    assert 'label_names' not in again.pretrained_cfg and again.pretrained_cfg['input_size'] == [3, 48, 48]
+    assert 'label_names' not in again.pretrained_cfg and tuple(again.pretrained_cfg['input_size']) == (3, 48, 48)
 
 
 def test_revision_is_a_branch_of_its_own(hub, push, model):
