@@ -37,6 +37,8 @@ ORDER = {
                 'modern', 'loader', 'cost'),
     'cifar100': ('g1_g8', 'g2_g4', 'affine', 'resnet18', 'group_size', 'resnet50', 'g6', 'affine_rest', 'modern', 'cost'),
 }
+
+
 class Setting(NamedTuple):
     """What a row of a table is the mean of: everything about a run but its seed."""
     dataset: str
