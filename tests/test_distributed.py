@@ -25,11 +25,13 @@ NETWORKS = {
     '1x1': lambda: FBNConv2d(8, 6, fbn_groups=4),
     '1x1, one group': lambda: FBNConv2d(8, 6, fbn_groups=1),
     '1x1, strided': lambda: FBNConv2d(8, 6, stride=2, fbn_groups=2),
+    '1x1, other precision in one process': lambda: FBNConv2d(60, 6, fbn_groups=2, dtype=torch.float32),
     '3x3': lambda: FBNConv2d(8, 6, 3, padding=1, fbn_groups=2),
     'finet': finet,
     'resnet stage': lambda: timm.create_model('resnet18_fbn').layer2,
-    'launcher': finet,  # nothing frozen: what `timm-finet run train` does for train.py on the CPU
+    'launcher': finet,  # nothing frozen: what `timm-finet run train` does for train.py on the CPU; last, as it patches torch
 }
+SHAPES = {'finet': (3, 32, 32), 'launcher': (3, 32, 32), 'resnet stage': (64, 8, 8)}
 
 
 def prepare(model, name):
@@ -42,10 +44,6 @@ def prepare(model, name):
     return model
 
 
-def inputs(name):
-    return torch.randn(sum(SPLIT), *{'finet': (3, 32, 32), 'launcher': (3, 32, 32), 'resnet stage': (64, 8, 8)}.get(name, (8, 6, 5)))
-
-
 def train(model, x, weighting):
     x = x.clone().requires_grad_()
     y = model(x)
@@ -53,33 +51,48 @@ def train(model, x, weighting):
     return y.detach(), x.grad
 
 
-def worker(rank, folder, name):
+def worker(rank, folder):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    model, x, weighting = torch.load(f'{folder}/job.pt', weights_only=False)
-    model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
-    if name == 'launcher':
-        allow_cpu()
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[torch.device('cpu')])  # averages the gradients
-    y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
-    torch.save((y, grad, [p.grad for p in model.parameters()], list(model.buffers())), f'{folder}/{rank}.pt')
+    results = {}
+    for name, (model, x, weighting) in torch.load(f'{folder}/jobs.pt', weights_only=False).items():
+        model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
+        if name == 'launcher':
+            allow_cpu()
+            model = nn.parallel.DistributedDataParallel(model, device_ids=[torch.device('cpu')])  # averages the gradients
+        y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
+        results[name] = y, grad, [p.grad for p in model.parameters()], list(model.buffers())
+    torch.save(results, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-def test_two_processes_equal_one_with_the_joined_batch(name, tmp_path):
+@pytest.fixture(scope='module')
+def jobs(tmp_path_factory):
+    """Each network with its input and the gradient's weighting, and what the two processes made of them."""
+    folder, made = tmp_path_factory.mktemp('jobs'), {}
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
-        model, x = prepare(NETWORKS[name](), name), inputs(name)
-        weighting = torch.randn_like(deepcopy(model)(x))
+        for name, make in NETWORKS.items():
+            model = prepare(make(), name)
+            parameter = next(model.parameters())
+            x = torch.randn(sum(SPLIT), *SHAPES.get(name, (parameter.shape[1], 6, 5)), dtype=parameter.dtype)
+            made[name] = model, x, torch.randn_like(deepcopy(model)(x))
     finally:
         torch.set_default_dtype(torch.float32)
-    torch.save((model, x, weighting), tmp_path / 'job.pt')
-    mp.spawn(worker, (str(tmp_path), name), nprocs=2)
-    results = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+    torch.save(made, folder / 'jobs.pt')
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return made, [torch.load(folder / f'{rank}.pt') for rank in range(2)]
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_two_processes_equal_one_with_the_joined_batch(name, jobs):
+    made, ranks = jobs
+    model, x, weighting = made[name]
+    results = [rank[name] for rank in ranks]
     y, grad = train(model, x, weighting)
-    close = dict(rtol=1e-8, atol=1e-8)
+    close = dict(rtol=1e-8, atol=1e-8) if x.dtype == torch.float64 else dict(rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat([r[0] for r in results]), y, **close)
     torch.testing.assert_close(torch.cat([r[1] for r in results]), grad, **close)
     for p, a, b in zip(model.parameters(), results[0][2], results[1][2]):
