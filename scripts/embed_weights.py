@@ -58,8 +58,10 @@ def embed(state, name, names, weights=WEIGHTS):
         raise ValueError(f'{name} would make the embedded weights {size / 1e6:.1f} MB, more than {ROOM / 1e6:.0f} MB.')
     part.chmod(0o644)  # safetensors keeps it to its owner
     os.replace(part, file)
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(weights.glob('*.safetensors'))}
-    (weights / 'SHA256SUMS').write_text(''.join(f'{value}  {key}\n' for key, value in sums.items()))
+    record = weights / 'SHA256SUMS'  # of weights on the Hub too
+    sums = dict(line.split()[::-1] for line in record.read_text().splitlines()) if record.is_file() else {}
+    sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    record.write_text(''.join(f'{value}  {key}\n' for key, value in sorted(sums.items())))
     if names:
         (weights / f"{name.split('.')[1]}.txt").write_text('\n'.join(names) + '\n')
 

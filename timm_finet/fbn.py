@@ -139,8 +139,6 @@ def add_affine(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: t
 
 def pool(count: int, mean: torch.Tensor, cov: torch.Tensor, process_group) -> Tuple[torch.Tensor, ...]:
     """Join counts, means `(..., n, 1)` and covariances `(..., n, n)` of all processes; without a group they are joined."""
-    if count == 1 and process_group is None:
-        raise ValueError('Expected more than 1 value per channel when training, got a batch of a single position.')
     local = total = mean.new_full((), count)
     if process_group is not None:
         sums = all_reduce(torch.cat((mean.flatten() * local, local[None])), process_group)
