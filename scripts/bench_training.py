@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
 from timm_finet import FBNConv2d
+from timm_finet.fbn import ReferenceFBNConv2d
 
 FILE = RESULTS / 'bench_training.csv'
 FORMS = ('bn', 'reference', 'moment')
@@ -39,7 +40,7 @@ def build(name, groups, form, args, size):
             name, fbn_groups=1 if form == 'bn' else groups, channels=tuple(widths), small_input=size <= 32)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, FBNConv2d):
-            layer.form = 'reference' if form == 'reference' else 'auto'
+            if form == 'reference': layer.__class__ = ReferenceFBNConv2d
             if form == 'conv':
                 model.set_submodule(path, layer.eval().fuse())
     if args.channels_last:
@@ -147,7 +148,7 @@ def bench_layers(name, size, dtype, args):
         for form in FORMS:
             layer = FBNConv2d(
                 cin, cout, kernel, stride, kernel // 2, fbn_groups=1 if form == 'bn' else args.groups[0], device=args.device)
-            layer.form = 'reference' if form == 'reference' else 'auto'
+            if form == 'reference': layer.__class__ = ReferenceFBNConv2d
 
             def run(layer=layer):
                 with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'):

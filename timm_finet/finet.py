@@ -23,6 +23,7 @@ from timm.layers import Linear, SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
+from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
 from .pretrained import UNTRAINED, WEIGHTS, build_model
 from .rewrite import check_form, fuse_fbn
@@ -31,10 +32,10 @@ __all__ = ['Finet']
 
 
 class ConvNorm(nn.Sequential):
-    def __init__(self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, **dd):
+    def __init__(self, conv: nn.Conv2d, **dd):
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_chs, **dd)
+        self.conv = conv
+        self.bn = nn.BatchNorm2d(conv.out_channels, **dd)
 
     def fuse(self) -> nn.Module:
         return fuse_fbn(self, inplace=True)
@@ -45,9 +46,9 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, in_chs: int, out_chs: int, rd_channels: int = 200, **dd):
         super().__init__()
-        self.fc1 = ConvNorm(in_chs, rd_channels, **dd)
+        self.fc1 = ConvNorm(nn.Conv2d(in_chs, rd_channels, 1, bias=False, **dd), **dd)
         self.act = nn.ReLU(inplace=True)
-        self.fc2 = ConvNorm(rd_channels, out_chs, **dd)
+        self.fc2 = ConvNorm(nn.Conv2d(rd_channels, out_chs, 1, bias=False, **dd), **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.mean((2, 3), keepdim=True)
@@ -77,7 +78,7 @@ class Block(nn.Module):
 
         self.conv1 = FBNConv2d(in_chs, out_chs, fbn_groups=fbn_groups[0], affine=affine, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv_dw = ConvNorm(out_chs, out_chs, 3, stride, groups=out_chs, **dd)
+        self.conv_dw = ConvNorm(DepthwiseConv2d(out_chs, 3, stride, **dd), **dd)
         self.act_dw = acts['depthwise']
         self.conv2 = FBNConv2d(out_chs, out_chs, fbn_groups=fbn_groups[1], affine=affine, **dd)
         self.act2 = acts['pointwise']
@@ -163,7 +164,7 @@ class Finet(nn.Module):
 
         prev_chs = widen(stem_chs)
         stride = 1 if small_input else 2
-        self.stem = ConvNorm(in_chans, prev_chs, 3, stride, **dd)
+        self.stem = ConvNorm(nn.Conv2d(in_chans, prev_chs, 3, stride, padding=1, bias=False, **dd), **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [dict(num_chs=prev_chs, reduction=stride, module='act1')]
         self.pool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, padding=1)
@@ -183,11 +184,12 @@ class Finet(nn.Module):
         self.stages = nn.Sequential(*stages)
 
         self.num_features = self.head_hidden_size = num_features
-        self.conv_head = ConvNorm(prev_chs, num_features, **dd)
+        self.conv_head = ConvNorm(nn.Conv2d(prev_chs, num_features, 1, bias=False, **dd), **dd)
         self.act2 = nn.ReLU(inplace=True)
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
         # FC1 as a 1x1 convolution: the same sums on a pooled map, and a dense head where pooling is switched off
-        self.fc1 = ConvNorm(num_features * self.global_pool.feat_mult(), num_features, **dd)
+        pooled_chs = num_features * self.global_pool.feat_mult()
+        self.fc1 = ConvNorm(nn.Conv2d(pooled_chs, num_features, 1, bias=False, **dd), **dd)
         self.act3 = nn.ReLU(inplace=True)
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.classifier = Linear(num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .fbn import sync_batch_norm
+from .sync import sync_batch_norm
 
 __all__ = ['allow_cpu']
 

@@ -40,7 +40,7 @@ def regroup(layer: FBNConv2d, fbn_groups: int) -> FBNConv2d:
         with torch.no_grad():
             layer.bn.weight.copy_((layer.bn.running_var + layer.bn.eps).sqrt())
             layer.bn.bias.copy_((conv.bias / fbn_groups).repeat(fbn_groups))
-    layer.forward = layer._reference  # in eval mode it would fold on the fly
+    layer.forward = layer.reference  # in eval mode it would fold on the fly
     return layer
 
 
