@@ -6,6 +6,7 @@ The loader is timm's, as train.py makes it from the recipe, over 12,800 random p
 entropy, backward and SGD at the recipe's batch size. Loader and networks take turns in one thread. A loader worker is one
 process with such a thread, so sixteen of them are extrapolated, not measured. Writes results/bench_loader.csv.
 """
+import argparse
 import csv
 import tempfile
 import time
@@ -64,6 +65,7 @@ def trainer(name):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     rng = np.random.default_rng(SEED)

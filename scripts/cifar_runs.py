@@ -1,7 +1,8 @@
-"""The runs of the paper's Tables 5, 6 and 7 on CIFAR, each by timm's train.py: what they are, run, resume, collect.
+"""The runs of the CIFAR tables, each by timm's train.py: what they are, run, resume, collect.
 
 For cifar_tables.py, which is the command.
 """
+import ctypes
 import json
 import os
 import re
@@ -13,29 +14,22 @@ import time
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, Tuple
+from typing import Dict, NamedTuple, Tuple
 
 import yaml
 
 from report import read_rows, write_rows
 
 SCRIPTS = Path(__file__).parent
-ACT_PLACES = ('depthwise', 'pointwise', 'output')
-ACT_PLACE = 'depthwise'  # of every network but those of `placement`, which are to decide it
-GROUPS = {1: 'finet_large', 2: 'finet_large_g2', 4: 'finet_large_g4', 6: 'finet_large_g6', 8: 'finet_large_g8'}
-SIZES = (20, 50, 100)
 SEEDS = (0, 1, 2)
-COST_EPOCHS = 5
-SPEED = ('--channels-last',)  # of every run: what a trial has shown to give most runs an hour belongs here
-DATASETS = {  # what the recipes for CIFAR-10 need to become those for CIFAR-100
-    'cifar10': (),
+RATES = (0.1, 0.05)  # tried on plain BN; all else of recipe:cifar_short takes the first
+SMALL, LARGE = 'channels=(32,64,120)', 'channels=(104,200,400)'  # the widths at G = 8, which divide at every G
+QUARTER = 'channels=(16,32,64,128)'
+DATASETS = {  # for a recipe that is not named after its data set
+    'cifar10': ('--dataset', 'torch/cifar10_pad2', '--num-classes', '10', '--mean', '0.4914', '0.4822', '0.4465',
+                '--std', '0.2470', '0.2435', '0.2616'),
     'cifar100': ('--dataset', 'torch/cifar100_pad2', '--num-classes', '100', '--mean', '0.5071', '0.4865', '0.4409',
                  '--std', '0.2673', '0.2564', '0.2762'),
-}
-ORDER = {
-    'cifar10': ('placement', 'g1_g8', 'g2_g4', 'se', 'affine', 'resnet18', 'group_size', 'g6', 'resnet50', 'affine_rest',
-                'modern', 'loader', 'cost'),
-    'cifar100': ('g1_g8', 'g2_g4', 'affine', 'resnet18', 'group_size', 'resnet50', 'g6', 'affine_rest', 'modern', 'cost'),
 }
 
 
@@ -45,79 +39,102 @@ class Setting(NamedTuple):
     recipe: str
     model: str
     kwargs: Tuple[str, ...] = ()
-    loader: str = 'timm'
-    form: str = ''
-    epochs: int = 0
+    options: Tuple[str, ...] = ()
+    module: str = ''  # of this folder, that makes the network known
 
     def __str__(self):
         recipe = self.recipe if self.recipe != self.dataset else ''
-        loader = 'gpu_loader' if self.loader == 'gpu' else ''
-        epochs = f'{self.epochs}_epochs' if self.epochs else ''
-        return ' '.join(filter(None, (self.dataset, recipe, self.model, *self.kwargs, self.form, loader, epochs)))
+        return ' '.join(filter(None, (self.dataset, recipe, self.model, *self.kwargs, *self.options)))
 
     def args(self, seed):
         """The arguments of train.py that make the experiment."""
-        args = ['--config', f'recipe:{self.recipe}', '--model', self.model, '--model-kwargs', 'small_input=True', *self.kwargs]
+        args = ['--config', f'recipe:{self.recipe}', '--model', self.model]
+        args += ['--model-kwargs', 'small_input=True', *self.kwargs]
         if self.recipe != self.dataset:
             args += DATASETS[self.dataset]
-        if self.loader == 'gpu':
-            args += ['--dataset', f'torch/{self.dataset}_gpu', '--no-prefetcher', '--workers', '0']
-        if self.form:
-            args += ['--device-modules', 'timm_finet', self.form]
-        if self.epochs:
-            args += ['--epochs', str(self.epochs)]
-        return [*args, *SPEED, '--seed', str(seed)]
+        if self.module:
+            args += ['--device-modules', 'timm_finet', self.module]
+        return [*args, '--channels-last', *self.options, '--seed', str(seed)]
 
 
-def finet(dataset, model, *kwargs, place=ACT_PLACE, **options):
-    return Setting(dataset, dataset, model, (*kwargs, f'act_place={place}'), **options)
+class Section(NamedTuple):
+    """Rows of the table `title`, trained together. A row named `G = 1` is the plain BN that the others compare with."""
+    name: str
+    title: str
+    rows: Dict[str, Setting]
+    seeds: Tuple[int, ...] = SEEDS
+
+    @property
+    def runs(self):  # seed by seed, so that rows to compare grow together
+        return [(setting, seed) for seed in self.seeds for setting in self.rows.values()]
 
 
-def resnet(dataset, name, groups, **options):
-    return Setting(dataset, 'resnet_cifar', f'{name}_fbn', (f'fbn_groups={groups}',), **options)
+def finet(size, g):
+    return f'finet_{size}' + (f'_g{g}' if g > 1 else '')
 
 
-def modern(dataset, model):
-    return Setting(dataset, 'modern', model, (f'act_place={ACT_PLACE}',))
+def paper(dataset):
+    """Tables 5, 6 and 7 at the paper's 200 epochs, for a GPU, in order of worth."""
+    def large(groups, *kwargs):
+        return {f'G = {g}': Setting(dataset, dataset, finet('large', g), kwargs) for g in groups}
+
+    def resnet(name):
+        return {f'G = {g}': Setting(dataset, 'resnet_cifar', f'{name}_fbn', (f'fbn_groups={g}',)) for g in (1, 2, 4)}
+
+    sizes = {f'C/G = {n}': Setting(dataset, dataset, 'finet_large', (f'fbn_group_size={n}',)) for n in (20, 50, 100)}
+    return [
+        Section('g1_g8', 'finet_large', large((1, 8))),
+        Section('g2_g4', 'finet_large', large((2, 4))),
+        Section('affine', 'finet_large without affine', large((1, 8), 'affine=False')),
+        Section('resnet18', 'resnet18', resnet('resnet18')),
+        Section('group_size', 'finet_large', sizes, SEEDS[:1]),
+        Section('g6', 'finet_large', large((6,)), SEEDS[:1]),
+        Section('resnet50', 'resnet50', resnet('resnet50'), SEEDS[:1]),
+        Section('affine_rest', 'finet_large without affine', large((2, 4, 6), 'affine=False'), SEEDS[:1]),
+        Section('se', 'finet_large', {'G = 8, with SE': Setting(dataset, dataset, 'finet_large_se_g8')}, SEEDS[:1]),
+        Section('modern', 'recipe:modern', {
+            model: Setting(dataset, 'modern', model)
+            for model in ('finet_large_g8', 'finet_large_se_g4', 'finet_small_g4')}, SEEDS[:1]),
+    ]
 
 
-def sections(dataset, loader='timm'):
-    """Settings and seeds by what they are for."""
-    def of(settings, seeds=SEEDS):  # seed by seed, so that rows to compare grow together
-        return [(setting, seed) for seed in seeds for setting in settings]
-
-    def finets(groups, *kwargs):
-        return [finet(dataset, GROUPS[g], *kwargs, loader=loader) for g in groups]
-
-    def resnets(name):
-        return [resnet(dataset, name, g, loader=loader) for g in (1, 2, 4)]
-
-    return {
-        'placement': of([
-            finet(dataset, GROUPS[g], place=place, loader=loader) for place in ACT_PLACES for g in (1, 8)], SEEDS[:2]),
-        'g1_g8': of(finets((1, 8))),
-        'g2_g4': of(finets((2, 4))),
-        'se': of([finet(dataset, 'finet_large_se_g8', loader=loader)], SEEDS[:1]),
-        'affine': of(finets((1, 8), 'affine=False')),
-        'resnet18': of(resnets('resnet18')),
-        'group_size': of([finet(dataset, GROUPS[1], f'fbn_group_size={size}', loader=loader) for size in SIZES], SEEDS[:1]),
-        'g6': of(finets((6,)), SEEDS[:1]),
-        'resnet50': of(resnets('resnet50'), SEEDS[:1]),
-        'affine_rest': of(finets((2, 4, 6), 'affine=False'), SEEDS[:1]),
-        'modern': of([modern(dataset, m) for m in ('finet_large_g8', 'finet_large_se_g4', 'finet_small_g4')], SEEDS[:1]),
-        'loader': of([finet(dataset, GROUPS[8], loader=which) for which in ('timm', 'gpu')]),
-        'cost': of([
-            finet(dataset, GROUPS[g], loader=loader, form=form, epochs=COST_EPOCHS)
-            for g, form in ((1, ''), (8, ''), (8, 'reference_form'))], SEEDS[:1]),
-    }
+def short(model, *kwargs, dataset='cifar100', options=(), rate=RATES[0], module=''):
+    return Setting(dataset, 'cifar_short', model, kwargs, (*options, '--lr', str(rate)), module)
 
 
-def missing(datasets, only, loader, rows):
-    """The runs, in order, that the results do not hold yet. Those that measure cost must run alone: only if asked for."""
+def small(groups, *kwargs, **more):
+    return {f'G = {g}': short(finet('small', g), SMALL, *kwargs, **more) for g in groups}
+
+
+PROTOCOLS = {
+    'cifar10': paper('cifar10'),
+    'cifar100': paper('cifar100'),
+    'placement': [  # of a block's second ReLU, 10 epochs
+        Section(place, 'finet_small_g4 by act_place, 10 epochs', {
+            place: short('finet_small_g4', f'act_place={place}', options=('--epochs', '10'))}, SEEDS[:2])
+        for place in ('depthwise', 'pointwise', 'output')],
+    'evidence': [  # does FBN beat BN at equal widths? 15 epochs, in order of worth
+        Section('rate', 'finet_small, G = 1, by learning rate', {
+            f'lr {rate}': short('finet_small', SMALL, rate=rate) for rate in RATES}, SEEDS[:1]),
+        Section('small', 'finet_small', small((1, 8, 4, 2))),
+        Section('affine', 'finet_small without affine', small((1, 8), 'affine=False')),
+        Section('tied', 'finet_small', {
+            'G = 8, tied affine': short('finet_small_g8_tied', SMALL, module='tied_affine')}),
+        Section('large', 'finet_large', {f'G = {g}': short(finet('large', g), LARGE) for g in (1, 8)}),
+        Section('resnet18', 'resnet18, a quarter as wide', {
+            f'G = {g}': short('resnet18_fbn', f'fbn_groups={g}', QUARTER) for g in (1, 2)}),
+        Section('cifar10', 'finet_small', small((1, 8), dataset='cifar10')),
+    ],
+}
+FILES = {'cifar': ('cifar10', 'cifar100'), 'cifar_short': ('placement', 'evidence')}  # of results
+
+
+def missing(protocols, only, seeds, rows):
+    """The runs, in order, that the results do not hold yet."""
     done = {(row['setting'], row['seed']) for row in rows}
     runs = [
-        run for dataset in datasets for name in ORDER[dataset]
-        if (name in only if only else name != 'cost') for run in sections(dataset, loader)[name]]
+        run for protocol in protocols for section in PROTOCOLS[protocol] if not only or section.name in only
+        for run in section._replace(seeds=tuple(seeds) or section.seeds).runs]
     return [run for run in dict.fromkeys(runs) if (str(run[0]), str(run[1])) not in done]
 
 
@@ -130,10 +147,9 @@ def command(run, args):
     setting, seed = run
     home = folder(args.output, run)
     line = [sys.executable, '-m', 'timm_finet', 'run', 'train', *setting.args(seed)]
-    line += ['--device-modules', *filter(None, ('timm_finet', 'train_facts', setting.form))]
+    line += ['--device-modules', *filter(None, ('timm_finet', 'train_facts', setting.module))]
     line += ['--data-dir', args.data_dir, '--output', args.output, '--experiment', home.name, '--checkpoint-hist', '1']
-    if setting.loader == 'timm':
-        line += ['--workers', str(max(1, os.cpu_count() // args.jobs - 1))]
+    line += ['--workers', str(max(0, os.cpu_count() // args.jobs - 1))]
     if (home / 'last.pth.tar').exists():
         line += ['--resume', str(home / 'last.pth.tar')]
     return line + args.extra
@@ -145,6 +161,16 @@ def recorded_command(run, extra):
     return shlex.join(['timm-finet', 'run', 'train', *setting.args(seed), *extra, '--data-dir', 'DATA'])
 
 
+LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent():
+    """In a child, before it becomes train.py: not even kill -9 of the runner may leave runs that nobody records."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start(run, args):
     """One more session of a run: its process, whose log begins with what the results must know of it."""
     home = folder(args.output, run)
@@ -152,12 +178,14 @@ def start(run, args):
     log = (home / f"log{len(list(home.glob('log*.txt')))}.txt").open('w')
     head = dict(started=time.time(), commit=args.commit, jobs=args.jobs, command=recorded_command(run, args.extra))
     print('session: ' + json.dumps(head), file=log, flush=True)
-    path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), os.environ.get('PYTHONPATH', '')])
-    return subprocess.Popen(command(run, args), stdout=log, stderr=log, env=os.environ | {'PYTHONPATH': path})
+    environment = os.environ | {
+        'PYTHONPATH': os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), os.environ.get('PYTHONPATH', '')]),
+        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(max(1, os.cpu_count() // args.jobs)))}
+    return subprocess.Popen(command(run, args), stdout=log, stderr=log, env=environment, preexec_fn=die_with_parent)
 
 
 def epochs_of(file):
-    """Rows of timm's summary.csv by epoch. A resumed run writes another header, and an epoch again: the later one counts."""
+    """Rows of timm's summary.csv by epoch. A resumed run writes a header, and an epoch, again: the later one counts."""
     if not file.exists():
         return []
     rows = {row['epoch']: row for row in read_rows(file) if row['epoch'] != 'epoch'}
@@ -178,7 +206,8 @@ def collect(run, output, extra=()):
     facts = [json.loads(session['facts']) for session in sessions if 'facts' in session]
     for head in heads:
         if head['command'] != recorded_command(run, extra):
-            raise ValueError(f"{home} holds another experiment, {head['command']!r}: name another --output, or delete it.")
+            raise ValueError(
+                f"{home} holds another experiment, {head['command']!r}: name another --output, or delete it.")
     args = yaml.safe_load((home / 'args.yaml').read_text()) if epochs else {}
     if not epochs or len(epochs) < args['epochs'] or 'facts' not in sessions[-1]:
         return None
@@ -190,7 +219,8 @@ def collect(run, output, extra=()):
     top1 = [float(row['eval_top1']) for row in epochs]
     peaks = [fact['peak_mb'] for fact in facts if fact['peak_mb'] is not None]
     return dict(
-        setting=str(setting), seed=seed, epochs=len(epochs), top1_last=round(top1[-1], 3), top1_best=round(max(top1), 3),
+        setting=str(setting), seed=seed, epochs=len(epochs),
+        top1_last=round(top1[-1], 3), top1_best=round(max(top1), 3),
         best_epoch=int(epochs[top1.index(max(top1))]['epoch']) + 1,
         seconds=round(sum(log.stat().st_mtime - head['started'] for log, head in zip(logs, heads))),
         seconds_an_epoch=round(median(rates.values()), 2), peak_mb=max(peaks) if peaks else '',
@@ -238,7 +268,8 @@ def train(runs, args):
                     print(f'{folder(args.output, run)}: the time is up; it goes on from its last epoch', flush=True)
                 else:
                     failed.append(run)
-                    print(f'{folder(args.output, run)} failed with status {process.returncode}: see its last log', flush=True)
+                    print(f'{folder(args.output, run)} failed with status {process.returncode}: see its last log',
+                          flush=True)
     finally:
         for process in active.values():
             process.terminate()

@@ -1,18 +1,22 @@
-"""Tables 5, 6 and 7 of the paper again: train every row on CIFAR by timm's train.py, collect, compare.
+"""FBN against BN on CIFAR: train the rows of the tables by timm's train.py, collect, compare.
 
-    python scripts/cifar_tables.py cifar10 cifar100 --data-dir DATA --output OUT --jobs 4 --minutes 50
-    python scripts/cifar_tables.py cifar10 --data-dir DATA --output OUT --only cost     # seconds and memory, run alone
-    python scripts/cifar_tables.py --tables --plot
+    python scripts/cifar_tables.py evidence --data-dir DATA --output OUT --jobs 2
+    python scripts/cifar_tables.py evidence             # tables and plots alone
 
-DATA holds cifar10.npz or cifar100.npz, or torchvision's download. The first command starts the runs that the results lack,
-in order of worth, `--jobs` at a time on one GPU; cut off, by `--minutes` or otherwise, it goes on when started again with the
-same OUT. Every finished run adds a line to results/cifar.csv and its epochs to results/cifar/. `--dry-run` prints the
-commands. `--tables` writes the README's tables, `--plot` the pictures. What stands after `--` is handed on to train.py; as
-that makes another experiment, it needs a `--results` of its own:
+`cifar10` and `cifar100` are Tables 5, 6 and 7 of the paper, 200 epochs, for a GPU. `placement` and `evidence` are
+shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. Results go to
+results/cifar.csv and results/cifar_short.csv, the epochs and plots beside them, the tables to the README.
 
-    python scripts/cifar_tables.py cifar10 ... --only g1_g8 --results probe.csv -- --epochs 3 --amp --amp-dtype bfloat16
+DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started, in
+order of worth, `--jobs` at a time; cut off, by `--minutes` or otherwise, it goes on from each run's last epoch when
+started again with the same OUT. `--dry-run` prints the commands. What stands after `--` is handed on to train.py; as
+that makes another experiment, it needs a `--results` of its own, and its tables are printed:
+
+    python scripts/cifar_tables.py cifar10 --only g1_g8 --data-dir DATA --output OUT --results probe.csv -- --epochs 3
 """
 import argparse
+import math
+import re
 import shlex
 import shutil
 import signal
@@ -21,52 +25,50 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from cifar_runs import (
-    ACT_PLACES, COST_EPOCHS, DATASETS, GROUPS, ORDER, SCRIPTS, SIZES, command, finet, folder, missing, modern, resnet, train)
+from timm.utils.misc import natural_key
+
+from cifar_runs import DATASETS, FILES, PROTOCOLS, SCRIPTS, command, folder, missing, train
 from report import RESULTS, markdown, read_rows, write_readme_block
 
-PAPER = {  # top-1 of Tables 5, 6 and 7
+PAPER = {  # top-1 of Tables 5, 6 and 7, of 200 epochs
     'cifar10': {
-        'with affine': (92.584, 93.082, 93.532, 93.286, 93.674), 'without affine': (91.958, 93.162, 92.478, 92.564, 93.430),
-        'group size': (93.470, 93.606, 93.122),
-        'resnet18': (94.512, 95.012, 94.962), 'resnet50': (94.644, 95.040, None)},
+        'finet_large': {'G = 1': 92.584, 'G = 2': 93.082, 'G = 4': 93.532, 'G = 6': 93.286, 'G = 8': 93.674,
+                        'C/G = 20': 93.470, 'C/G = 50': 93.606, 'C/G = 100': 93.122},
+        'finet_large without affine': {
+            'G = 1': 91.958, 'G = 2': 93.162, 'G = 4': 92.478, 'G = 6': 92.564, 'G = 8': 93.430},
+        'resnet18': {'G = 1': 94.512, 'G = 2': 95.012, 'G = 4': 94.962},
+        'resnet50': {'G = 1': 94.644, 'G = 2': 95.040}},
     'cifar100': {
-        'with affine': (75.624, 76.752, 76.856, 76.716, 77.202), 'without affine': (74.216, 74.382, 74.486, 74.772, 74.734),
-        'group size': (76.926, 76.850, 75.674),
-        'resnet18': (76.866, 77.754, 77.726), 'resnet50': (77.796, 78.122, None)},
+        'finet_large': {'G = 1': 75.624, 'G = 2': 76.752, 'G = 4': 76.856, 'G = 6': 76.716, 'G = 8': 77.202,
+                        'C/G = 20': 76.926, 'C/G = 50': 76.850, 'C/G = 100': 75.674},
+        'finet_large without affine': {
+            'G = 1': 74.216, 'G = 2': 74.382, 'G = 4': 74.486, 'G = 6': 74.772, 'G = 8': 74.734},
+        'resnet18': {'G = 1': 76.866, 'G = 2': 77.754, 'G = 4': 77.726},
+        'resnet50': {'G = 1': 77.796, 'G = 2': 78.122}},
 }
+BN = 'G = 1'
 
 
-def rows_of(dataset):
-    """Tables as (title, [(name, setting without its loader, the paper's figure)])."""
-    paper = PAPER[dataset]
-
-    def finets(*kwargs, figures=(None,) * 5):
-        return [(f'G = {g}', finet(dataset, GROUPS[g], *kwargs), figure) for g, figure in zip(GROUPS, figures)]
-
-    se = [('G = 8, with SE', finet(dataset, 'finet_large_se_g8'), None)] if dataset == 'cifar10' else []
-    yield 'Table 5, with affine', finets(figures=paper['with affine']) + se
-    yield 'Table 5, without affine', finets('affine=False', figures=paper['without affine'])
-    yield 'Table 6', [(f'C/G = {size}', finet(dataset, GROUPS[1], f'fbn_group_size={size}'), figure)
-                      for size, figure in zip(SIZES, paper['group size'])]
-    yield 'Table 7', [(f'ResNet-{name[6:]}, G = {g}', resnet(dataset, name, g), figure)
-                      for name in ('resnet18', 'resnet50') for g, figure in zip((1, 2, 4), paper[name])]
-    if dataset == 'cifar10':
-        yield 'Where the second ReLU stands', [
-            (f'{place}, G = {g}', finet(dataset, GROUPS[g], place=place), paper['with affine'][0 if g == 1 else 4])
-            for place in ACT_PLACES for g in (1, 8)]
-    yield 'recipe:modern', [(model, modern(dataset, model), None)
-                            for model in ('finet_large_g8', 'finet_large_se_g4', 'finet_small_g4')]
-
-
-def measured(rows, setting):
-    """Lines of a setting by loader."""
+def tables_of(protocols):
+    """The settings of every table by data set and title, then by the row's name."""
     found = {}
-    for loader in ('timm', 'gpu'):
-        lines = [row for row in rows if row['setting'] == str(setting._replace(loader=loader))]
-        if lines:
-            found[loader] = lines
-    return found
+    for protocol in protocols:
+        for section in PROTOCOLS[protocol]:
+            dataset = next(iter(section.rows.values())).dataset
+            found.setdefault((dataset, section.title), {}).update(section.rows)
+    return {key: dict(sorted(rows.items(), key=lambda row: natural_key(row[0]))) for key, rows in found.items()}
+
+
+def paper_of(dataset, title):
+    """The paper's figures beside a table: where it has none for the network, those of finet_large or the full width."""
+    title = title.replace('small', 'large').split(', a quarter')[0]
+    return PAPER[dataset].get(title, {})
+
+
+def of(rows, setting):
+    """Lines of a setting, by seed."""
+    found = {int(row['seed']): row for row in rows if row['setting'] == str(setting)}
+    return dict(sorted(found.items()))
 
 
 def mean_deviation(values):
@@ -82,119 +84,117 @@ def pm(middle, deviation):
     return f'{middle:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')
 
 
-def difference(ours, theirs):
-    """Difference of two samples' means and its standard error, which needs two values of each."""
-    spread = None
-    if len(ours) > 1 and len(theirs) > 1:
-        spread = (stdev(ours) ** 2 / len(ours) + stdev(theirs) ** 2 / len(theirs)) ** 0.5
-    return mean(ours) - mean(theirs), spread
-
-
 def top1(lines, column='top1_last'):
     return [float(line[column]) for line in lines]
 
 
-def tables(rows):
+def paired(differences):
+    """Mean of the differences by seed, its standard error and p of Student's paired t; a single one has neither."""
+    n = len(differences)
+    if n < 2:
+        return mean(differences), None, None
+    error = stdev(differences) / n ** 0.5
+    return mean(differences), error, student(mean(differences) / error, n - 1) if error else None
+
+
+def student(t, freedom):
+    """Probability that Student's t with so many degrees of freedom is further from 0 than `t`: its closed form."""
+    angle = math.atan(abs(t) / freedom ** 0.5)
+    cosines = term = 1 if freedom % 2 == 0 else math.cos(angle)
+    for k in range(2 if freedom % 2 == 0 else 3, freedom, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        cosines += term
+    if freedom == 1:
+        return 1 - 2 * angle / math.pi
+    inside = math.sin(angle) * cosines
+    return 1 - (inside if freedom % 2 == 0 else 2 / math.pi * (angle + inside))
+
+
+def against_bn(lines, baseline):
+    """A row's difference to BN over the seeds that both have, as cells: difference, p, seeds."""
+    shared = sorted(lines.keys() & baseline.keys())
+    if not shared or lines == baseline:
+        return ['', '']
+    difference, error, p = paired([float(lines[s]['top1_last']) - float(baseline[s]['top1_last']) for s in shared])
+    spread = '' if error is None else f' ± {error:.2f}'
+    return [f'{difference:+.2f}{spread}', '' if p is None else f'{p:.3f} (n = {len(shared)})']
+
+
+def tables(rows, protocols):
     """All tables as Markdown."""
-    if not rows:
-        return 'Not measured yet.'
     parts = []
-    for dataset in DATASETS:
-        if not any(row['setting'].split()[0] == dataset for row in rows):
+    for (dataset, title), settings in tables_of(protocols).items():
+        lines = {name: of(rows, setting) for name, setting in settings.items()}
+        if not any(lines.values()):
             continue
-        parts += [f'**{title_of(dataset)}**, top-1 in %, mean ± deviation over the seeds']
+        paper = paper_of(dataset, title)
         cells = []
-        for title, settings in rows_of(dataset):
-            for name, setting, figure in settings:
-                for loader, lines in (measured(rows, setting) or {'timm': []}).items():
-                    cells.append([
-                        title, name + (', loader on the GPU' if loader == 'gpu' else ''),
-                        pm(*mean_deviation(top1(lines))) if lines else 'not measured',
-                        pm(*mean_deviation(top1(lines, 'top1_best'))) if lines else '',
-                        ', '.join(line['seed'] for line in lines), '' if figure is None else f'{figure:.3f}'])
-        parts += [markdown(['', '', 'last epoch', 'best epoch', 'seeds', 'paper'], cells)]
-        parts += [answers(dataset, rows), cost(dataset, rows)]
-    return '\n\n'.join(filter(None, parts))
+        for name, mine in lines.items():
+            if not mine:
+                continue
+            figure = paper.get(name)
+            gain = f' ({figure - paper[BN]:+.2f})' if figure and name != BN else ''
+            cells.append([
+                name, pm(*mean_deviation(top1(mine.values()))),
+                ', '.join(f'{value:.2f}' for value in top1(mine.values())),
+                *against_bn(mine, lines.get(BN, {})), f'{figure:.2f}{gain}' if figure else '',
+                middle(mine.values(), 'seconds_an_epoch', 1), middle(mine.values(), 'peak_mb', 0)])
+        parts += [f'**{title}, {title_of(dataset)}**', markdown(
+            ['', 'top-1, mean ± deviation', 'every seed', 'minus BN ± standard error', 'p, paired by seed',
+             'paper (minus BN)', 'seconds an epoch', 'peak MB'], cells)]
+    return '\n\n'.join(parts) or 'Not measured yet.'
 
 
-def answers(dataset, rows):
-    """Does FBN beat BN, by how much, and how sure is that?"""
-    cells = []
-    families = {
-        'finet_large': {g: finet(dataset, name) for g, name in GROUPS.items()},
-        'finet_large without affine': {g: finet(dataset, name, 'affine=False') for g, name in GROUPS.items()},
-        **{name: {g: resnet(dataset, name, g) for g in (1, 2, 4)} for name in ('resnet18', 'resnet50')}}
-    for name, settings in families.items():
-        by_loader = {g: measured(rows, setting) for g, setting in settings.items()}
-        for g in list(settings)[1:]:
-            for loader in by_loader[g].keys() & by_loader[1].keys():
-                ours, theirs = by_loader[g][loader], by_loader[1][loader]
-                cells.append([name, f'G = {g}', pm(*difference(top1(ours), top1(theirs))), f'{len(ours)} and {len(theirs)}'])
-    return cells and markdown(['', '', 'FBN minus BN, points ± standard error', 'seeds'], cells)
+def middle(lines, column, digits):
+    values = [float(line[column]) for line in lines if line[column]]
+    return f'{mean(values):.{digits}f}' if values else ''
 
 
-def cost(dataset, rows):
-    """Time and memory of the runs that ran alone, against plain BN. At G = 8 stage 2 is widened from 100 to 104 channels."""
-    cells = []
-    for loader in ('timm', 'gpu'):
-        def line(g, form=''):
-            setting = finet(dataset, GROUPS[g], loader=loader, form=form, epochs=COST_EPOCHS)
-            return next((row for row in rows if row['setting'] == str(setting)), None)
-        bn = line(1)
-        for name, row in (('plain BN', bn), ('FBN, G = 8', line(8)), ('FBN, G = 8, reference form', line(8, 'reference_form'))):
-            if row:
-                cells.append([name, row['device'], row['seconds_an_epoch'], row['peak_mb'], ratio(row, bn, 'seconds_an_epoch'),
-                              ratio(row, bn, 'peak_mb')])
-    return cells and markdown(['finet_large, one run on the GPU', 'device', 'seconds an epoch', 'peak MB', 'time vs BN',
-                               'memory vs BN'], cells)
+def groups_of(settings, found):
+    """G and what was found for it, of the rows that a plot against G shows."""
+    return [(int(name[4:]), found[name]) for name in settings if re.fullmatch(r'G = \d+', name) and found.get(name)]
 
 
-def ratio(row, bn, column):
-    return f'{float(row[column]) / float(bn[column]):.2f}' if bn and row[column] and bn[column] else ''
-
-
-def plot(rows, results):
-    """Accuracy against G beside the paper's, and against epochs for BN and FBN."""
+def plot(rows, protocols, results):
+    """Accuracy against G beside the paper's, and against epochs, where BN and FBN of one table are there."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    from plot_training import plot as plot_epochs
-
-    datasets = [d for d in DATASETS if any(row['setting'].split()[0] == d for row in rows)]
-    fig, axes = plt.subplots(2, len(datasets), figsize=(5 * len(datasets), 8.5), squeeze=False, layout='constrained')
-    for dataset, column in zip(datasets, axes.T):
-        finets = {
-            affine: {g: finet(dataset, name, *kwargs) for g, name in GROUPS.items()}
-            for affine, kwargs in (('with affine', ()), ('without affine', ('affine=False',)))}
-        resnets = {name: {g: resnet(dataset, name, g) for g in (1, 2, 4)} for name in ('resnet18', 'resnet50')}
-        for ax, family, curves in zip(column, ('finet_large', 'ResNets'), (finets, resnets)):
-            for (name, settings), color in zip(curves.items(), ('#1b7fbd', '#d95f02')):
-                ax.plot(*zip(*((g, y) for g, y in zip(settings, PAPER[dataset][name]) if y)), color=color, marker='o',
-                        mfc='white', ls=':', label=f'{name}, paper')
-                for loader, marker in (('timm', 'o'), ('gpu', 'D')):
-                    points = [
-                        (g, *mean_deviation(top1(found[loader]))) for g, setting in settings.items()
-                        if loader in (found := measured(rows, setting))]
-                    if points:
-                        x, y, deviations = zip(*points)
-                        ax.errorbar(x, y, [d or 0 for d in deviations], color=color, marker=marker, capsize=3,
-                                    label=f'{name}, measured' + (', loader on the GPU' if loader == 'gpu' else ''))
-            ax.set(title=f'{family} on {title_of(dataset)}', xlabel='FBN groups G (1 is plain BN)',
-                   ylabel='last epoch\'s top-1 in %, mean and deviation', xticks=list(settings))
+    families = []
+    for (dataset, title), settings in tables_of(protocols).items():
+        points = groups_of(settings, {name: of(rows, setting) for name, setting in settings.items()})
+        if len(points) > 1:
+            families.append((dataset, title, settings, points))
+    if not families:
+        return
+    figure_of_epochs, curves = plt.subplots(
+        1, len(families), figsize=(5 * len(families), 4.2), squeeze=False, layout='constrained')
+    figure_of_groups, bars = plt.subplots(
+        1, len(families), figsize=(5 * len(families), 4.2), squeeze=False, layout='constrained')
+    for curve, bar, (dataset, title, settings, points) in zip(curves[0], bars[0], families):
+        samples = [(g, *mean_deviation(top1(lines.values()))) for g, lines in points]
+        x, y, deviations = zip(*samples)
+        bar.errorbar(x, y, [d or 0 for d in deviations], color='#1b7fbd', marker='o', capsize=3, label='measured')
+        for g, lines in points:
+            bar.plot([g] * len(lines), top1(lines.values()), '.', color='#1b7fbd', alpha=0.4)
+        paper = groups_of(settings, paper_of(dataset, title))
+        if paper:
+            bar.plot(*zip(*paper), color='#777777', marker='o', mfc='white', ls=':', label='paper')
+        bar.set(title=f'{title}, {title_of(dataset)}', xlabel='FBN groups G (1 is plain BN)', xticks=x,
+                ylabel='last epoch\'s top-1 in %, mean, deviation, seeds')
+        for color, (g, lines) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), points):
+            for i, (seed, line) in enumerate(lines.items()):
+                epochs = read_rows(results.with_suffix('') / f"{folder('', (settings[f'G = {g}'], seed)).name}.csv")
+                curve.plot([int(e['epoch']) + 1 for e in epochs], [float(e['eval_top1']) for e in epochs],
+                           color=color, lw=1, label=None if i else f'G = {g}')
+        curve.set(title=f'{title}, {title_of(dataset)}', xlabel='epoch', ylabel='top-1 in %, every seed')
+        for ax in (bar, curve):
             ax.grid(alpha=0.3)
-            ax.legend(fontsize=8, ncols=2, loc='upper center', bbox_to_anchor=(0.5, -0.14))
-    fig.savefig(results.with_name(f'{results.stem}_groups.png'), dpi=150, facecolor='white')
-    plt.close(fig)
-    for dataset in datasets:
-        curves = []
-        for name, g in (('plain BN', 1), ('FBN, G = 8', 8)):
-            setting = finet(dataset, GROUPS[g])
-            for loader, lines in list(measured(rows, setting).items())[:1]:
-                run = setting._replace(loader=loader), lines[0]['seed']
-                curves.append(f"{name}:{folder(results.with_suffix(''), run)}.csv")
-        if curves:
-            plot_epochs(curves, results.with_name(f'{results.stem}_epochs_{dataset}.png'), title=f'finet_large on {title_of(dataset)}')
+            ax.legend(fontsize=8)
+    for name, figure in (('groups', figure_of_groups), ('epochs', figure_of_epochs)):
+        figure.savefig(results.with_name(f'{results.stem}_{name}.png'), dpi=130, facecolor='white')
+        plt.close(figure)
 
 
 def commit():
@@ -212,58 +212,51 @@ def main():
     own, extra = sys.argv[1:], []
     if '--' in own:
         own, extra = own[:own.index('--')], own[own.index('--') + 1:]
-    names = sorted({name for order in ORDER.values() for name in order})
+    names = list(dict.fromkeys(section.name for sections in PROTOCOLS.values() for section in sections))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('datasets', nargs='*', metavar='DATASET', help='cifar10, cifar100')
-    parser.add_argument('--data-dir')
+    parser.add_argument('protocols', nargs='+', choices=list(PROTOCOLS), metavar='PROTOCOL', help=', '.join(PROTOCOLS))
+    parser.add_argument('--data-dir', help='without it tables and plots alone are made')
     parser.add_argument('--output', help='folder for checkpoints and logs, kept until all is done')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at once (default: %(default)s)')
-    parser.add_argument('--minutes', type=float, default=float('inf'), help='time after which runs are cut (default: none)')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at once, which share the cores (default: 1)')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='after which runs are cut (default: none)')
     parser.add_argument('--only', nargs='+', choices=names, metavar='SECTION', default=[], help=', '.join(names))
-    parser.add_argument('--gpu-loader', action='store_true', help='the pictures on the GPU, for all but recipe:modern')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[], help="instead of the sections' own")
     parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
-    parser.add_argument('--results', type=Path, default=RESULTS / 'cifar.csv')
+    parser.add_argument('--results', type=Path, help='(default: results/cifar.csv or results/cifar_short.csv)')
     parser.add_argument('--dry-run', action='store_true')
-    parser.add_argument('--tables', action='store_true')
-    parser.add_argument('--plot', action='store_true')
     args = parser.parse_args(own)
     args.extra = extra
-    if extra and args.results == RESULTS / 'cifar.csv':
-        parser.error(f'{shlex.join(extra)!r} for train.py makes another experiment: name a file for it by --results.')
-    for name in args.datasets:
-        if name not in DATASETS:
-            parser.error(f"{name!r} is unknown: use {' or '.join(DATASETS)}.")
-    if args.datasets:
-        for name in ('data_dir', 'output', 'commit'):
-            if not getattr(args, name):
-                parser.error(f"--{name.replace('_', '-')} is missing.")
-        if 'cost' in args.only and (args.jobs > 1 or len(args.only) > 1):
-            parser.error('--only cost must run alone: no other section and --jobs 1.')
-    elif not args.tables and not args.plot:
-        parser.error('name a dataset to train on, or --tables, or --plot.')
+    stems = [stem for stem, protocols in FILES.items() if {*args.protocols} & {*protocols}]
+    if len(stems) > 1:
+        parser.error(f"{' '.join(args.protocols)}: their results are different files: name one protocol at a time.")
+    if args.results is None:
+        if extra:
+            parser.error(
+                f'{shlex.join(extra)!r} for train.py makes another experiment: name a file for it by --results.')
+        args.results = RESULTS / f'{stems[0]}.csv'
 
     def rows():
         return read_rows(args.results) if args.results.exists() else []
 
-    runs = missing(args.datasets, args.only, 'gpu' if args.gpu_loader else 'timm', rows())
-    if args.dry_run:
-        print('\n'.join(shlex.join(command(run, args)) for run in runs))
-        return
-    try:
-        failed = []
-        if runs:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
+    failed, runs = [], missing(args.protocols, args.only, args.seeds, rows())
+    if args.data_dir or args.dry_run:
+        for name in ('data_dir', 'output', 'commit'):
+            if not getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} is missing.")
+        if args.dry_run:
+            print('\n'.join(shlex.join(command(run, args)) for run in runs))
+            return
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
+        try:
             failed = train(runs, args)
-    except ValueError as error:
-        parser.error(error)
-    if args.tables:
-        print(tables(rows()))
-        if args.results == RESULTS / 'cifar.csv':
-            write_readme_block('cifar', tables(rows()))
-    if args.plot:
-        if not rows():
-            parser.error(f'--plot: {args.results} holds no run yet.')
-        plot(rows(), args.results)
+        except ValueError as error:
+            parser.error(error)
+    text = tables(rows(), FILES[stems[0]])
+    if args.results == RESULTS / f'{stems[0]}.csv':
+        write_readme_block(stems[0], text)
+    else:
+        print(text)
+    plot(rows(), FILES[stems[0]], args.results)
     if failed:
         sys.exit(f'{len(failed)} of {len(runs)} runs failed.')
 

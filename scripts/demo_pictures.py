@@ -3,7 +3,7 @@
 
     python scripts/demo_pictures.py cifar10.npz
 """
-import sys
+import argparse
 from math import isqrt
 from pathlib import Path
 
@@ -12,9 +12,18 @@ from PIL import Image
 
 WEIGHTS = Path(__file__).parents[1] / 'timm_finet' / 'weights'
 
-with np.load(sys.argv[1]) as arrays:
-    for split, each in (('test', 40), ('train', 10)):
-        pictures = np.concatenate([arrays[split][arrays[f'{split}_labels'] == c][:each] for c in range(10)])
-        side = isqrt(len(pictures))
-        sprite = pictures.reshape(side, side, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(side * 32, side * 32, 3)
-        Image.fromarray(sprite).save(WEIGHTS / f'cifar10_{split}.webp', lossless=True, quality=100, method=6)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', metavar='cifar10.npz')
+    args = parser.parse_args()
+    with np.load(args.data) as arrays:
+        for split, each in (('test', 40), ('train', 10)):
+            pictures = np.concatenate([arrays[split][arrays[f'{split}_labels'] == c][:each] for c in range(10)])
+            side = isqrt(len(pictures))
+            sprite = pictures.reshape(side, side, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(side * 32, side * 32, 3)
+            Image.fromarray(sprite).save(WEIGHTS / f'cifar10_{split}.webp', lossless=True, quality=100, method=6)
+
+
+if __name__ == '__main__':
+    main()

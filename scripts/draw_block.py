@@ -4,6 +4,8 @@
 
 Boxes in one column run one after the other; the right column is Squeeze-and-Excitation, which reads the block's input.
 """
+import argparse
+
 import matplotlib
 import timm
 import torch.nn as nn
@@ -87,6 +89,7 @@ def connect(ax, source, target, skip):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     block = timm.create_model(NAME).stages[0][1].eval()
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 6.4), layout='constrained')
     bottoms = [

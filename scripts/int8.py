@@ -5,6 +5,7 @@
 The files are those of `timm-finet export`, calibrated on the 100 shipped training pictures. Writes results/int8.csv and
 the README's table.
 """
+import argparse
 import shlex
 import sys
 import tempfile
@@ -52,7 +53,14 @@ def table(rows):
           f"{int(row['bytes']) / 2 ** 20:.2f}") for row in rows])
 
 
-if __name__ == '__main__':
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', help='cifar10.npz, or a folder as for --data-dir of torch/cifar10_pad2')
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_rows(FILE, list(measure(sys.argv[1], folder)))
+        write_rows(FILE, list(measure(args.data, folder)))
     write_readme_block('int8', table(read_rows(FILE)))
+
+
+if __name__ == '__main__':
+    main()

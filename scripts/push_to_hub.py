@@ -5,8 +5,8 @@
 
 A card's figures come from the network and from results/: weights.csv, weights_speed.csv, and each name's log and arguments.
 """
+import argparse
 import shutil
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +29,10 @@ def write(name, folder):
     hub.save(model, folder, hub.make_card(model, name, name, results, args, log, speed), args, log)
 
 
-def main(org=None):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('org', nargs='?', help='user or organisation on the Hub')
+    org = parser.parse_args().org
     for name in timm.list_models(module=hub.MODULES, pretrained=True):
         with TemporaryDirectory() as folder:
             write(name, folder)
@@ -43,4 +46,4 @@ def main(org=None):
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    main()

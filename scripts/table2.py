@@ -6,6 +6,7 @@
 Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes results/table2.csv, table and plot.
 The accuracies are the paper's own; none of them is measured here.
 """
+import argparse
 import shlex
 import sys
 from datetime import date
@@ -142,9 +143,16 @@ def plot(rows):
     fig.savefig(RESULTS / 'table2.png', dpi=150, facecolor='white')
 
 
-if __name__ == '__main__':
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--readme', action='store_true', help='count nothing: table and plot from the results file')
+    args = parser.parse_args()
     file = RESULTS / 'table2.csv'
-    if '--readme' not in sys.argv:
+    if not args.readme:
         write_rows(file, [count(name) for name in PAPER])
     write_readme_block('table2', table(read_rows(file)))
     plot(read_rows(file))
+
+
+if __name__ == '__main__':
+    main()

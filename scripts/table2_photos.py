@@ -31,17 +31,16 @@ PAPER = {name.removeprefix('torchvision:'): accuracy for name, (_, _, accuracy) 
 class Setting(NamedTuple):
     """What cifar_runs.train asks of a row of the table."""
     model: str
-    loader = 'timm'
 
     @property
-    def form(self):
+    def module(self):
         return 'shufflenet' if self.model.startswith('shufflenet') else ''
 
     def __str__(self):
         return f'tiny_in200 {self.model}'
 
     def args(self, seed):
-        modules = ['--device-modules', 'timm_finet', self.form] if self.form else []
+        modules = ['--device-modules', 'timm_finet', self.module] if self.module else []
         return ['--config', 'recipe:tiny_in200', '--model', self.model, *modules, '--seed', str(seed)]
 
 

@@ -4,6 +4,7 @@
 
 Writes results/table4_operators.csv and the README's table. Profilers cost time themselves, most of all in eager mode.
 """
+import argparse
 import json
 import re
 import shlex
@@ -120,8 +121,13 @@ def table(rows):
     return markdown(('ms a picture', '', *KINDS), cells)
 
 
-if __name__ == '__main__':
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     runtimes = ('onnxruntime', 'openvino', 'executorch', 'eager')
     write_rows(FILE, [measure(runtime, name) for runtime in runtimes for name in NETWORKS])
     write_readme_block('table4_operators', table(read_rows(FILE)))
+
+
+if __name__ == '__main__':
+    main()

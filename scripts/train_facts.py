@@ -1,10 +1,12 @@
-"""For train.py's --device-modules: print, when training ends, where and with which versions it ran, and its peak of memory.
+"""For train.py's --device-modules: print, when training ends, where, with which versions and in how much memory it ran.
 
-The peak is of the bytes that PyTorch has allocated on the GPU over the whole run, evaluation and pictures held there included.
+The peak is of what PyTorch has allocated on the GPU over the whole run, evaluation and images held there included;
+without a GPU, of the process's resident memory, libraries and data set included.
 """
 import atexit
 import json
 import platform
+import resource
 
 import timm
 import torch
@@ -13,7 +15,8 @@ import torch
 @atexit.register
 def report():
     gpu = torch.cuda.is_available()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = torch.cuda.max_memory_allocated() if gpu else resident
     print('facts: ' + json.dumps(dict(
-        peak_mb=round(torch.cuda.max_memory_allocated() / 2 ** 20) if gpu else None,
-        device=torch.cuda.get_device_name() if gpu else platform.machine(),
+        peak_mb=round(peak / 2 ** 20), device=torch.cuda.get_device_name() if gpu else platform.machine(),
         torch=torch.__version__, timm=timm.__version__)), flush=True)

@@ -30,7 +30,7 @@ RATES = {'fine-tuned': 0.02, 'from scratch': 0.02, 'from scratch, higher rate': 
 class Setting(NamedTuple):
     model: str
     start: str
-    loader, form = 'timm', ''
+    module = ''
 
     def __str__(self):
         return f'cifar10_{TRAIN} {self.model} {self.start}'

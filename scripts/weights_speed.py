@@ -5,6 +5,7 @@
 In eval mode the train form folds its weights anew for every picture. A round runs each form ten times and takes the median.
 Writes results/weights_speed.csv, then run scripts/push_to_hub.py for the cards.
 """
+import argparse
 import shlex
 import sys
 import time
@@ -42,6 +43,7 @@ def measure(name):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     rows = []
     for name in timm.list_models(module=hub.MODULES, pretrained=True):

@@ -2,9 +2,9 @@
 
     python scripts/write_shards.py FOLDER
 """
+import argparse
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -20,7 +20,9 @@ def add(tar, name, content):
 
 
 def main():
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     pictures, labels = shipped_pictures()
     splits = {}

@@ -1,24 +1,27 @@
 """The runs of the CIFAR tables: what they are, how they are run and resumed, what is taken from them and made of it."""
+import ast
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import timm
-import yaml
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / 'scripts'
 sys.path.insert(0, str(SCRIPTS))
 
 import cifar_runs as runs  # noqa: E402
 import cifar_tables as tables  # noqa: E402
+import tied_affine  # noqa: E402, F401 (registers a network)
 from report import read_rows, readme_block  # noqa: E402
-from timm_finet import launch  # noqa: E402
+from timm_finet import FBNConv2d, launch  # noqa: E402
 
 FAKE = '''
 import os, sys, time
@@ -34,8 +37,8 @@ home.joinpath('args.yaml').write_text(
 with home.joinpath('summary.csv').open('a') as file:
     print('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', file=file)
     for epoch in range(first, epochs):
-        print(f'Train: {epoch} [   0/5 (  0%)]  Loss: 2.3 (2.3)  Time: 1.000s,  100.00/s  (1.000s,  100.00/s)  LR: 1.000e-01')
-        print(f'Train: {epoch} [   4/5 (100%)]  Loss: 2.3 (2.3)  Time: 0.400s,  250.00/s  (0.500s,  200.00/s)  LR: 1.000e-01')
+        print(f'Train: {epoch} [   0/5 (  0%)]  Loss: 2.3 (2.3)  Time: 1.000s,  100.00/s  (1.000s,  100.00/s)  LR: 0.1')
+        print(f'Train: {epoch} [   4/5 (100%)]  Loss: 2.3 (2.3)  Time: 0.400s,  250.00/s  (0.500s,  200.00/s)  LR: 0.1')
         print(f'{epoch},2,2,{[10, 30, 25.5, 20][epoch]},50,0.1', file=file, flush=True)
         home.joinpath('last.pth.tar').write_text(str(epoch))
         if epoch == 1 and 'CUT' in os.environ and '--resume' not in args:
@@ -65,70 +68,95 @@ def fake_train(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, 'command', command)
 
 
-RUNS = [(runs.finet('cifar10', 'finet_large_g8'), seed) for seed in (0, 1)]
+RUNS = [(runs.short('finet_small_g8', runs.SMALL), seed) for seed in (0, 1)]
 
 
-def test_runs_are_the_rows_of_the_papers_tables():
-    for dataset in runs.DATASETS:
-        rows = {title: rows for title, rows in tables.rows_of(dataset)}
-        planned = {setting for setting, _ in runs.missing([dataset], [], 'timm', [])}
-        assert {setting for settings in rows.values() for _, setting, _ in settings} <= planned
-        sizes = [len(rows[t]) for t in ('Table 5, with affine', 'Table 5, without affine', 'Table 6', 'Table 7')]
-        assert sizes == [6 if dataset == 'cifar10' else 5, 5, 3, 6]
-        assert sum(figure is not None for t, s in rows.items() if t.startswith('Table') for _, _, figure in s) == 5 + 5 + 3 + 5
-    assert tables.PAPER['cifar100']['with affine'][4] == 77.202 and tables.PAPER['cifar10']['group size'][1] == 93.606
+def planned(*protocols):
+    return runs.missing(protocols, [], [], [])
 
 
-def test_order_and_seeds():
-    planned = runs.missing(['cifar10'], [], 'timm', [])
-    assert len(planned) == len(set(planned)) == 52 and len(runs.missing(['cifar100'], [], 'timm', [])) == 40
-    assert [(str(s), seed) for s, seed in planned[:2]] == [
-        ('cifar10 finet_large act_place=depthwise', 0), ('cifar10 finet_large_g8 act_place=depthwise', 0)]
-    count = {}
-    for setting, _ in planned:
-        count[setting] = count.get(setting, 0) + 1
-    assert {g: count[runs.finet('cifar10', name)] for g, name in runs.GROUPS.items()} == {1: 3, 2: 3, 4: 3, 6: 1, 8: 3}
-    assert count[runs.finet('cifar10', 'finet_large', place='output')] == 2
-    assert count[runs.resnet('cifar10', 'resnet18', 4)] == 3
-    assert not any(setting.epochs for setting in count)  # cost is measured alone, and only when asked for
-    cost = runs.missing(['cifar10'], ['cost'], 'timm', [])
-    assert [(s.model, s.form) for s, _ in cost] == [
-        ('finet_large', ''), ('finet_large_g8', ''), ('finet_large_g8', 'reference_form')]
+def test_runs_of_the_paper_are_the_rows_of_its_tables():
+    for dataset in ('cifar10', 'cifar100'):
+        found = tables.tables_of([dataset])
+        for title, figures in tables.PAPER[dataset].items():
+            assert figures.keys() <= found[dataset, title].keys()
+        assert len(set(planned(dataset))) == len(planned(dataset)) == 41
+        first = [str(setting) for setting, _ in planned(dataset)[:2]]
+        assert first == [f'{dataset} finet_large', f'{dataset} finet_large_g8']
+        seeds = [seed for setting, seed in planned(dataset) if setting.model == 'finet_large_g8' and not setting.kwargs
+                 and setting.recipe == dataset]
+        assert seeds == [0, 1, 2]
+    assert tables.PAPER['cifar100']['finet_large']['G = 8'] == 77.202
+    assert tables.PAPER['cifar10']['finet_large']['C/G = 50'] == 93.606
+
+
+def test_placement_compares_three_places_with_two_seeds_and_takes_a_third():
+    assert [(setting.kwargs, seed) for setting, seed in planned('placement')] == [
+        ((f'act_place={place}',), seed) for place in ('depthwise', 'pointwise', 'output') for seed in (0, 1)]
+    (run,) = runs.missing(['placement'], ['output'], [2], [])
+    assert run[1] == 2 and run[0].kwargs == ('act_place=output',) and run[0].options[:2] == ('--epochs', '10')
+
+
+def test_evidence_compares_networks_of_equal_widths_under_one_protocol():
+    found = tables.tables_of(['evidence'])
+    widths = {key: {tuple(convs(build(setting))) for setting in rows.values()} for key, rows in found.items()}
+    assert all(len(networks) == 1 for networks in widths.values()), widths
+    assert {setting.recipe for rows in found.values() for setting in rows.values()} == {'cifar_short'}
+    assert [*found['cifar100', 'finet_small']] == ['G = 1', 'G = 2', 'G = 4', 'G = 8', 'G = 8, tied affine']
+    lines = [setting.args(0) for rows in found.values() for setting in rows.values()]
+    assert sorted({line[line.index('--lr') + 1] for line in lines}) == ['0.05', '0.1']
+
+
+def build(setting):
+    kwargs = {k: ast.literal_eval(v) for k, v in (arg.split('=') for arg in setting.kwargs if 'act_place' not in arg)}
+    kwargs |= dict(arg.split('=') for arg in setting.kwargs if 'act_place' in arg)
+    return timm.create_model(
+        setting.model, num_classes=int(setting.dataset[5:]), small_input=True, device='meta', **kwargs)
+
+
+def convs(model):
+    return [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
 
 
 def test_every_setting_builds_its_network():
-    for dataset, classes in (('cifar10', 10), ('cifar100', 100)):
-        for setting in {setting for setting, _ in runs.missing([dataset], [], 'timm', [])}:
-            kwargs = {k: yaml.safe_load(v) for k, v in (arg.split('=') for arg in setting.kwargs)}
-            model = timm.create_model(setting.model, num_classes=classes, small_input=True, device='meta', **kwargs)
-            groups = {m.fbn_groups for m in model.modules() if hasattr(m, 'fbn_groups')}
-            expected = {'finet_large_g8': {8}, 'finet_large_g6': {6}, 'finet_small_g4': {4}}.get(setting.model)
-            if 'fbn_groups' in kwargs:
-                expected = {kwargs['fbn_groups']}
-            if 'fbn_group_size' in kwargs:
-                expected = {max(1, c // kwargs['fbn_group_size']) for c in (24, 100, 200, 400)}
-            assert expected in (None, groups)
+    for setting in {setting for setting, _ in planned(*runs.PROTOCOLS)}:
+        groups = {m.fbn_groups for m in build(setting).modules() if isinstance(m, FBNConv2d)}
+        size = next((int(arg.split('=')[1]) for arg in setting.kwargs if 'group_size' in arg), None)
+        named = re.search(r'_g(\d)|fbn_groups=(\d)', str(setting))
+        expected = {int(named[1] or named[2])} if named else {1}
+        if size:
+            expected = {max(1, c // size) for c in (24, 100, 200, 400)}
+        assert groups == expected, setting
+
+
+def test_tied_groups_share_one_gamma_and_one_beta():
+    layer = next(m for m in timm.create_model('finet_small_g8_tied').modules() if isinstance(m, FBNConv2d))
+    layer(torch.randn(2, 24, 8, 8)).square().sum().backward()
+    names = dict(layer.bn.named_parameters())
+    assert {len(p) for p in names.values()} == {layer.out_channels} and all(p.grad is not None for p in names.values())
+    with torch.no_grad():
+        names['parametrizations.weight.original'].copy_(torch.arange(layer.out_channels))
+    assert torch.equal(layer.bn.weight, torch.arange(layer.out_channels).float().repeat(8))
 
 
 @pytest.mark.scripts
 @pytest.mark.skipif('"scripts" not in config.getoption("-m")', reason="needs timm's own train.py: pytest -m scripts")
 def test_train_py_reads_the_commands_as_meant(monkeypatch):
     parse = runpy.run_path(launch.find_script('train'))['_parse_args']
-    for dataset, classes in (('cifar10', 10), ('cifar100', 100)):
-        for loader in ('timm', 'gpu'):
-            for run in runs.missing([dataset], [], loader, []):
-                line = runs.command(run, options(Path('out')))
-                monkeypatch.setattr(sys, 'argv', ['train.py', *map(launch.find_recipe, line[5:])])
-                args, _ = parse()
-                setting, seed = run
-                assert (args.model, args.seed, args.num_classes) == (setting.model, seed, classes)
-                assert args.dataset == f"torch/{dataset}_{'gpu' if setting.loader == 'gpu' else 'pad2'}"
-                assert args.no_prefetcher == (setting.loader == 'gpu') and args.epochs == (300 if 'modern' in setting else 200)
-                assert args.batch_size == (64 if setting.recipe == 'resnet_cifar' else 128)
-                assert args.mean[0] == (0.4914 if classes == 10 else 0.5071)
-                assert args.model_kwargs.pop('small_input') is True
-                assert [f'{k}={v}' for k, v in args.model_kwargs.items()] == list(setting.kwargs)
-                assert args.device_modules == ['timm_finet', 'train_facts'] and args.experiment == runs.folder('', run).name
+    for run in planned(*runs.PROTOCOLS):
+        line = runs.command(run, options(Path('out')))
+        monkeypatch.setattr(sys, 'argv', ['train.py', *map(launch.find_recipe, line[5:])])
+        args, _ = parse()
+        setting, seed = run
+        classes = int(setting.dataset[5:])
+        assert (args.model, args.seed, args.num_classes) == (setting.model, seed, classes)
+        assert args.dataset == f'torch/{setting.dataset}_pad2' and args.mean[0] == (0.4914 if classes == 10 else 0.5071)
+        epochs = {'modern': 300, 'cifar_short': 10 if 'act_place' in str(setting) else 15}.get(setting.recipe, 200)
+        assert (args.epochs, args.batch_size) == (epochs, 64 if setting.recipe == 'resnet_cifar' else 128)
+        assert args.model_kwargs.pop('small_input') is True and args.channels_last
+        assert [f'{k}={v}'.replace(' ', '') for k, v in args.model_kwargs.items()] == list(setting.kwargs)
+        assert args.device_modules == ['timm_finet', 'train_facts', *filter(None, [setting.module])]
+        assert args.experiment == runs.folder('', run).name
 
 
 def test_a_finished_run_becomes_a_line_and_is_not_repeated(fake_train, tmp_path):
@@ -140,16 +168,17 @@ def test_a_finished_run_becomes_a_line_and_is_not_repeated(fake_train, tmp_path)
         'setting', 'epochs', 'top1_last', 'top1_best', 'best_epoch', 'seconds_an_epoch', 'peak_mb', 'jobs', 'sessions',
         'precision', 'compiled', 'commit', 'timm')}
     assert measured == dict(
-        setting='cifar10 finet_large_g8 act_place=depthwise', epochs='4', top1_last='20.0', top1_best='30.0',
-        best_epoch='2', seconds_an_epoch='2.5', peak_mb='', jobs='2', sessions='1', precision='bfloat16', compiled='False',
-        commit='abc', timm='2')
+        setting='cifar100 cifar_short finet_small_g8 channels=(32,64,120) --lr 0.1', epochs='4', top1_last='20.0',
+        top1_best='30.0', best_epoch='2', seconds_an_epoch='2.5', peak_mb='', jobs='2', sessions='1',
+        precision='bfloat16', compiled='False', commit='abc', timm='2')
     assert first['command'] == (
-        'timm-finet run train --config recipe:cifar10 --model finet_large_g8 --model-kwargs small_input=True '
-        'act_place=depthwise --channels-last --seed 0 --data-dir DATA')
+        "timm-finet run train --config recipe:cifar_short --model finet_small_g8 --model-kwargs small_input=True "
+        "'channels=(32,64,120)' --dataset torch/cifar100_pad2 --num-classes 100 --mean 0.5071 0.4865 0.4409 "
+        "--std 0.2673 0.2564 0.2762 --channels-last --lr 0.1 --seed 0 --data-dir DATA")
     assert 0 <= int(first['seconds']) < 60 and str(tmp_path) not in ''.join(first.values())
     curve = read_rows(tmp_path / 'cifar' / f'{runs.folder("", RUNS[0]).name}.csv')
     assert [row['eval_top1'] for row in curve] == ['10', '30', '25.5', '20']
-    assert not set(RUNS) & set(runs.missing(['cifar10'], [], 'timm', read_rows(args.results)))
+    assert not set(RUNS) & set(runs.missing(['evidence'], [], [], read_rows(args.results)))
     args.results.unlink()  # finished, but not recorded: nothing is trained again
     assert runs.train(RUNS, args) == []
     assert [row['sessions'] for row in read_rows(args.results)] == ['1', '1']
@@ -180,58 +209,98 @@ def test_the_time_limit_cuts_runs_and_starts_no_more(fake_train, tmp_path, monke
     assert runs.train(RUNS[:1], args) == [] and len(read_rows(args.results)) == 1
 
 
+RUNNER = """
+import sys
+from argparse import Namespace
+sys.path.insert(0, sys.argv[1])
+import cifar_runs as runs
+train = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
+runs.command = lambda run, args: [sys.executable, '-c', train]
+runs.train([(runs.short('finet_small'), 0)], Namespace(output=sys.argv[2], commit='', jobs=1, extra=[], minutes=1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux alone lets a child die with its parent')
+def test_runs_die_with_a_runner_that_is_killed(tmp_path):
+    with subprocess.Popen([sys.executable, '-c', RUNNER, SCRIPTS, tmp_path]) as runner:
+        child = wait_for(lambda: [
+            pid for log in tmp_path.glob('*/log0.txt') for pid in re.findall(r'^\d+$', log.read_text(), re.M)])
+        runner.kill()
+    assert wait_for(lambda: gone(int(child[0])))
+
+
+def wait_for(condition):
+    for _ in range(200):
+        if condition():
+            return condition()
+        time.sleep(0.1)
+
+
+def gone(pid):
+    """No such process, or dead where nobody has reaped it."""
+    stat = Path(f'/proc/{pid}/stat')
+    return not stat.exists() or stat.read_text().split()[2] == 'Z'
+
+
 def line(setting, seed, top1, **more):
     return {**dict(setting=str(setting), seed=str(seed), top1_last=str(top1), top1_best=str(top1 + 1), device='a GPU',
                    seconds_an_epoch='2.5', peak_mb='1000'), **more}
 
 
-def test_mean_deviation_and_difference():
+def test_mean_deviation():
     assert tables.mean_deviation([1, 2, 3]) == (2, 1) and tables.mean_deviation([5]) == (5, None)
-    assert tables.difference([3, 5], [1, 3]) == (2, pytest.approx(2 ** 0.5))
-    assert tables.difference([3], [1, 3]) == (1, None)
+
+
+def test_paired_test_by_seed():
+    assert tables.paired([2]) == (2, None, None)
+    difference, error, p = tables.paired([1, 2, 3])
+    assert (difference, error) == (2, pytest.approx(3 ** -0.5)) and p == pytest.approx(0.0742, abs=1e-4)
+    textbook = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 8: 2.306, 9: 2.262}
+    for freedom, t in textbook.items():
+        assert tables.student(t, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert tables.student(0, 2) == 1
 
 
 def test_tables_stand_beside_the_papers_figures():
-    bn, fbn = (runs.finet('cifar10', name) for name in ('finet_large', 'finet_large_g8'))
-    rows = [line(bn, seed, 92 + seed) for seed in range(3)] + [line(fbn, seed, 94 + seed) for seed in range(3)]
-    rows += [line(fbn._replace(loader='gpu'), 0, 93.5)]
-    cost = bn._replace(epochs=5), fbn._replace(epochs=5), fbn._replace(epochs=5, form='reference_form')
-    rows += [line(s, 0, 50, seconds_an_epoch=str(t), peak_mb=str(m)) for s, t, m in zip(cost, (2, 3, 8), (1000, 700, 3000))]
-    text = tables.tables(rows)
-    assert '| Table 5, with affine | G = 1 | 93.00 ± 1.00 | 94.00 ± 1.00 | 0, 1, 2 | 92.584 |' in text
-    assert '| Table 5, with affine | G = 8, loader on the GPU | 93.50 | 94.50 | 0 | 93.674 |' in text
-    assert '| Table 6 | C/G = 50 | not measured |  |  | 93.606 |' in text
-    assert '| finet_large | G = 8 | 2.00 ± 0.82 | 3 and 3 |' in text
-    assert '| FBN, G = 8, reference form | a GPU | 8 | 3000 | 4.00 | 3.00 |' in text
-    assert 'CIFAR-100' not in text and tables.tables([]) == 'Not measured yet.'
+    bn, fbn = (runs.short(name, runs.SMALL) for name in ('finet_small', 'finet_small_g8'))
+    rows = [line(bn, seed, 60 + seed) for seed in range(3)] + [line(fbn, seed, 61 + 2 * seed) for seed in range(3)]
+    text = tables.tables(rows, ['placement', 'evidence'])
+    assert '**finet_small, CIFAR-100**' in text and 'without affine' not in text
+    assert '| G = 1 | 61.00 ± 1.00 | 60.00, 61.00, 62.00 |  |  | 75.62 | 2.5 | 1000 |' in text
+    assert ('| G = 8 | 63.00 ± 2.00 | 61.00, 63.00, 65.00 | +2.00 ± 0.58 | 0.074 (n = 3) | 77.20 (+1.58) | 2.5 | 1000 |'
+            in text)
+    assert tables.tables([], ['evidence']) == 'Not measured yet.'
+    text = tables.tables(rows[:2] + rows[4:], ['evidence'])
+    assert '+2.00 |  |' in text  # one seed in common: no error, no test
 
 
-def test_readme_shows_the_results_file():
-    results = SCRIPTS / 'results' / 'cifar.csv'
-    assert readme_block('cifar') == tables.tables(read_rows(results) if results.exists() else [])
+@pytest.mark.parametrize('stem', runs.FILES)
+def test_readme_shows_the_results_file(stem):
+    results = SCRIPTS / 'results' / f'{stem}.csv'
+    assert readme_block(stem) == tables.tables(read_rows(results) if results.exists() else [], runs.FILES[stem])
 
 
 def test_plots(tmp_path):
     pytest.importorskip('matplotlib')
     rows = []
-    for g, name in runs.GROUPS.items():
-        rows += [line(runs.finet('cifar10', name), seed, 92 + seed + g / 10) for seed in range(3)]
-    (tmp_path / 'cifar').mkdir()
-    for g in (1, 8):
-        name = runs.folder('', (runs.finet('cifar10', runs.GROUPS[g]), 0)).name
-        (tmp_path / 'cifar' / f'{name}.csv').write_text('epoch,eval_top1\n0,10\n1,20\n')
-    tables.plot(rows, tmp_path / 'cifar.csv')
-    for name in ('cifar_groups.png', 'cifar_epochs_cifar10.png'):
+    (tmp_path / 'cifar_short').mkdir()
+    for name, setting in tables.tables_of(['evidence'])['cifar100', 'finet_small'].items():
+        for seed in range(2):
+            rows += [line(setting, seed, 92 + seed)]
+            name = runs.folder('', (setting, seed)).name
+            (tmp_path / 'cifar_short' / f'{name}.csv').write_text('epoch,eval_top1\n0,10\n1,20\n')
+    tables.plot(rows, ['evidence'], tmp_path / 'cifar_short.csv')
+    for name in ('cifar_short_groups.png', 'cifar_short_epochs.png'):
         assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['cifar11'], "'cifar11' is unknown: use cifar10 or cifar100"),
-    (['cifar10', '--output', 'x'], '--data-dir is missing'),
-    (['cifar10', '--data-dir', 'x', '--output', 'x', '--only', 'cost', '--jobs', '2'], 'must run alone'),
+    (['cifar11'], "invalid choice: 'cifar11'.*cifar100"),
+    (['cifar10', '--output', 'x', '--dry-run'], '--data-dir is missing'),
+    (['evidence', '--data-dir', 'x'], '--output is missing'),
+    (['cifar10', 'evidence'], 'cifar10 evidence: their results are different files'),
     (['cifar10', '--data-dir', 'x', '--output', 'x', '--', '--epochs', '1'], "'--epochs 1'.*--results"),
-    ([], 'name a dataset'),
-    (['--plot', '--results', 'none.csv'], '--plot: none.csv holds no run yet'),
+    ([], 'PROTOCOL'),
 ])
 def test_bad_arguments_are_named(argv, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['cifar_tables.py', *argv])
@@ -242,8 +311,8 @@ def test_bad_arguments_are_named(argv, message, monkeypatch, capsys):
 
 
 def test_facts_are_printed_at_the_end(tmp_path):
-    (tmp_path / 'train.py').write_text('import train_facts, reference_form, timm_finet; print(timm_finet.FBNConv2d.form)')
+    (tmp_path / 'train.py').write_text('import train_facts')
     environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
     result = subprocess.run([sys.executable, tmp_path / 'train.py'], capture_output=True, text=True, env=environment)
-    form, facts = result.stdout.splitlines()
-    assert form == 'reference' and json.loads(facts.removeprefix('facts: '))['timm'] == timm.__version__
+    facts = json.loads(result.stdout.removeprefix('facts: '))
+    assert facts['timm'] == timm.__version__ and facts['peak_mb'] > 10
