@@ -4,9 +4,10 @@
     python scripts/bench_training.py --models finet_large --groups 4 --layers
     python scripts/bench_training.py --plot
 
-A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, with
-nn.BatchNorm2d; `reference` the paper's form; `moment` this package's; `conv`, on demand, has no normalisation behind the
-FBN convolutions at all, the floor for any form. Rows are merged into results/bench_training.csv.
+A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, of
+nn.Conv2d and nn.BatchNorm2d as torch has them; `plain` the same as this package builds it, at G = 1; `reference` the
+paper's form; `moment` this package's; `conv`, on demand, has no normalisation behind the FBN convolutions at all, the
+floor for any form. Rows are merged into results/bench_training.csv.
 """
 import argparse
 import platform
@@ -19,38 +20,50 @@ from statistics import median
 
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
 from timm_finet import FBNConv2d
+from timm_finet.depthwise import DepthwiseConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
 
 FILE = RESULTS / 'bench_training.csv'
-FORMS = ('bn', 'reference', 'moment')
+FORMS = ('bn', 'plain', 'reference', 'moment')
 SEED = 0
 
 
+def torch_modules(model):
+    """A network at G = 1 with nothing of this package in it: what somebody would write who has torch alone."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, (FBNConv2d, DepthwiseConv2d)):
+            conv = nn.Conv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+                layer.groups, bias=False)
+            norm = [nn.BatchNorm2d(layer.out_channels)] if isinstance(layer, FBNConv2d) else []
+            model.set_submodule(path, nn.Sequential(conv, *norm))
+    return model
+
+
 def build(name, groups, form, args, size):
+    fbn_groups = 1 if form in ('bn', 'plain') else groups
     if name == 'resnet50':
-        model = timm.create_model('resnet50_fbn', fbn_groups=1 if form == 'bn' else groups, small_input=size <= 32)
+        model = timm.create_model('resnet50_fbn', fbn_groups=fbn_groups, small_input=size <= 32)
     else:
         widths = [info['num_chs'] for info in timm.create_model(name, fbn_groups=groups).feature_info[2:]]
-        model = timm.create_model(
-            name, fbn_groups=1 if form == 'bn' else groups, channels=tuple(widths), small_input=size <= 32)
+        model = timm.create_model(name, fbn_groups=fbn_groups, channels=tuple(widths), small_input=size <= 32)
+    if form == 'bn':
+        model = torch_modules(model)
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, FBNConv2d):
-            if form == 'reference': layer.__class__ = ReferenceFBNConv2d
-            if form == 'conv':
-                model.set_submodule(path, layer.eval().fuse())
+        if isinstance(layer, FBNConv2d) and form == 'reference':
+            layer.__class__ = ReferenceFBNConv2d
+        elif isinstance(layer, FBNConv2d) and form == 'conv':
+            model.set_submodule(path, layer.eval().fuse())
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(args.device).train()
     return torch.compile(model) if args.compile else model
-
-
-def fbn_layers(model):
-    return [m for m in model.modules() if isinstance(m, FBNConv2d)]
 
 
 def step(model, x, target, dtype):
@@ -133,7 +146,7 @@ def bench_layers(name, size, dtype, args):
     """Forward and backward of each kind of FBN layer alone, by form."""
     shapes = {}
     model = build(name, args.groups[0], 'reference', args, size)
-    for layer in fbn_layers(model):
+    for layer in (m for m in model.modules() if isinstance(m, ReferenceFBNConv2d)):
         layer.register_forward_pre_hook(lambda layer, inputs: shapes.setdefault(
             (layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], inputs[0].shape[-1]), []).append(1))
     with torch.no_grad():
@@ -146,9 +159,13 @@ def bench_layers(name, size, dtype, args):
             x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
         runs = {}
         for form in FORMS:
-            layer = FBNConv2d(
-                cin, cout, kernel, stride, kernel // 2, fbn_groups=1 if form == 'bn' else args.groups[0], device=args.device)
-            if form == 'reference': layer.__class__ = ReferenceFBNConv2d
+            layer = (ReferenceFBNConv2d if form == 'reference' else FBNConv2d)(
+                cin, cout, kernel, stride, kernel // 2, fbn_groups=1 if form == 'plain' else args.groups[0])
+            if form == 'bn':
+                layer = nn.Sequential(
+                    nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout))
+            layout = torch.channels_last if args.channels_last else torch.contiguous_format
+            layer = layer.to(args.device, memory_format=layout)
 
             def run(layer=layer):
                 with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'):

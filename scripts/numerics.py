@@ -1,10 +1,12 @@
-"""Rounding errors of FBN's statistics: the form that is taken beside nn.BatchNorm2d on the same inputs, both against float64.
+"""Rounding errors of FBN in training: FBNConv2d beside the paper's own form on the same inputs, both against float64.
 
     python scripts/numerics.py
 
-For each input the largest relative error of the batch variance, and the root mean square error of the output in units of
-the output's deviation; `layers` takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
+For each input the largest relative error of the batch variance, and the root mean square errors of the output and of the
+gradients of input, weight and gamma, in units of each one's own root mean square (the output's: its deviation). `layers`
+takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
 """
+import argparse
 import shlex
 import sys
 from copy import deepcopy
@@ -16,6 +18,7 @@ import torch
 from bench_training import cpu_name
 from report import RESULTS, write_rows
 from timm_finet import FBNConv2d
+from timm_finet.fbn import ReferenceFBNConv2d
 from timm_finet.data import shipped_pictures
 from timm_finet.demo import MODEL
 
@@ -29,6 +32,8 @@ def inputs():
     noise = torch.randn(32, 64, 16, 16)
     for ratio in (0, 1, 10, 100, 1000, 10000):
         yield f'mean/deviation {ratio}', layer, noise + ratio * torch.randn(64).sign()[:, None, None]
+    for ratio in (0, 3, 100):
+        yield f'16 channels, mean {ratio}', FBNConv2d(16, 32, fbn_groups=4), torch.randn(32, 16, 16, 16) + ratio
     yield 'half of the channels constant', layer, torch.where(torch.arange(64)[:, None, None] % 2 == 0, 3., noise)
     yield 'first picture constant', layer, torch.cat((torch.full((1, 64, 16, 16), 5.), noise[1:]))
     yield 'up to 60000 (float16 range)', layer, noise.clamp(-4, 4) * 15000
@@ -48,38 +53,45 @@ def inputs():
     yield from seen
 
 
-def errors(layer, x, form, exact):
-    """Relative error of the variance, and of the output in units of the exact output's deviation."""
-    layer = deepcopy(layer).train()
-    layer.form = form
-    layer.bn.momentum = 1.0
+WHAT = ('variance', 'output', 'grad_x', 'grad_weight', 'grad_gamma')
+
+
+def step(layer, x, grad, form, dtype):
+    """Batch variance, output and gradients of one training step."""
+    layer = deepcopy(layer).to(dtype).train()
+    layer.__class__, layer.bn.momentum = form, 1.0
+    x = x.to(dtype).requires_grad_()
     y = layer(x)
-    variance, output = exact
-    return (((layer.bn.running_var - variance) / (variance + layer.bn.eps)).abs().max().item(),
-            ((y - output).square().mean().sqrt() / output.std()).item())
+    y.backward(grad.to(dtype))
+    return layer.bn.running_var, y.detach(), x.grad, layer.weight.grad, layer.bn.weight.grad
 
 
-def exact(layer, x):
-    layer = deepcopy(layer).double().train()
-    layer.form = 'reference'
-    layer.bn.momentum = 1.0
-    y = layer(x.double())
-    return layer.bn.running_var, y
+def errors(found, exact, eps):
+    variance = ((found[0] - exact[0]) / (exact[0] + eps)).abs().max()
+    sizes = exact[1].std(), *(e.square().mean().sqrt() for e in exact[2:])
+    return variance.item(), *(
+        ((f - e).square().mean().sqrt() / size).item() for f, e, size in zip(found[1:], exact[1:], sizes))
 
 
-@torch.no_grad()
 def measure():
     torch.manual_seed(SEED)
     for name, layer, x in inputs():
-        truth = exact(layer, x)
-        bn, fbn = errors(layer, x, 'reference', truth), errors(layer, x, 'auto', truth)
-        yield dict(input=name, bn_variance=bn[0], fbn_variance=fbn[0], bn_output=bn[1], fbn_output=fbn[1])
+        grad = torch.randn(x.shape[0], layer.out_channels, *x.shape[2:])
+        exact = step(layer, x, grad, ReferenceFBNConv2d, torch.float64)
+        row = {'input': name}
+        for who, form in (('reference', ReferenceFBNConv2d), ('fbn', FBNConv2d)):
+            found = errors(step(layer, x, grad, form, torch.float32), exact, layer.bn.eps)
+            row.update({f'{who}_{what}': error for what, error in zip(WHAT, found)})
+        yield row
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = list(measure())
+    print(f"{'error, times that of the reference form':<40}" + ''.join(f'{what:>22}' for what in WHAT))
     for row in rows:
-        print(f"{row['input']:<34}" + ''.join(f'  {key} {row[key]:.1e}' for key in list(row)[1:]))
+        print(f"{row['input']:<40}" + ''.join(
+            f"{row[f'fbn_{what}']:13.1e} {row[f'fbn_{what}'] / max(row[f'reference_{what}'], 1e-30):8.2f}" for what in WHAT))
     facts = dict(seed=SEED, device=cpu_name(), torch=torch.__version__, date=date.today(), command=shlex.join(sys.argv))
     write_rows(FILE, [{k: f'{v:.2e}' if isinstance(v, float) else v for k, v in row.items()} | facts for row in rows])
 

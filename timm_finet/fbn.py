@@ -8,7 +8,6 @@ A convolution's input is split into G groups of channels; each group's partial s
 `FBNConv2d` gives the same, in less time and memory: with known statistics as one plain convolution (`fold`), in training
 from the input's moments (moment_form.py) or, for kernels larger than 1x1, one group at a time.
 """
-from contextlib import nullcontext
 from typing import Optional, Tuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm.layers import register_notrace_module
 
-from .moment_form import MomentForm
+from .moment_form import MomentForm, memory_format
 from .sync import sync_batch_norm
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
@@ -128,11 +127,23 @@ class FBNConv2d(ReferenceFBNConv2d):
             return self.reference(x) if self.bn.training or self.bn.running_mean is None else self.folded(x)
         if not self._uses_batch_statistics():
             return self.folded(x)
+        return self._fast_forms(x)
+
+    @torch.jit.unused
+    def _fast_forms(self, x: torch.Tensor) -> torch.Tensor:
         group = self._process_group()
         # Not so with a process group: all processes have to go one way, whatever their share of the batch.
         if group is None and self._is_cheap(x):
             return self.reference(x)
-        return self._moment_form(x, group) if self.is_pointwise() else self._group_by_group(x, group)
+        form = self._moment_form if self.kernel_size == (1, 1) and self.padding == (0, 0) else self._group_by_group
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return form(x.to(dtype), group)
+        if x.dtype != self.weight.dtype:
+            raise RuntimeError(f'Input type ({x.dtype}) and weight type ({self.weight.dtype}) should be the same.')
+        return form(x, group)
 
     @torch.jit.unused
     def _is_cheap(self, x: torch.Tensor) -> bool:
@@ -153,10 +164,6 @@ class FBNConv2d(ReferenceFBNConv2d):
             return group if dist.get_world_size(group) > 1 else None
         return None
 
-    @torch.jit.unused
-    def is_pointwise(self) -> bool:
-        return self.kernel_size == (1, 1) and self.padding == (0, 0)
-
     def folded(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self._folded_weight()
         weight, bias = weight.to(self.weight.dtype), bias.to(self.weight.dtype)
@@ -167,38 +174,32 @@ class FBNConv2d(ReferenceFBNConv2d):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return fold(self.weight, bn.running_mean.to(dtype), bn.running_var.to(dtype), bn.weight, bn.bias, bn.eps)
 
-    @torch.jit.unused
     def _moment_form(self, x: torch.Tensor, process_group) -> torch.Tensor:
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        elif x.dtype != self.weight.dtype:
-            raise RuntimeError(f'Input type ({x.dtype}) and weight type ({self.weight.dtype}) should be the same.')
+        if self.stride != (1, 1):
+            x = x[:, :, ::self.stride[0], ::self.stride[1]]
         bn = self.bn
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            if self.stride != (1, 1):
-                x = x[:, :, ::self.stride[0], ::self.stride[1]]
-            y, mean, var, count = MomentForm.apply(
-                x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
-            self._track(mean, var * (count / (count - 1)))
+        y, mean, var, count = MomentForm.apply(
+            x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
+        self._track(mean, var * (count / (count - 1)))
         return y
 
-    @torch.jit.unused
     def _group_by_group(self, x: torch.Tensor, process_group) -> torch.Tensor:
         bn, out = self.bn, self.out_channels
         like = self.weight if bn.running_mean is None else bn.running_mean
         mean, var = torch.zeros(2, bn.num_features, dtype=like.dtype, device=like.device)
+        layout = memory_format(x)
 
         def part(g, x, weight):  # made again in the backward pass, which writes the same mean and variance once more
             norm = [None if v is None else v[g * out:(g + 1) * out] for v in (mean, var, bn.weight, bn.bias)]
+            x = x.contiguous(memory_format=layout)  # once, not in each of the convolution's gradients
             z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
             if process_group is not None:
                 return sync_batch_norm(z, *norm, bn.eps, process_group)
             return F.batch_norm(z, *norm, training=True, momentum=1., eps=bn.eps)
 
         y = None
-        for g, (t, w) in enumerate(zip(x.chunk(self.fbn_groups, 1), self.weight.chunk(self.fbn_groups, 1))):
+        weight = self.weight.to(x.dtype)
+        for g, (t, w) in enumerate(zip(x.chunk(self.fbn_groups, 1), weight.chunk(self.fbn_groups, 1))):
             z = checkpoint(part, g, t, w, use_reentrant=False, preserve_rng_state=False)
             y = z if y is None else y.add_(z)
         self._track(mean, var)

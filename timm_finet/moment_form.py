@@ -30,8 +30,6 @@ def full_precision(device: torch.device):
         backend.fp32_precision = previous
 
 
-# An operator of its own so that the precision is set when it runs, not when torch.compile traces it.
-@torch.library.custom_op('timm_finet::group_products', mutates_args=())
 def group_products(c: torch.Tensor, groups: int) -> torch.Tensor:
     """`sum c_g c_g^T` over the positions of a dense `c` `(N, C, H, W)`: `(G, C/G, C/G)`."""
     channels, size = c.shape[1], c.shape[1] // groups
@@ -44,7 +42,11 @@ def group_products(c: torch.Tensor, groups: int) -> torch.Tensor:
         return torch.bmm(c, c.mT)
 
 
-@group_products.register_fake
+# An operator of its own for torch.compile, so that the precision is set when it runs, not when it is traced.
+group_products_op = torch.library.custom_op('timm_finet::group_products', group_products, mutates_args=())
+
+
+@group_products_op.register_fake
 def _(c, groups):
     return c.new_empty(groups, c.shape[1] // groups, c.shape[1] // groups)
 
@@ -94,13 +96,14 @@ class MomentForm(torch.autograd.Function):
         rest = wide.mean((2, 3)).mean(0)  # in two steps: rounding grows with the length of a sum
         mean = shift + rest
         rest = rest.view(groups, -1, 1)
-        cov = torch.baddbmm(group_products(wide, groups), rest, rest.mT, beta=1 / count, alpha=-1)
+        products = group_products_op if torch.compiler.is_compiling() else group_products
+        cov = torch.baddbmm(products(wide, groups), rest, rest.mT, beta=1 / count, alpha=-1)
         if process_group is not None:
             count, mean, cov = pool_moments(count, mean, cov, process_group)
             rest = (mean - shift).view(groups, -1, 1)
 
         w = weight.to(dtype).view(len(weight), groups, -1).transpose(0, 1)  # (G, out, C / G)
-        w_cov = torch.bmm(w, cov)
+        w_cov, w_rest, w_mean = torch.bmm(w, torch.cat((cov, rest, mean.view_as(rest)), 2)).split((cov.shape[2], 1, 1), 2)
         var = (w_cov * w).sum(2).clamp_min(0)
         inv = torch.rsqrt(var + eps)
         scale = inv if gamma is None else inv * gamma.view_as(inv)
@@ -111,18 +114,19 @@ class MomentForm(torch.autograd.Function):
             bias = bias + beta.view_as(inv).sum(0)
         y = F.conv2d(c, folded, bias.to(x.dtype))
 
-        ctx.save_for_backward(x, weight, gamma, shift, rest, w_cov, inv, folded)
+        ctx.save_for_backward(x, weight, gamma, shift, rest, w_cov, w_rest, inv, folded)
         ctx.count, ctx.process_group = count, process_group
-        mean, var = torch.bmm(w, mean.view_as(rest)).flatten(), var.flatten()
+        mean, var = w_mean.flatten(), var.flatten()
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *_):
-        x, weight, gamma, shift, rest, w_cov, inv, folded = ctx.saved_tensors
+        x, weight, gamma, shift, rest, w_cov, w_rest, inv, folded = ctx.saved_tensors
         groups, out, size = w_cov.shape
         w = weight.to(inv.dtype).view(out, groups, size).transpose(0, 1)
+        scale = inv if gamma is None else inv * gamma.view_as(inv)
         grad_y = grad_y.contiguous(memory_format=memory_format(x))
         c = centred(x, shift)
 
@@ -133,12 +137,12 @@ class MomentForm(torch.autograd.Function):
 
         grad_folded = gradient(c, False, True)[1].to(inv.dtype).view(out, groups, size).transpose(0, 1)
         grad_bias = grad_y.sum((0, 2, 3)).to(inv.dtype)
-        grad_folded = grad_folded - grad_bias[:, None] * rest.mT  # as if c had no mean
-        grad_scale = (grad_folded * w).sum(2)
-        scale = inv if gamma is None else inv * gamma.view_as(inv)
+        # of y = folded (c - rest), as the bias is -folded rest
+        grad_scale = (grad_folded * w).sum(2) - grad_bias * w_rest.squeeze(2)
         grad_var = -0.5 * grad_scale * scale * inv.square()
-        grad_weight = grad_folded * scale[..., None] + 2 * grad_var[..., None] * w_cov
-        grad_weight = grad_weight.transpose(0, 1).reshape_as(weight).to(weight.dtype)
+        grad_weight = grad_folded * scale[..., None]
+        grad_weight.addcmul_(w_cov, grad_var[..., None], value=2).addcmul_((grad_bias * scale)[..., None], rest.mT, value=-1)
+        grad_weight = grad_weight.transpose(0, 1).reshape(weight.shape).to(weight.dtype)
         grad_x = grad_gamma = grad_beta = None
         if gamma is not None:
             grad_gamma, grad_beta = (grad_scale * inv).flatten().to(gamma.dtype), grad_bias.repeat(groups).to(gamma.dtype)
