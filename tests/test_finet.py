@@ -4,6 +4,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save_model
+from timm.layers import create_feature_extractor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_finet import FBNConv2d, finet, fuse_fbn
@@ -91,6 +92,18 @@ def test_the_other_form_is_refused(name, fused, strict):
         model.load_state_dict(other.state_dict(), strict=strict)
 
 
+@pytest.mark.parametrize('name, head', [('finet_small_g2', 'classifier'), ('resnet18_fbn', 'fc')])
+def test_part_of_a_checkpoint_is_of_either_form(name, head):
+    for fused in (False, True):
+        model = timm.create_model(name, num_classes=3, fused=fused)
+        part = {f'{head}.weight': torch.ones(3, model.num_features), f'{head}.bias': torch.ones(3)}
+        model.load_state_dict({}, strict=False)
+        model.load_state_dict(part, strict=False)
+        assert model.get_classifier().bias.eq(1).all()
+        with pytest.raises(RuntimeError, match='Missing key'):
+            model.load_state_dict(part)
+
+
 @pytest.mark.parametrize('form', ['train', 'fused'])
 def test_embedded_weights_reach_their_accuracy(form):
     model = timm.create_model('finet_small_g4.cifar10', pretrained=True).eval()
@@ -138,3 +151,14 @@ def test_compiled_step_equals_eager(name):
     for (key, p), q in zip(model.named_parameters(), compiled.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-8, msg=key)
     torch.testing.assert_close(dict(model.named_buffers()), dict(compiled.named_buffers()))
+
+
+def test_tracing_takes_fbn_as_a_leaf_and_without_leaves_eval_mode_alone():
+    model = timm.create_model('finet_small_g2', drop_rate=0.)
+    x = torch.randn(2, 3, 32, 32)
+    for mode in (True, False):
+        extractor = create_feature_extractor(model.train(mode), {'classifier': 'y'}).train(mode)
+        torch.testing.assert_close(extractor(x)['y'], model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model.train())

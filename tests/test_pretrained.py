@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models import PretrainedCfg, _registry, push_to_hf_hub, save_for_hf
 from timm.models._factory import resolve_model_input_args
 
-from timm_finet import pretrained
+from timm_finet import finet, pretrained
 
 X = torch.randn(2, 3, 32, 32)
 
@@ -162,3 +162,41 @@ def test_the_stem_is_saved_whatever_size_is_saved_with_it(trained, tmp_path):
     for i, model in enumerate((trained, timm.create_model('finet_small_se_g2', num_classes=6).eval())):
         save_for_hf(model, str(tmp_path / str(i)), safe_serialization=True, data_config=dict(input_size=(3, (64, 32)[i], 32)))
         same(timm.create_model(f'local-dir:{tmp_path / str(i)}', pretrained=True), model)
+
+
+@pytest.mark.parametrize('name', ['finet_small_g4', 'finet_small_g4.cifar10'])
+@pytest.mark.parametrize('argument, value, right', [
+    ('act_place', 'output', 'depthwise'), ('act_place', 'pointwise', 'depthwise'), ('small_input', False, True)])
+@pytest.mark.filterwarnings('ignore:finet_small_g4 has no ImageNet weights')
+def test_arguments_that_make_another_function_of_the_weights_are_refused(name, argument, value, right):
+    with pytest.raises(ValueError, match=f"{argument}={value!r} .*finet_small_g4.* {argument}={right!r}"):
+        timm.create_model(name, pretrained=True, **{argument: value})
+    assert timm.create_model(name, **{argument: value}).num_classes
+    timm.create_model(name, pretrained=True, **{argument: right})
+
+
+def test_overlay_does_not_change_the_stem_that_weights_were_trained_with():
+    overlay = dict(input_size=(3, 64, 64))
+    larger = timm.create_model('finet_small_g4.cifar10', pretrained=True, pretrained_cfg_overlay=overlay)
+    same(larger, timm.create_model('finet_small_g4.cifar10', pretrained=True))
+
+
+def test_arguments_against_those_saved_with_the_weights_are_refused(randomise, tmp_path):
+    model = randomise(timm.create_model('finet_small_g4', num_classes=6, small_input=True, act_place='output')).eval()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
+    with pytest.raises(ValueError, match="act_place='depthwise'.*act_place='output'"):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, act_place='depthwise')
+
+
+def test_weights_keep_their_function_when_a_default_changes(monkeypatch, tmp_path, randomise):
+    before = timm.create_model('finet_small_g4.cifar10', pretrained=True)
+    own = randomise(timm.create_model('finet_small_g2', num_classes=6, small_input=True)).eval()
+    save_for_hf(own, str(tmp_path), safe_serialization=True)
+    defaults = finet.Finet.__init__.__defaults__
+    monkeypatch.setattr(
+        finet.Finet.__init__, '__defaults__', tuple('output' if v == 'depthwise' else v for v in defaults))
+    assert isinstance(timm.create_model('finet_small_g2').stages[0][0].act_out, torch.nn.ReLU)
+    same(timm.create_model('finet_small_g4.cifar10', pretrained=True), before)
+    same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), own)
+    assert set(timm.list_pretrained('finet*')) == set(finet.TRAINED_WITH)

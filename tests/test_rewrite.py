@@ -1,4 +1,5 @@
 """fuse_fbn and convert_fbn on networks of all kinds."""
+import io
 import logging
 from copy import deepcopy
 
@@ -6,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, StdConv2d
+from timm.layers import BatchNormAct2d, StdConv2d, register_notrace_module
 from timm.models import reparameterize_model
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -30,11 +31,33 @@ def test_any_timm_network_fuses_without_a_trace_of_norm(name, randomise):
     torch.testing.assert_close(fused.forward_features(X), model.forward_features(X))
 
 
-def test_linear_and_batchnorm_fuse(randomise):
-    model = randomise(nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU()).double()).eval()
-    x = torch.randn(4, 6, dtype=torch.float64)
+class Rows(nn.Module):
+    def forward(self, x):
+        return x.view(x.shape[0], -1)
+
+
+@pytest.mark.parametrize('flatten', [nn.Flatten, Rows])
+def test_linear_and_batchnorm_fuse_behind_a_flatten(flatten, randomise):
+    model = randomise(nn.Sequential(
+        flatten(), nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 4),
+        nn.BatchNorm1d(4)).double()).eval()
+    x = torch.randn(4, 3, 2, dtype=torch.float64)
     fused = fuse_fbn(model)
-    assert norms(fused) == 0 and fused[0].bias.requires_grad
+    assert norms(fused) == 0 and fused[1].bias.requires_grad
+    torch.testing.assert_close(fused(x), model(x))
+
+
+@pytest.mark.parametrize('layer, norm, shape', [
+    (nn.Linear(4, 6), nn.BatchNorm1d(6), (2, 6, 4)),  # the channels of the norm are the rows of the linear layer
+    (nn.Linear(4, 6), nn.BatchNorm1d(7), (2, 7, 4)),
+    (nn.Linear(4, 6), nn.BatchNorm2d(6), (2, 6, 3, 4)),
+    (nn.Conv2d(4, 6, 1), nn.BatchNorm1d(6), (4, 6, 5)),  # without a batch
+])
+def test_batchnorm_of_another_dimension_stays(layer, norm, shape, randomise):
+    model = randomise(nn.Sequential(layer, norm).double()).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    fused = fuse_fbn(model)
+    assert norms(fused) == 1
     torch.testing.assert_close(fused(x), model(x))
 
 
@@ -80,6 +103,9 @@ def test_pairs_that_fbn_cannot_stand_for_are_not_converted(pair):
 def test_root_layer_fuses(randomise):
     layer = randomise(FBNConv2d(8, 4)).eval()
     assert type(fuse_fbn(layer)) is nn.Conv2d
+    layer.register_forward_hook(lambda module, args, out: -out)
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(fuse_fbn(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize('feature_cls', [None, 'getter', 'fx', 'hook'])
@@ -102,12 +128,12 @@ def test_untraceable_network_has_its_fbn_layers_fused_and_says_so(randomise, cap
 
         def forward(self, x):
             x = self.fbn(x)
-            return self.bn(self.conv(x)) if x.sum() > 0 else x
+            return self.bn(self.conv(x)) * int(x.shape[1])
 
     model = randomise(Untraceable()).eval()
     with caplog.at_level(logging.WARNING):
         fused = fuse_fbn(model)
-    assert 'cannot trace Untraceable, only its 1 FBN layers are fused' in caplog.text
+    assert 'cannot trace Untraceable, only its FBN layers are fused' in caplog.text
     assert type(fused.fbn) is nn.Conv2d and isinstance(fused.bn, nn.BatchNorm2d)
     x = torch.randn(2, 8, 4, 4)
     torch.testing.assert_close(fused(x), model(x))
@@ -136,6 +162,161 @@ def test_pairs_that_cannot_be_fused_stay(randomise):
     fused = fuse_fbn(model)
     assert norms(fused) == norms(model) - 1 and isinstance(fused.norm_f, nn.ReLU)
     torch.testing.assert_close(fused(X), model(X))
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_subclass_of_batchnorm_that_may_do_otherwise_stays(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), ScaledNorm(4)).double()).eval()
+    torch.testing.assert_close(fuse_fbn(model)(X), model(X))
+    with pytest.raises(ValueError, match='no convolution'):
+        convert_fbn(model, 1)
+
+
+def test_pair_that_is_called_twice_and_has_two_names_is_replaced_everywhere(randomise):
+    pair = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = randomise(nn.Sequential(pair, nn.ReLU(), pair).double()).eval()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    for rewritten in (fuse_fbn(model), convert_fbn(model, 2)):
+        assert rewritten[0] is rewritten[2] and type(rewritten[0][1]) is nn.Identity
+        torch.testing.assert_close(rewritten(x), model(x))
+
+
+class Reader(nn.Module):
+    """A forward that reads a tensor of one of its layers, and one pair that nobody looks into."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.fbn = FBNConv2d(4, 4, fbn_groups=2)
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.name = name
+
+    def forward(self, x):
+        module, tensor = self.name.split('.')
+        x = self.bn2(self.conv2(self.bn(self.conv(self.fbn(x)))))
+        return x + getattr(getattr(self, module), tensor).sum()
+
+
+@pytest.mark.parametrize('name', ['fbn.weight', 'conv.weight', 'conv.bias', 'bn.weight', 'bn.running_mean'])
+def test_layers_whose_tensors_forward_reads_stay(name, randomise, caplog):
+    model = randomise(Reader(name).double()).eval()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    for rewritten in (fuse_fbn(model), convert_fbn(model, 2)):
+        assert type(rewritten.get_submodule(name.split('.')[0])) is type(model.get_submodule(name.split('.')[0]))
+        assert isinstance(rewritten.bn2, nn.Identity)
+        torch.testing.assert_close(rewritten(x), model(x))
+    assert f"1 {'FBN' if name[:3] == 'fbn' else 'BatchNorm'} layers of Reader stay" in caplog.text
+
+
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fbn = FBNConv2d(4, 4, fbn_groups=2)
+        self.convs = nn.Sequential(nn.Conv2d(4, 4, 1))
+        self.bn = nn.BatchNorm2d(4)
+        self.pair = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.pair(self.bn(self.convs(self.fbn(x))))
+
+
+@pytest.mark.parametrize('before', [True, False])
+@pytest.mark.parametrize('name', ['fbn', 'convs.0', 'convs', 'bn', 'pair', ''])
+def test_hooks_see_what_they_saw(name, before, randomise):
+    model = randomise(Hooked().double()).eval()
+    seen = []
+    if before:
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    else:
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    y = model(x)
+    for rewritten in (fuse_fbn(model), convert_fbn(model, 2)):
+        assert len(seen) == 1 and isinstance(rewritten.pair[1], nn.Identity)
+        torch.testing.assert_close(rewritten(x), y)
+        torch.testing.assert_close(seen.pop(), seen[0])
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('xception41p', {}),
+    ('tf_efficientnetv2_b0', dict(feature_location='expansion')),
+    ('efficientnet_b0', dict(feature_location='expansion')),
+])
+def test_features_taken_by_hooks_stay(name, kwargs, randomise):
+    model = randomise(timm.create_model(name, features_only=True, **kwargs).double()).eval()
+    levels = model(X)
+    assert 0 < norms(fuse_fbn(model)) <= norms(model) / 2
+    for rewritten in (fuse_fbn(model), convert_fbn(model, 2)):
+        torch.testing.assert_close(rewritten(X), levels)
+        torch.testing.assert_close(deepcopy(rewritten)(X), levels)
+
+
+@pytest.mark.parametrize('name', ['levit_128s', 'efficientformer_l1', 'efficientformerv2_s0'])
+def test_tracing_leaves_nothing_behind_in_modules_that_cache(name, randomise):
+    model = randomise(timm.create_model(name)).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        y = model(x)
+        for inplace in (False, True):
+            file = io.BytesIO()
+            torch.save(fuse_fbn(model, inplace), file)
+            file.seek(0)
+            torch.testing.assert_close(torch.load(file, weights_only=False)(x), y, rtol=1e-3, atol=1e-3)
+
+
+# Control flow on sizes makes timm keep tracers out of these; `left` norms are behind no layer.
+@pytest.mark.parametrize('name, size, left', [
+    ('mobilevit_xxs', 64, 0), ('mobilevitv2_050', 64, 0), ('efficientvit_m0', 224, 1), ('tiny_vit_5m_224', 224, 0)])
+def test_modules_that_timm_keeps_tracers_out_of_are_fused_too(name, size, left, randomise):
+    model = randomise(timm.create_model(name)).eval()
+    fused = fuse_fbn(model)
+    assert norms(fused) == left < norms(model)
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@register_notrace_module
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) * int(x.shape[1])
+
+
+def test_norms_in_modules_that_cannot_be_traced_stay_and_are_named(randomise, caplog):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Opaque()).double()).eval()
+    fused = fuse_fbn(model)
+    assert norms(fused) == 1
+    assert '1 BatchNorm layers of Sequential stay' in caplog.text and caplog.text.endswith(': 2.bn\n')
+    torch.testing.assert_close(fused(X), model(X))
+
+
+class Branches(nn.Module):
+    """A convolution that one branch reads without its norm, and a pair that all branches share."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.b, self.norm_b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.a(x) if x.mean() > 0 and x.shape[2] > 5 else self.norm_a(self.a(x))
+        return self.norm_b(self.b(x))
+
+
+def test_a_pair_is_one_on_every_branch(randomise):
+    model = randomise(Branches().double()).eval()
+    fused = fuse_fbn(model)
+    assert isinstance(fused.norm_a, nn.BatchNorm2d) and isinstance(fused.norm_b, nn.Identity)
+    for x in (X.abs(), -X.abs()):
+        torch.testing.assert_close(fused(x), model(x))
 
 
 def test_low_precision_network_fuses_in_float32(randomise):
@@ -188,3 +369,9 @@ def test_converting_keeps_bias_freezing_and_mode(randomise):
 def test_converting_refuses_groups_that_fit_nothing(fbn_groups, message):
     with pytest.raises(ValueError, match=message):
         convert_fbn(timm.create_model('resnet10t'), fbn_groups)
+
+
+def test_converting_says_how_many_of_how_many(caplog):
+    with caplog.at_level(logging.INFO):
+        convert_fbn(timm.create_model('mobilenetv3_small_050'), 7)
+    assert '1 of the 53 convolutions of MobileNetV3 converted to FBN' in caplog.text

@@ -116,6 +116,9 @@ class Finet(nn.Module):
         drop_rate: Dropout on the inputs of both fully connected layers.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
 
+    `torch.fx` traces it with FBN layers as leaves, as timm's `create_feature_extractor` does; plain `symbolic_trace`
+    goes into them, and so traces eval mode alone.
+
     Raises:
         ValueError: FBN groups below 1, both kinds of groups at once, or an unknown `act_place`.
     """
@@ -360,10 +363,13 @@ default_cfgs = generate_default_cfgs({
     **{f'{name}.{UNTRAINED}*': _cfg() for name in VARIANTS},
 })
 
+# What weights need and no cfg of timm's can say. It stays when a default changes.
+TRAINED_WITH = {'finet_small_g4.cifar10': dict(act_place='depthwise')}
+
 
 def _create_finet(variant: str, pretrained: bool = False, **kwargs: Any) -> Finet:
     return build_model(
-        Finet, variant, pretrained,
+        Finet, variant, pretrained, TRAINED_WITH,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
         **kwargs,
     )

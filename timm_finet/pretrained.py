@@ -2,6 +2,7 @@
 import hashlib
 import warnings
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -14,19 +15,24 @@ from timm.models._input import update_model_args
 __all__ = ['build_model']
 
 WEIGHTS = Path(__file__).parent / 'weights'  # SHA256SUMS in it records the weights on the Hub as well
+FUNCTIONAL = ('small_input', 'act_place')  # arguments that change the function and no shape of a weight
 UNTRAINED = 'untrained'  # the tag of the networks as in the paper: 224 px, 1000 classes
 
 
-def build_model(model_cls, variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def build_model(
+        model_cls, variant: str, pretrained: bool = False, trained_with: Optional[Dict[str, Dict[str, Any]]] = None,
+        **kwargs: Any) -> nn.Module:
     """timm's `build_model_with_cfg`, strict about `pretrained=True`.
 
     A tag's weights are the embedded file, else the Hub's, and must have the recorded sha256. Without a tag they are
     `in1k`, else, with a warning, the first tag registered with weights. A source of the caller's own stays: `hf-hub:`,
-    `local-dir:`, or one in the cfg or its overlay. Networks for pictures up to 32 px get the small-input stem, and every
-    network records stem and form, so that timm's `save_for_hf` writes them.
+    `local-dir:`, or one in the cfg or its overlay. Networks for pictures up to 32 px get the small-input stem, and
+    those named in `trained_with` ('architecture.tag') the arguments there; weights load with what they were trained
+    with and nothing else. Every network records such arguments and its form, and timm's `save_for_hf` writes them.
 
     Raises:
         RuntimeError: There are no such weights, or the file is not the recorded one.
+        ValueError: An argument makes another function of the weights than the one they were trained for.
         FileNotFoundError: The embedded file is missing, and nothing on the Hub stands in for it.
     """
     cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
@@ -40,10 +46,21 @@ def build_model(model_cls, variant: str, pretrained: bool = False, **kwargs: Any
     if pretrained and not has_source:
         cfg = choose(variant, cfg, {c.tag: c for c in registered.values() if c.has_weights})
         cfg = replace(cfg, file=str(find_file(cfg, kwargs.get('cache_dir'))))
+    ours = pretrained and not has_source  # an overlay changes what is built, not what those were trained with
+    size = resolve_pretrained_cfg(variant, cfg, None if ours else overlay).input_size
     cfg = resolve_pretrained_cfg(variant, cfg, overlay)
-    kwargs.setdefault('small_input', max(cfg.input_size[1:]) <= 32)
+    needed = {'small_input': max(size[1:]) <= 32, **(trained_with or {}).get(f'{variant}.{cfg.tag}', {})}
+    source = kwargs.get('pretrained_model_args') or {}  # what the config of a saved network records
+    for name, value in (source if has_source else needed).items():
+        if pretrained and name in FUNCTIONAL and kwargs.get(name, value) != value:
+            raise ValueError(
+                f'{name}={kwargs[name]!r} does not fit the weights of {variant}, which were trained with '
+                f'{name}={value!r}: use that, or pretrained=False.')
+    kwargs = {**needed, **kwargs}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg, **kwargs)
-    update_model_args(model, small_input=kwargs['small_input'], fused=kwargs.get('fused', False))
+    parameters = signature(model_cls).parameters
+    update_model_args(model, **{
+        name: kwargs.get(name, parameters[name].default) for name in (*FUNCTIONAL, 'fused') if name in parameters})
     return model
 
 
