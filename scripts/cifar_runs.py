@@ -166,7 +166,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent():
-    """In a child, before it becomes train.py: not even kill -9 of the runner may leave runs that nobody records."""
+    """In a child, before it becomes train.py: on Linux not even kill -9 of the runner leaves runs behind."""
     if LIBC:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
