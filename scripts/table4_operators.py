@@ -12,6 +12,7 @@ import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -125,6 +126,8 @@ def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     runtimes = ('onnxruntime', 'openvino', 'executorch', 'eager')
+    for package in filter(lambda name: not find_spec(name), runtimes[:3]):
+        raise SystemExit(f'table4_operators.py needs the package {package}: pip install {package}')
     write_rows(FILE, [measure(runtime, name) for runtime in runtimes for name in NETWORKS])
     write_readme_block('table4_operators', table(read_rows(FILE)))
 

@@ -1,4 +1,6 @@
 """`timm-finet demo` as a user calls it."""
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image
 
 from timm_finet import demo
+from timm_finet.cli import main
 
 
 def run(*args, cwd):
@@ -38,7 +41,7 @@ def test_own_pictures_and_folders(tmp_path):
     assert len(re.findall(r'^\w+ \d+%$', result.stdout, re.M)) == 2 and (tmp_path / 'out.png').is_file()
 
 
-@pytest.mark.parametrize('name, message', [('no.png', 'does not exist'), ('text.png', 'not a picture'), ('empty', 'empty folder')])
+@pytest.mark.parametrize('name, message', [('no.png', 'does not exist'), ('text.png', 'not an image'), ('empty', 'empty folder')])
 def test_bad_pictures_give_one_line_and_no_file(name, message, tmp_path):
     (tmp_path / 'text.png').write_text('no picture')
     (tmp_path / 'empty').mkdir()
@@ -48,9 +51,40 @@ def test_bad_pictures_give_one_line_and_no_file(name, message, tmp_path):
     assert not (tmp_path / 'finet_demo.png').exists()
 
 
-def test_unwritable_output_is_refused_before_the_work(tmp_path):
-    result = run('--output', tmp_path / 'no' / 'out.png', cwd=tmp_path)
-    assert result.returncode == 2 and 'output=' in result.stderr and 'Traceback' not in result.stderr
+def test_image_of_too_many_pixels_is_refused(monkeypatch, tmp_path, capsys):
+    Image.new('RGB', (20, 20)).save(tmp_path / 'bomb.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(SystemExit) as exit:
+        main(['demo', str(tmp_path / 'bomb.png'), '--output', str(tmp_path / 'out.png')])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and 'bomb.png has more pixels' in err and err.count('\n') == 1
+
+
+def test_interrupt_ends_in_one_line_and_leaves_no_file(monkeypatch, tmp_path, capsys):
+    def interrupt(self, file, **kwargs):
+        open(file, 'wb').close()
+        raise KeyboardInterrupt
+    Image.new('RGB', (32, 32)).save(tmp_path / 'own.png')
+    monkeypatch.setattr(Image.Image, 'save', interrupt)
+    with pytest.raises(SystemExit) as exit:
+        main(['demo', str(tmp_path / 'own.png'), '--output', str(tmp_path / 'out.png')])
+    assert exit.value.code == 130 and capsys.readouterr().err.endswith('timm-finet demo: interrupted.\n')
+    assert [p.name for p in tmp_path.iterdir()] == ['own.png']
+
+
+def test_full_disk_names_the_file(monkeypatch, tmp_path):
+    def fail(self, file, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Image.Image, 'save', fail)
+    with pytest.raises(OSError, match=r"output='.*sheet.png' cannot be written: No space left"):
+        demo.contact_sheet([Image.new('RGB', (32, 32))], ['a'], [True], str(tmp_path / 'sheet.png'))
+
+
+@pytest.mark.parametrize('output', ['no/out.png', '.', '/proc/out.png'])
+def test_unwritable_output_is_refused_before_the_work(output, tmp_path):
+    result = run('--output', output, cwd=tmp_path)
+    assert result.returncode == 2 and f'output={output!r} cannot be written' in result.stderr
+    assert result.stdout == '' and len(result.stderr.splitlines()) == 1
 
 
 def test_interrupted_sheet_leaves_no_file(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
 """`timm-finet export` as a user calls it. Tests of a runtime are skipped where it is not installed."""
+import argparse
+import errno
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -33,7 +36,7 @@ def test_file_gives_pytorchs_answers(to, tmp_path, capsys):
     file = tmp_path / f'model{export.SUFFIXES[to]}'
     main(['export', NAME, '--to', to, '--output', str(file)])
     out = capsys.readouterr().out
-    assert 'top-1 as in PyTorch: 100.00% of 400 pictures' in out and 'input 1x3x32x32' in out
+    assert 'top-1 as in PyTorch: 100.00% of 400 test images' in out and 'input 1x3x32x32' in out
     assert [p.name for p in tmp_path.iterdir()] == [file.name] and 5 < file.stat().st_size / 2 ** 20 < 6
     x = torch.randn(1, 3, 32, 32)
     expected = timm.create_model(NAME, pretrained=True).eval()(x)
@@ -68,6 +71,90 @@ def test_other_networks_of_timm_are_built_fused(tmp_path, randomise):
     torch.testing.assert_close(built(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def trained(tmp_path, randomise):
+    """A function that writes what train.py leaves of a network with other classes, stem, size and mean than its name's."""
+    def save(**args):
+        kwargs = dict(small_input=True, act_place='output')
+        model = randomise(timm.create_model('finet_small_g4', num_classes=args.pop('num_classes', 10), **kwargs)).eval()
+        args = dict(model='finet_small_g4', model_kwargs=kwargs, img_size=48, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], **args)
+        file = tmp_path / 'last.pth.tar'
+        torch.save(dict(
+            state_dict=timm.create_model('finet_small_g4', num_classes=model.num_classes, **kwargs).state_dict(),
+            state_dict_ema=model.state_dict(), args=argparse.Namespace(**args)), file)
+        return file, model
+    return save
+
+
+@pytest.fixture
+def exported(monkeypatch, tmp_path):
+    """`timm-finet export --to onnx` with PyTorch in place of the runtime: what was written, by name of its argument."""
+    seen = {}
+
+    def write(model, x, file, calibration):
+        seen.update(model=model, x=x, calibration=calibration)
+        open(file, 'w').close()
+    monkeypatch.setitem(export.WRITE, 'onnx', write)
+    monkeypatch.setitem(export.LOAD, 'onnx', lambda file: seen['model'])
+
+    def run(*args):
+        main(['export', 'finet_small_g4', '--to', 'onnx', '--output', str(tmp_path / 'model.onnx'), *map(str, args)])
+        return seen
+    return run
+
+
+def test_checkpoint_is_exported_as_it_was_trained(trained, exported, capsys):
+    file, model = trained(dataset='torch/cifar10_pad2')
+    seen = exported('--checkpoint', file)
+    out = capsys.readouterr().out
+    assert 'input 1x3x48x48, mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6)' in out and 'right: ' in out
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(seen['model'](x), fuse_fbn(model)(x))  # the EMA's weights, in its stem and act_place
+
+
+@pytest.mark.parametrize('args', [dict(num_classes=3, dataset=''), dict(dataset='')])
+def test_network_of_other_classes_is_not_scored_on_the_shipped_images(args, trained, exported, refused, tmp_path, capsys):
+    file, _ = trained(**args)
+    exported('--checkpoint', file)
+    assert 'right: ' not in capsys.readouterr().out
+    refused(['finet_small_g4', '--to', 'onnx', '--int8', '--checkpoint', file], 'calibration: give images that finet_small_g4')
+    for i, tile in enumerate(shipped_pictures()[0][::10]):
+        (tmp_path / 'train' / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        tile.save(tmp_path / 'train' / str(i % 3) / f'{i}.png')
+    seen = exported('--checkpoint', file, '--int8', '--calibration', tmp_path / 'train')
+    out = capsys.readouterr().out
+    assert 'right: ' not in out and 'of 40 calibration images' in out and len(seen['calibration']) == 40
+
+
+def test_calibration_takes_some_of_a_whole_training_set(trained, exported, tmp_path, monkeypatch):
+    file, _ = trained(dataset='')
+    for name in 'abcde':
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        shipped_pictures()[0][0].save(tmp_path / 'train' / name / '0.png')
+    monkeypatch.setattr(export, 'CALIBRATION', 3)
+    assert len(exported('--checkpoint', file, '--int8', '--calibration', tmp_path / 'train')['calibration']) == 3
+
+
+def test_interrupted_export_ends_in_one_line_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    def interrupt(model, x, file, calibration):
+        open(file, 'w').close()
+        raise KeyboardInterrupt
+    monkeypatch.setitem(export.WRITE, 'onnx', interrupt)
+    with pytest.raises(SystemExit) as exit:
+        main(['export', NAME, '--to', 'onnx', '--output', str(tmp_path / 'model.onnx')])
+    assert exit.value.code == 130 and capsys.readouterr().err == 'timm-finet export: interrupted.\n'
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_names_the_file(tmp_path, monkeypatch, refused):
+    def fail(model, x, file, calibration):
+        open(file, 'w').close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setitem(export.WRITE, 'onnx', fail)
+    refused([NAME, '--to', 'onnx', '--output', tmp_path / 'model.onnx'], 'output=.*model.onnx.* No space left')
+    assert not list(tmp_path.iterdir())
+
+
 def test_calibration_pictures_are_not_those_that_accuracy_is_measured_on():
     training, test = ({p.tobytes() for p in shipped_pictures(*args)[0]} for args in ((TRAINING_PICTURES,), ()))
     assert len(training) == 100 and len(test) == 400 and not training & test
@@ -100,9 +187,12 @@ def test_missing_package_names_the_extra(to, package, tmp_path, monkeypatch, ref
     (['finet_small', '--to', 'onnx', '--output', '{tmp}/no/model.onnx'], 'output=.*cannot be written'),
     (['finet_small', '--to', 'onnx', '--output', '{tmp}'], 'output=.*cannot be written'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/no.pth'], 'checkpoint=.*no.pth.* does not exist'),
-    (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/text.pth'], 'checkpoint=.*text.pth.* does not fit finet_small'),
+    (['finet_small', '--to', 'onnx', '--output', '/proc/model.onnx'], "output='/proc/model.onnx' cannot be written"),
+    (['finet_small', '--to', 'onnx', '--output', '{tmp}/model.pte'], 'output=.*model.pte.* does not go with --to onnx'),
+    (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}'], 'checkpoint=.* is a folder'),
+    (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/text.pth'], 'checkpoint=.*text.pth.* cannot be read'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/other.pth'], 'checkpoint=.*other.pth.* does not fit finet_small'),
-    (['finet_small', '--to', 'onnx', '--int8'], 'calibration: give pictures that finet_small was trained on'),
+    (['finet_small', '--to', 'onnx', '--int8'], 'calibration: give images that finet_small was trained on'),
     (['finet_small', '--to', 'onnx', '--int8', '--calibration', '{tmp}/no.png'], 'no.png does not exist'),
     (['finet_small', '--to', 'onnx', '--calibration', '{tmp}'], 'needs --int8'),
 ])

@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm.models import push_to_hf_hub
 
-from timm_finet import cli, fuse_fbn
+from timm_finet import cli, fuse_fbn, hub as hub_module
 from timm_finet.demo import shipped_pictures
 
 ARGS = dict(
@@ -184,10 +184,10 @@ def test_bad_arguments_name_themselves(hub, push, checkpoint, tmp_path, model):
     (tmp_path / 'text.pth').write_text('no checkpoint')
     save_file(fuse_fbn(model).state_dict(), tmp_path / 'fused.safetensors')
     for kwargs, message in (
-            (dict(path='no.pth'), "CHECKPOINT='no.pth' does not exist"),
+            (dict(path='no.pth'), "checkpoint='no.pth' does not exist"),
             (dict(path=tmp_path / 'text.pth'), 'text.pth.* cannot be read'),
             (dict(model='finet_smal_g2'), "'finet_smal_g2' is unknown: use one of .*finet_small_g2"),
-            (dict(model='finet_large'), 'does not fit --model finet_large: it was trained as finet_small_g2'),
+            (dict(model='finet_large'), 'does not fit finet_large: it was trained as finet_small_g2'),
             (dict(repo='net'), "--repo-id 'net' must be ORG/NAME"),
             (dict(path=tmp_path / 'fused.safetensors'), 'fused form: add --fused'),
     ):
@@ -201,10 +201,97 @@ def test_bad_arguments_name_themselves(hub, push, checkpoint, tmp_path, model):
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize('content', [b'', b'text', 'truncated', 'folder'])
+def test_what_is_no_checkpoint_is_named_in_one_line(content, push, checkpoint, tmp_path):
+    path = tmp_path / 'bad.pth.tar'
+    if content == 'folder':
+        path.mkdir()
+    else:
+        path.write_bytes(checkpoint.read_bytes()[:5000] if content == 'truncated' else content)
+    status, out, err = push(path=path)
+    assert status == 2 and out == '' and len(err.splitlines()) == 1, err
+    assert f"checkpoint='{path}' {'is a folder' if content == 'folder' else 'cannot be read'}" in err
+
+
+@pytest.mark.parametrize('args, message', [
+    ('', 'does not hold the arguments'), ('[1, 2]', 'does not hold the arguments'), ('model: 7', 'does not hold the arguments'),
+    ('model: finet_small_g2\nmodel_kwargs: {nonsense: 1}', 'does not fit finet_small_g2: .*nonsense'),
+    ('model: finet_small_g2\nmean: [1, 2]', 'does not fit finet_small_g2')])
+def test_odd_training_arguments_are_refused_in_one_line(args, message, push, tmp_path):
+    (tmp_path / 'args.yaml').write_text(args)
+    save_file(timm.create_model('finet_small_g2').state_dict(), tmp_path / 'plain.safetensors')
+    status, out, err = push(path=tmp_path / 'plain.safetensors')
+    assert status == 2 and out == '' and len(err.splitlines()) == 1 and re.search(message, err), err
+
+
+@pytest.mark.parametrize('value, message', [(7, 'is no tensor'), (torch.full((10,), torch.nan), 'not finite in head.fc.bias')])
+def test_weights_that_are_no_numbers_are_refused(value, message, push, model, tmp_path):
+    key = [key for key in model.state_dict() if key.endswith('.bias')][-1]
+    torch.save({**model.state_dict(), key: value}, tmp_path / 'bad.pth')
+    status, out, err = push(path=tmp_path / 'bad.pth')
+    assert status == 2 and out == '' and len(err.splitlines()) == 1 and message.replace('head.fc.bias', key) in err, err
+
+
+@pytest.mark.parametrize('name, row, found', [
+    ('finet_small_g2', 'finet_small_g2.cifar10', True), ('finet_small_g2.cifar10', 'finet_small_g2', True),
+    ('finet_small_g2.cifar10', 'finet_small_g2.other', False), ('finet_small_g2', 'finet_small_g2_more.cifar10', False)])
+def test_results_are_found_with_and_without_a_tag(name, row, found, tmp_path):
+    (tmp_path / 'results.csv').write_text(f'model,top1,top5\n{row},51.25,90.5\n')
+    if found:
+        assert [r['top1'] for r in hub_module.read_results(tmp_path / 'results.csv', name)] == ['51.25']
+    else:
+        with pytest.raises(ValueError, match=f'no row for {name!r}: it has {row}'):
+            hub_module.read_results(tmp_path / 'results.csv', name)
+
+
+def test_results_of_several_tags_are_not_guessed_at(tmp_path):
+    (tmp_path / 'results.csv').write_text('model,top1,top5\nfinet_small.a,1,2\nfinet_small.b,3,4\n')
+    with pytest.raises(ValueError, match='rows for finet_small.a, finet_small.b: which'):
+        hub_module.read_results(tmp_path / 'results.csv', 'finet_small')
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A checkpoint of a folder with three classes."""
+    for name in ('cat', 'ant', 'bee'):
+        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+        shipped_pictures()[0][0].save(tmp_path / 'data' / 'train' / name / '0.png')
+    args = dict(
+        model='finet_small_g2', dataset='', data_dir=str(tmp_path / 'data'), train_split='train', class_map='', pretrained=False)
+
+    def save(**more):
+        model = timm.create_model('finet_small_g2', num_classes=3)
+        torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**{**args, **more})), tmp_path / 'own.pth.tar')
+        return tmp_path / 'own.pth.tar'
+    return save
+
+
+def names_of(hub):
+    return json.loads(hub.repos['me/net'].files()['config.json'])['pretrained_cfg'].get('label_names')
+
+
+@pytest.mark.parametrize('by', ['folder', 'class map', 'option'])
+def test_names_of_own_classes_are_pushed(by, hub, push, own, tmp_path):
+    (tmp_path / 'names.txt').write_text('bee\ncat\nant\n')
+    more = dict(class_map=str(tmp_path / 'names.txt')) if by == 'class map' else {}
+    status, _, err = push(*(['--class-names', tmp_path / 'names.txt'] if by == 'option' else []), path=own(**more))
+    assert status == 0 and '--class-names' not in err
+    assert names_of(hub) == (['ant', 'bee', 'cat'] if by == 'folder' else ['bee', 'cat', 'ant'])
+    assert b'names.txt' not in hub.repos['me/net'].files()['args.yaml']
+
+
+def test_class_names_that_are_not_known_are_asked_for(hub, push, own, tmp_path):
+    status, _, err = push(path=own(data_dir=str(tmp_path / 'gone')))
+    assert status == 0 and '--class-names FILE' in err and names_of(hub) is None
+    (tmp_path / 'names.txt').write_text('bee\ncat\n')
+    status, _, err = push('--class-names', tmp_path / 'names.txt', path=own())
+    assert status == 2 and "--class-names '" in err and 'has 2 names, the network 3 classes' in err
+
+
 def test_state_dict_that_does_not_fit_is_refused(push, tmp_path):
     save_file(timm.create_model('finet_large_g2').state_dict(), tmp_path / 'large.safetensors')
     status, _, err = push(path=tmp_path / 'large.safetensors')
-    assert status == 2 and 'does not fit --model finet_small_g2' in err and len(err.splitlines()) == 1
+    assert status == 2 and 'does not fit finet_small_g2' in err and len(err.splitlines()) == 1
 
 
 def test_cut_download_is_taken_up_again(hub, push, model):

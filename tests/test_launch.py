@@ -1,14 +1,20 @@
 """`timm-finet run`: timm's scripts with our models."""
 import http.server
+import json
+import re
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from timm_finet import launch
+from timm_finet.cli import main
+from timm_finet.data import shipped_pictures
 
 SCRIPT = '''
 import sys, timm
@@ -108,9 +114,33 @@ def test_no_network_names_three_ways_out(cache, monkeypatch):
     assert not cache.exists()
 
 
+TRAIN = """
+import argparse, json, sys, yaml
+from timm import utils
+config = argparse.ArgumentParser(add_help=False)
+config.add_argument('-c', '--config')
+parser = argparse.ArgumentParser()
+parser.add_argument('data', nargs='?')
+parser.add_argument('--device', default='cuda')
+parser.add_argument('--pretrained', action='store_true')
+for name in ('num-classes', 'img-size', 'input-size'):
+    parser.add_argument(f'--{name}', type=int)
+for name in ('data-dir', 'dataset', 'model', 'output', 'resume', 'train-split', 'loss'):
+    parser.add_argument(f'--{name}', default={'dataset': 'hfids/x', 'model': 'finet_small', 'train-split': 'train'}.get(name))
+known, rest = config.parse_known_args()
+if known.config:
+    parser.set_defaults(**yaml.safe_load(open(known.config)))
+args = parser.parse_args(rest)
+if args.loss:
+    utils.AverageMeter().update(float(args.loss))
+print(json.dumps(vars(args)))
+"""
+
+
 @pytest.fixture
 def train(script):
-    (script.parent / 'train.py').write_text('from timm import utils\nutils.AverageMeter().update(float("nan"))\nprint("on")')
+    """`timm-finet run train` with a script that reads its arguments as timm's does, and prints them."""
+    (script.parent / 'train.py').write_text(TRAIN)
 
     def run(*args):
         return subprocess.run(
@@ -118,9 +148,16 @@ def train(script):
     return run
 
 
+@pytest.fixture
+def classes(script):
+    for name in 'abcd':
+        (script.parent / 'data' / 'train' / name).mkdir(parents=True)
+        shipped_pictures()[0][0].save(script.parent / 'data' / 'train' / name / '0.png')
+
+
 def test_training_stops_at_a_loss_that_is_nan(train):
-    result = train('--lr', '1')
-    assert (result.returncode, result.stdout) == (1, '') and result.stderr.startswith('The loss is nan: ')
+    result = train('--loss', 'nan')
+    assert (result.returncode, result.stdout) == (1, '') and result.stderr.splitlines()[-1].startswith('The loss is nan: ')
 
 
 @pytest.mark.parametrize('by', ['option', 'config'])
@@ -132,14 +169,105 @@ def test_output_that_cannot_be_written_is_refused_before_training(by, train, tmp
     assert f"--output='{tmp_path}/file/runs' cannot be written to" in result.stderr
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason='needs a machine without an accelerator')
+def test_train_takes_device_classes_and_size_that_nobody_gave_and_says_so(train, classes, tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('pretrained: true\ndataset: ""\n')
+    result = train('-c', 'recipe.yaml', '--model', 'finet_small_g4.cifar10', '--data-dir', 'data')
+    args = json.loads(result.stdout)
+    assert (args['device'], args['num_classes']) == ('cpu', 4)
+    assert result.stderr == (
+        'timm-finet run train: takes --num-classes 4, --device cpu, --img-size 32 of the weights, as nothing else was given.\n')
+
+
+@pytest.mark.parametrize('by', ['option', 'config'])
+def test_device_that_was_given_stays(by, train, tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('device: meta\n')
+    result = train('--device', 'cuda') if by == 'option' else train('-c', 'recipe.yaml')
+    assert json.loads(result.stdout)['device'] == {'option': 'cuda', 'config': 'meta'}[by] and result.stderr == ''
+
+
+BAD = dict(
+    model=(['--model', 'finet_smal'], "--model='finet_smal' is unknown: did you mean finet_small"),
+    tag=(['--model', 'finet_small_g4.cifar'], "--model='finet_small_g4.cifar' is unknown: "),
+    no_data=(['--dataset', 'torch/cifar10_pad2'], '--data-dir is missing'),
+    data=(['--dataset', '', '--data-dir', 'none'], "--data-dir='none' does not exist"),
+    empty=(['--dataset', '', '--data-dir', 'empty'], "--data-dir='empty': Found 0 images"),
+    resume=(['--resume', 'no.pth.tar'], "--resume='no.pth.tar' does not exist"),
+    classes=(['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
+    untold=(['--pretrained', '--dataset', 'hfids/x'], '--num-classes is missing'),
+)
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, monkeypatch, capsys):
+    args, message = BAD[case]
+    monkeypatch.chdir(Path(launch.find_script('train')).parent)
+    Path('empty').mkdir()
+    monkeypatch.setattr(launch.timm.utils, 'reparameterize_model', None)  # put back as the test ends, as what follows
+    for owner, name in ((launch.timm.utils.model, 'reparameterize_model'), (launch.timm.utils.AverageMeter, 'update'),
+                        (launch.timm.utils.CheckpointSaver, '_save'), (sys, 'argv'),
+                        (torch.nn.parallel.DistributedDataParallel, '__init__'),
+                        (torch.nn.parallel.DistributedDataParallel, '_passing_sync_batchnorm_handle'),
+                        (torch.nn.SyncBatchNorm, 'forward')):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    with pytest.raises(SystemExit) as exit:
+        main(['run', 'train', *args])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and len(err.splitlines()) == 1 and err.startswith('timm-finet run train: '), err
+    assert re.search(message, err), err
+
+
+def test_checkpoint_that_does_not_exist_is_named_before_validation(script):
+    script.write_text('import argparse\np = argparse.ArgumentParser()\np.add_argument("--checkpoint")\np.parse_args()\nprint(1)')
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_finet', 'run', 'validate', '--checkpoint', 'no.pth'], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, '')
+    assert result.stderr == "timm-finet run validate: --checkpoint='no.pth' does not exist.\n"
+
+
+@pytest.mark.parametrize('caught', [True, False])
+def test_interrupted_training_ends_in_one_line_and_status_130(caught, script):
+    wait, end = 'print("on", flush=True)\n    time.sleep(60)\n', 'except KeyboardInterrupt:\n    pass\nprint("end")'
+    (script.parent / 'train.py').write_text(f'import time\ntry:\n    {wait}{end if caught else "finally: pass"}')
+    with subprocess.Popen([sys.executable, '-m', 'timm_finet', 'run', 'train'], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == 'on\n'
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == 'timm-finet run: interrupted.\n'
+    assert out == ('end\n' if caught else '')
+
+
+@pytest.mark.parametrize('error', ['KeyboardInterrupt', 'OSError(28, "No space left on device")'])
+def test_half_a_checkpoint_is_deleted(error, script):
+    (script.parent / 'train.py').write_text(
+        f'import torch\nfrom timm import utils\n\ndef save(state, file):\n    open(file, "w").close()\n    raise {error}\n'
+        'torch.save = save\nmodel = torch.nn.Linear(1, 1)\n'
+        'utils.CheckpointSaver(model, torch.optim.SGD(model.parameters()), checkpoint_dir="out").save_checkpoint(0)')
+    (script.parent / 'out').mkdir()
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_finet', 'run', 'train'], capture_output=True, text=True, cwd=script.parent)
+    assert not list((script.parent / 'out').iterdir()) and len(result.stderr.splitlines()) == 1, result.stderr
+    if error == 'KeyboardInterrupt':
+        assert result.returncode == 130
+    else:
+        assert result.returncode == 1 and 'out/tmp.pth.tar cannot be written' in result.stderr
+
+
+def test_folder_of_scripts_without_the_script_is_named(monkeypatch):
+    monkeypatch.setenv('TIMM_SCRIPTS', '/nope')
+    with pytest.raises(FileNotFoundError, match="TIMM_SCRIPTS='/nope' holds no train.py"):
+        launch.find_script('train')
+
+
 def test_full_disk_is_refused_before_training(tmp_path):
     resource = pytest.importorskip('resource')
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # a write beyond it fails as on a full disk
     try:
         with pytest.raises(OSError, match='cannot be written to.*64 MB'):
-            launch.check_output(['--output', str(tmp_path)])
+            launch.check_output(str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    launch.check_output(['--output', str(tmp_path / 'new' / 'folder')])
+    launch.check_output(str(tmp_path / 'new' / 'folder'))
     assert not list(tmp_path.iterdir())

@@ -43,3 +43,13 @@ def test_without_gradio_one_line_says_what_to_install():
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "timm-finet space: gradio is missing: pip install 'timm-finet[space]'.\n"
+
+
+def test_a_file_that_is_no_image_gets_one_line(tmp_path):
+    gradio = pytest.importorskip('gradio')
+    from gradio.data_classes import ImageData
+    (tmp_path / 'text.png').write_text('no image')
+    upload = next(block for block in space.app().blocks.values() if isinstance(block, gradio.Image))
+    with pytest.raises(gradio.Error, match='not an image') as error:
+        upload.preprocess(ImageData(path=str(tmp_path / 'text.png'), orig_name='text.png'))
+    assert not error.value.print_exception

@@ -1,3 +1,3 @@
-from .cli import main
+from timm_finet_cli import main
 
 main()

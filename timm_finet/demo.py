@@ -1,5 +1,4 @@
 """`timm-finet demo`: classify pictures with an embedded network, before and after fusion, and draw what it saw."""
-import os
 import time
 from pathlib import Path
 from statistics import median
@@ -7,12 +6,13 @@ from typing import List, Sequence, Tuple
 
 import timm
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
 from .data import shipped_pictures
 from .flops import count_flops
+from .output import check_output, replace_file
 from .rewrite import fuse_fbn
 
 __all__ = ['demo']
@@ -21,28 +21,39 @@ MODEL = 'finet_small_g4.cifar10'
 BATCH = 50
 
 
-def read_pictures(paths: Sequence[str]) -> List[Image.Image]:
-    """Read picture files, and all files in folders.
+def find_pictures(paths: Sequence[str]) -> List[Path]:
+    """Image files, and all files in folders and the folders in these, but for hidden ones.
 
     Raises:
-        ValueError: A file is no picture, or a folder is empty.
-        FileNotFoundError: There is no such file.
+        ValueError: A folder is empty.
     """
     files = []
     for path in map(Path, paths):
-        found = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        found = sorted(p for p in path.rglob('*') if p.is_file() and p.name[0] != '.') if path.is_dir() else [path]
         if not found:
-            raise ValueError(f'{path} is an empty folder: give pictures, or folders that hold some.')
+            raise ValueError(f'{path} is an empty folder: give images, or folders that hold some.')
         files += found
+    return files
+
+
+def read_pictures(files: Sequence[Path]) -> List[Image.Image]:
+    """Read image files.
+
+    Raises:
+        ValueError: A file is no image, or has too many pixels.
+        FileNotFoundError: There is no such file.
+    """
     pictures = []
     for file in files:
         try:
             with Image.open(file) as picture:
                 pictures.append(picture.convert('RGB'))
-        except (UnidentifiedImageError, SyntaxError, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(f'{file} does not exist: give pictures, or folders that hold some.') from error
-            raise ValueError(f'{file} is not a picture that Pillow can read.') from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f'{file} does not exist: give images, or folders that hold some.') from error
+        except Image.DecompressionBombError as error:
+            raise ValueError(f'{file} has more pixels than Pillow takes for safe: give a smaller image.') from error
+        except (SyntaxError, OSError) as error:  # UnidentifiedImageError is an OSError
+            raise ValueError(f'{file} is not an image that Pillow can read.') from error
     return pictures
 
 
@@ -70,21 +81,16 @@ def contact_sheet(pictures: Sequence[Image.Image], names: Sequence[str], right: 
         x, y = i % columns * size, i // columns * (size + label)
         sheet.paste(picture.resize((size, size), Image.Resampling.BICUBIC), (x, y))
         draw.text((x + size // 2, y + size), name, fill='black' if ok else 'red', anchor='ma', font_size=10)
-    part = f'{file}.part'
-    try:
+    with replace_file(file) as part:
         sheet.save(part, format='PNG')
-        os.replace(part, file)
-    finally:
-        Path(part).unlink(missing_ok=True)
 
 
 def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> None:
     """Classify the shipped pictures or those at `paths`, print what it took, and write a contact sheet."""
-    if not Path(output).resolve().parent.is_dir():
-        raise ValueError(f'output={output!r}: there is no such folder to write to.')
+    check_output(output)
     model = timm.create_model(MODEL, pretrained=True).eval()
     transform = create_transform(**resolve_data_config(model=model))
-    pictures, labels = (read_pictures(paths), None) if paths else shipped_pictures()
+    pictures, labels = (read_pictures(find_pictures(paths)), None) if paths else shipped_pictures()
     x = torch.stack([transform(picture) for picture in pictures])
 
     print(f'{MODEL} on {len(pictures)} pictures, {torch.get_num_threads()} threads')

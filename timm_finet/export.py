@@ -10,13 +10,14 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import create_transform, resolve_data_config
-from timm.models import load_state_dict
 from timm.utils import reparameterize_model
 
+from .checkpoint import load_checkpoint
 from .data import TRAINING_PICTURES, shipped_pictures
-from .demo import read_pictures
+from .demo import find_pictures, read_pictures
 from .finet import CIFAR10_CLASSES
 from .flops import find_names
+from .output import check_output, replace_file
 from .rewrite import fuse_fbn
 
 __all__ = ['export']
@@ -24,7 +25,9 @@ __all__ = ['export']
 SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
 EXTRAS = {'onnx': 'export', 'executorch': 'executorch'}
 
-# What a file must reach against the fused network in PyTorch, on the shipped test pictures, to be written.
+CALIBRATION = 400  # of a whole training set as many images: more move int8's ranges little
+
+# What a file must reach against the fused network in PyTorch, on the shipped test images, to be written.
 LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}  # share of pictures with the same top-1; rounding to int8 turns close calls
 LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; float32 alone
 
@@ -122,20 +125,7 @@ def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
     if checkpoint is None:
         model = timm.create_model(name, pretrained=from_hub or timm.get_pretrained_cfg(name).has_weights)
     else:
-        if not Path(checkpoint).is_file():
-            raise FileNotFoundError(f'checkpoint={checkpoint!r} does not exist.')
-        try:
-            state = load_state_dict(checkpoint)
-            head = state.get(f"{timm.get_pretrained_cfg_value(name, 'classifier')}.bias")
-            kwargs = {} if head is None else dict(num_classes=len(head))
-            ours = timm.models.is_model_in_modules(name.split('.')[0], ['finet', 'resnet_fbn'])
-            if ours and not any(key.endswith('running_var') for key in state):
-                kwargs['fused'] = True
-            model = timm.create_model(name, **kwargs)
-            model.load_state_dict(state)
-        except Exception as error:  # what unpickling and loading raise is manifold
-            reason = ' '.join(str(error).split())
-            raise ValueError(f'checkpoint={checkpoint!r} does not fit {name}: {reason[:300]}') from error
+        model, _ = load_checkpoint(checkpoint, name)
     return fuse_fbn(reparameterize_model(model.eval(), inplace=True), inplace=True)
 
 
@@ -155,8 +145,10 @@ def export(
         to: 'onnx' or 'executorch'.
         output: The file to write, by default the network's name in the current folder.
         int8: Post-training quantisation, weights per channel, calibrated on pictures.
-        checkpoint: Weights, in train or fused form, instead of the pretrained ones.
-        calibration: Pictures or folders of them; by default 100 training pictures of CIFAR-10, for networks of its classes.
+        checkpoint: Weights, in train or fused form, instead of the pretrained ones; of train.py, with its input's size and
+            the rest as its arguments say.
+        calibration: Images or folders of them, also with a folder a class, `CALIBRATION` of which are used; by default 100
+            training images of CIFAR-10, for networks of its classes.
 
     Raises:
         ValueError, FileNotFoundError: An argument is wrong.
@@ -164,27 +156,34 @@ def export(
     """
     precision = 'int8' if int8 else 'float32'
     output = Path(output or name.replace(':', '_').replace('/', '_') + ('.int8' if int8 else '') + SUFFIXES[to])
-    if output.is_dir() or not os.access(output.resolve().parent, os.W_OK):
-        raise ValueError(f'output={str(output)!r} cannot be written: give a file in a folder that exists.')
+    if output.suffix in SUFFIXES.values() and output.suffix != SUFFIXES[to]:
+        raise ValueError(f'output={str(output)!r} does not go with --to {to}: end it in {SUFFIXES[to]}.')
     if calibration and not int8:
         raise ValueError(f'calibration={calibration} needs --int8.')
+    check_output(output)
     model = build(name, checkpoint)
     classes = tuple(model.pretrained_cfg.get('label_names') or ())
     if int8 and not calibration and classes != CIFAR10_CLASSES:
-        raise ValueError(f'calibration: give pictures that {name} was trained on; those shipped are of CIFAR-10.')
+        raise ValueError(
+            f'calibration: give images that {name} was trained on, or folders of them; those shipped are of CIFAR-10.')
     config = resolve_data_config({}, model=model)
     transform = create_transform(**config)
 
     def batch(pictures):
         return torch.stack([transform(picture) for picture in pictures])
 
+    (pictures, labels), of = shipped_pictures(), 'test images of CIFAR-10'
     calibrating = None
-    if int8:
-        calibrating = batch(read_pictures(calibration) if calibration else shipped_pictures(TRAINING_PICTURES)[0])
-    pictures, labels = shipped_pictures()
+    if calibration:
+        files = find_pictures(calibration)
+        files = files[::-(-len(files) // CALIBRATION)]  # of every class alike, as they are in order
+        calibrating = batch(read_pictures(files))
+    elif int8:
+        calibrating = batch(shipped_pictures(TRAINING_PICTURES)[0])
     x = batch(pictures)
-    part = f'{output}.part'
-    try:
+    if int8 and classes != CIFAR10_CLASSES:  # on images of classes that it does not know int8 would be judged by chance
+        x, of = calibrating, 'calibration images'
+    with replace_file(output) as part:
         WRITE[to](model, x[:1], part, calibrating)
         expected, got = compare(model, LOAD[to](part), x)
         agreement = (expected.argmax(1) == got.argmax(1)).double().mean().item()
@@ -194,7 +193,7 @@ def export(
         print(f"{name}, fused, {precision}; input 1x{shape}, mean {config['mean']}, std {config['std']}")
         if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
             print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
-        print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} pictures; largest difference of the logits: {difference:.2g}, '
+        print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; largest difference of the logits: {difference:.2g}, '
               f'largest logit: {largest:.2g}')
         if classes == CIFAR10_CLASSES:
             right = [(logits.argmax(1) == torch.tensor(labels)).double().mean().item() for logits in (expected, got)]
@@ -203,7 +202,4 @@ def export(
             limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
             raise RuntimeError(
                 f'{output} is not written, it disagrees: {LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
-        os.replace(part, output)
-    finally:
-        Path(part).unlink(missing_ok=True)
     print(f'wrote {output}, {size / 2 ** 20:.2f} MiB')

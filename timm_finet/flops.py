@@ -88,10 +88,13 @@ def find_names(patterns: Sequence[str]) -> List[str]:
             found = pattern in known or timm.models.is_model(pattern)  # which looks past a tag
             names.append(pattern)
         if not found:
-            near = difflib.get_close_matches(pattern, known, 3)
-            hint = f"did you mean {', '.join(near)}?" if near else f'use a name of timm.list_models(), or {TORCHVISION}NAME.'
-            raise ValueError(f'NAME={pattern!r} is unknown: {hint}')
+            raise ValueError(f'NAME={pattern!r} is unknown: {hint(pattern, known)}')
     return list(dict.fromkeys(names))
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3)
+    return f"did you mean {', '.join(near)}?" if near else 'use a name of timm.list_models()'
 
 
 def create(name: str) -> nn.Module:

@@ -1,6 +1,7 @@
-"""Model repositories for the Hugging Face Hub: read a checkpoint, write its card, push both as one commit."""
+"""Model repositories for the Hugging Face Hub: write a checkpoint's card, push both as one commit."""
 import csv
 import shutil
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -10,35 +11,23 @@ import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is httpx's, under whatever name that has
-from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, is_model_in_modules, list_models, load_state_dict, save_for_hf
+from timm.models import is_model_in_modules, list_models, save_for_hf
 from timm.models._input import get_model_args
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
+from .checkpoint import DATASETS, MODULES, UNKNOWN_DATASET, load_checkpoint, one_line
 from .fbn import FBNConv2d
-from .finet import CIFAR10_CLASSES, Finet
+from .finet import Finet
 from .flops import count_flops
-from .pretrained import UNTRAINED
 from .rewrite import fuse_fbn
 
-__all__ = ['load_checkpoint', 'make_card', 'push', 'push_checkpoint', 'read_results', 'save']
+__all__ = ['make_card', 'push', 'push_checkpoint', 'read_results', 'save']
 
-MODULES = ['finet', 'resnet_fbn']
 BLOCK = Path(__file__).parents[1] / 'scripts' / 'results' / 'block.png'  # there in a checkout of the source alone
-LOCAL_ARGS = ('config', 'data', 'data_dir', 'experiment', 'initial_checkpoint', 'output', 'pretrained_path', 'resume')
+LOCAL_ARGS = (
+    'class_map', 'config', 'data', 'data_dir', 'experiment', 'initial_checkpoint', 'output', 'pretrained_path', 'resume')
 RECIPE = (
     'epochs', 'batch_size', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum', 'weight_decay', 'smoothing', 'drop', 'mixup',
     'cutmix', 'aa', 'pretrained', 'model_ema', 'amp')
-
-# By tag, and by train.py's --dataset: the Hub's name, the usual name, the classes.
-CIFAR10, CIFAR100 = ('cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('cifar100', 'CIFAR-100', None)
-IMAGENET = ('imagenet-1k', 'ImageNet-1k', None)
-DATASETS = {
-    'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10,
-    'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100,
-    'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
-}
-UNKNOWN_DATASET = ('imagefolder', 'the owner\'s pictures', None)
 
 BODY = '''
 # {name}
@@ -112,94 +101,40 @@ The picture shows finet_large_se_g4; the others differ in width, in G, and in th
 '''
 
 
-def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The network of a checkpoint of train.py (its EMA, where it has one) or of a plain state dict, in the form it is in.
-
-    Args:
-        checkpoint: Its training arguments, in it or in `args.yaml` beside it, tell how the network is built and fed.
-        name: The network; its tag, or the lack of one, tells the same where there are no such arguments.
-
-    Returns:
-        The network, whose `pretrained_cfg` describes these weights, and the training arguments without local paths.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The name is unknown, or the file is not a checkpoint of it.
-    """
-    path, architecture = Path(checkpoint), name.split('.')[0]
-    if not path.is_file():
-        raise FileNotFoundError(f'CHECKPOINT={checkpoint!r} does not exist.')
-    if not is_model_in_modules(architecture, MODULES):
-        raise ValueError(f"--model {name!r} is unknown: use one of {', '.join(list_models(module=MODULES))}.")
-    try:
-        weights = load_state_dict(str(path))
-        args = training_args(path)
-    except Exception as error:  # whatever torch and safetensors raise for a file that is none of theirs
-        raise ValueError(f'CHECKPOINT={checkpoint!r} cannot be read: {one_line(error)}') from error
-    cfg, built_as = get_pretrained_cfg(architecture), args.get('model', name)
-    try:
-        model = timm.create_model(
-            built_as, pretrained=args.get('pretrained', False), num_classes=len(weights[f'{cfg.classifier}.weight']),
-            in_chans=weights[f'{cfg.first_conv}.weight'].shape[1], global_pool=args.get('gp'),
-            **args.get('model_kwargs') or {}).eval()
-        if model.pretrained_cfg['architecture'] != architecture:
-            raise RuntimeError(f'it was trained as {built_as}.')
-        if not any(key.endswith('running_var') for key in weights):
-            model = fuse_fbn(model, inplace=True)
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f'CHECKPOINT={checkpoint!r} does not fit --model {name}: {one_line(error)}') from error
-    describe(model, args)
-    return model, {key: value for key, value in args.items() if key not in LOCAL_ARGS}
-
-
-def one_line(error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) < 200 else f'{text[:200]} ...'
-
-
-def training_args(path: Path) -> Dict[str, Any]:
-    if path.suffix != '.safetensors':
-        args = load_checkpoint_metadata(path).get('args')
-        if args is not None:
-            return vars(args)
-    beside = path.with_name('args.yaml')
-    return yaml.safe_load(beside.read_text()) if beside.is_file() else {}
-
-
-def describe(model: nn.Module, args: Dict[str, Any]) -> None:
-    """Make `model.pretrained_cfg`, which came with the name, that of the weights trained with `args`."""
-    cfg = dict(model.pretrained_cfg)
-    data = resolve_data_config(args, model=model)
-    data['input_size'] = (model.in_chans, *data['input_size'][1:])
-    if data['input_size'] != cfg['input_size']:
-        data['pool_size'] = None
-    cfg.update(data, num_classes=model.num_classes)
-    if args:
-        _, title, classes = DATASETS.get(args.get('dataset'), UNKNOWN_DATASET)
-        cfg.update(
-            tag=None, notes=None, description=f'trained on {title}',
-            label_names=classes if classes and len(classes) == model.num_classes else None)
-    elif cfg['tag'] == UNTRAINED:
-        cfg['tag'] = None
-    model.pretrained_cfg = model.default_cfg = cfg
-
-
 def read_results(file: str, name: str) -> List[Dict[str, str]]:
     """The rows of a results file for one network: at least `model`, `top1` and `top5`, as timm's validate.py writes them.
 
+    Where no row has that very name, a row with a tag stands for a name without one, and the other way round.
+
     Raises:
-        ValueError: It lacks these columns, or such rows.
+        ValueError: It lacks these columns, or such rows, or has rows of several tags.
     """
     with open(file, newline='') as lines:
         rows = list(csv.DictReader(lines))
     missing = {'model', 'top1', 'top5'} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"--results {file!r} lacks the columns {', '.join(sorted(missing))}.")
-    found = [row for row in rows if row['model'] == name]
+    architecture, _, tag = name.partition('.')
+    alike = {name, architecture} if tag else {r['model'] for r in rows if r['model'].split('.')[0] == architecture}
+    found = [row for row in rows if row['model'] == name] or [row for row in rows if row['model'] in alike]
+    names = ', '.join(sorted({row['model'] for row in found or rows}))
     if not found:
-        raise ValueError(f"--results {file!r} has no row for {name!r}: it has {', '.join(sorted({r['model'] for r in rows}))}.")
+        raise ValueError(f'--results {file!r} has no row for {name!r}: it has {names}.')
+    if ',' in names:
+        raise ValueError(f'--results {file!r} has rows for {names}: which is it? Give one of them as --model.')
     return found
+
+
+def read_names(file: str, num_classes: int) -> List[str]:
+    """The class names in a text file, one a line in the order of the outputs.
+
+    Raises:
+        ValueError: There are more or fewer than `num_classes`.
+    """
+    names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
+    if len(names) != num_classes:
+        raise ValueError(f'--class-names {file!r} has {len(names)} names, the network {num_classes} classes: give one a line.')
+    return names
 
 
 def make_card(
@@ -345,15 +280,22 @@ def push(folder: str, repo_id: str, private: bool = False, revision: Optional[st
 
 def push_checkpoint(
         checkpoint: str, name: str, repo_id: str, private: bool = False, revision: Optional[str] = None, fused: bool = False,
-        results: Optional[str] = None, dry_run: bool = False) -> None:
+        results: Optional[str] = None, class_names: Optional[str] = None, dry_run: bool = False) -> None:
     """`timm-finet push`: a checkpoint with its card, training arguments and log; a dry run prints what it would push."""
     if repo_id.count('/') != 1:
         raise ValueError(f'--repo-id {repo_id!r} must be ORG/NAME.')
+    if not is_model_in_modules(name, MODULES):
+        raise ValueError(f"--model {name!r} is unknown: use one of {', '.join(list_models(module=MODULES))}.")
     model, args = load_checkpoint(checkpoint, name)
+    args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
+    if class_names:
+        model.pretrained_cfg['label_names'] = read_names(class_names, model.num_classes)
     if fused:
         model = fuse_fbn(model, inplace=True)
     elif get_model_args(model)['fused']:
-        raise ValueError(f'CHECKPOINT={checkpoint!r} is in fused form: add --fused to push it.')
+        raise ValueError(f'checkpoint={checkpoint!r} is in fused form: add --fused to push it.')
+    if not model.pretrained_cfg['label_names']:
+        print('The names of the classes are not known, so images get numbers: --class-names FILE adds them.', file=sys.stderr)
     log = Path(checkpoint).with_name('summary.csv')
     log = log if log.is_file() else None
     rows = read_results(results, name) if results else []

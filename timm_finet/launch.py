@@ -3,16 +3,19 @@ import argparse
 import math
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import urllib.request
 from pathlib import Path
-from typing import List
+from typing import Any, Dict, List, Optional
 
 import timm.utils
 import torch
-import yaml
+from timm.models import is_model
 
+from .checkpoint import CIFAR100, DATASETS, FOLDERS, class_names, one_line
+from .flops import hint
 from .gloo import allow_cpu
 
 __all__ = ['resolve', 'run']
@@ -24,7 +27,7 @@ ROOM = 64 << 20  # bytes, about a checkpoint of finet_large_se with momentum
 
 
 def find_script(name: str) -> Path:
-    """The file of a script: a path, or a bare name in `$TIMM_SCRIPTS`, then in a cache filled from timm's repository.
+    """The file of a script: a path, or a bare name in `$TIMM_SCRIPTS`, without that in a cache filled from timm's repository.
 
     Raises:
         FileNotFoundError: It is in none of them and cannot be fetched.
@@ -33,12 +36,16 @@ def find_script(name: str) -> Path:
         if not Path(name).is_file():
             raise FileNotFoundError(f'SCRIPT={name!r} does not exist: give the path of a script of timm, or its bare name.')
         return Path(name)
-    if 'TIMM_SCRIPTS' in os.environ:
-        path = Path(os.environ['TIMM_SCRIPTS'], f'{name}.py')
+    folder = os.environ.get('TIMM_SCRIPTS')
+    if folder:
+        path = Path(folder, f'{name}.py')
         if path.is_file():
             return path
     if name not in SCRIPTS:
         raise FileNotFoundError(f"SCRIPT={name!r} is unknown: use one of {', '.join(SCRIPTS)}, or a path.")
+    if folder:
+        raise FileNotFoundError(
+            f'TIMM_SCRIPTS={folder!r} holds no {name}.py: set it to a checkout of timm at tag v{timm.__version__}, or unset it.')
     path = Path(torch.hub.get_dir(), 'timm_scripts', f'v{timm.__version__}', f'{name}.py')
     if not path.is_file():
         fetch(f'{URL}/v{timm.__version__}/{name}.py', path)
@@ -76,19 +83,18 @@ def find_recipe(name: str) -> str:
     return str(path)
 
 
-def check_output(args: List[str]) -> None:
+def resolve(script: str, args: List[str]) -> List[str]:
+    """The command line of a script of timm, in whose `args` `recipe:NAME` stands for a recipe's file."""
+    return [str(find_script(script)), *map(find_recipe, args)]
+
+
+def check_output(output: Optional[str]) -> None:
     """Write and delete ROOM bytes where train.py, which finds out at its first checkpoint, will save its runs.
 
     Raises:
         OSError: That cannot be done.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('-c', '--config')
-    parser.add_argument('--output')
-    known, _ = parser.parse_known_args(args)
-    if known.output is None and known.config:
-        known.output = yaml.safe_load(Path(known.config).read_text()).get('output')
-    output = Path(known.output or './output/train')
+    output = Path(output or './output/train')
     folder = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -99,17 +105,96 @@ def check_output(args: List[str]) -> None:
             'spare for each checkpoint.') from error
 
 
-def resolve(script: str, args: List[str]) -> List[str]:
-    """The command line of a script of timm, in whose `args` `recipe:NAME` stands for a recipe's file."""
-    command = [str(find_script(script)), *map(find_recipe, args)]
-    if Path(command[0]).stem == 'train' and os.environ.get('RANK', '0') == '0':
-        check_output(command[1:])
-    return command
+def check_names(args: Dict[str, Any]) -> None:
+    """Raise ValueError or FileNotFoundError for a network, a file or a folder that a script of timm would not find."""
+    model = args.get('model') or ''
+    is_local = ':' not in model and not Path(model).is_file()  # validate.py takes a file of names, and patterns
+    if is_local and model not in ('', 'all') and not set('*?') & set(model) and not is_model(model.split('/')[-1]):
+        raise ValueError(f'--model={model!r} is unknown: {hint(model, timm.list_models())}')
+    try:
+        timm.get_pretrained_cfg(model)
+    except RuntimeError as error:
+        raise ValueError(f'--model={model!r} is unknown: {error}') from error
+    for key in ('checkpoint', 'resume', 'initial_checkpoint', 'pretrained_path'):
+        if args.get(key) and ':' not in args[key] and not Path(args[key]).exists():
+            raise FileNotFoundError(f"--{key.replace('_', '-')}={args[key]!r} does not exist.")
+    dataset = args.get('dataset')
+    if dataset in FOLDERS or dataset in DATASETS and dataset != 'torch/cifar10_sample':
+        root = args.get('data_dir') or args.get('data')
+        if not root:
+            raise ValueError('--data-dir is missing: give the folder of the data set.')
+        if not Path(root).exists() and not args.get('dataset_download'):
+            raise FileNotFoundError(f'--data-dir={root!r} does not exist: give the folder of the data set.')
+
+
+def count_classes(args: Dict[str, Any]) -> Optional[int]:
+    """How many classes the data set of train.py's or validate.py's arguments has, where that can be told."""
+    if DATASETS.get(args.get('dataset')) is CIFAR100:
+        return 100
+    try:
+        names = class_names({'train_split': args.get('split'), **args})
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--data-dir={args.get('data_dir') or args.get('data')!r}: {one_line(error)}") from error
+    return names and len(names)
+
+
+def complete(script: str, args: argparse.Namespace, device: Optional[str]) -> None:
+    """Check the arguments of a script of timm before its work begins; give train.py's a device and a number of classes.
+
+    Args:
+        device: The one on the command line.
+
+    Raises:
+        ValueError, OSError: An argument is wrong.
+    """
+    check_names(vars(args))
+    is_train = script == 'train'
+    if not is_train and (script != 'validate' or args.num_classes is None):
+        return
+    classes, chosen = count_classes(vars(args)), {}
+    if args.num_classes is not None and classes and args.num_classes != classes:
+        raise ValueError(f'--num-classes={args.num_classes} does not fit: the data set has {classes} classes.')
+    if not is_train:
+        return
+    if args.num_classes is None:
+        if args.pretrained and not classes:
+            raise ValueError('--num-classes is missing, and the data set does not tell it: give the number of its classes.')
+        if classes:
+            args.num_classes = chosen['--num-classes'] = classes
+    if device is None and args.device == 'cuda' and not torch.cuda.is_available():  # which is train.py's default
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
+        args.device = chosen['--device'] = found.type
+    cfg = timm.get_pretrained_cfg(args.model)
+    if args.pretrained and cfg and cfg.has_weights and not (args.input_size or args.img_size):
+        chosen['--img-size'] = f'{cfg.input_size[-1]} of the weights'
+    if os.environ.get('RANK', '0') == '0':
+        check_output(args.output)
+        if chosen:
+            options = ', '.join(f'{option} {value}' for option, value in chosen.items())
+            print(f'timm-finet run train: takes {options}, as nothing else was given.', file=sys.stderr)
 
 
 def run(argv: List[str]) -> None:
-    """Run a script as `__main__`. It finds our models and data sets registered, as this package has been imported."""
-    fuse, update = timm.utils.reparameterize_model, timm.utils.AverageMeter.update
+    """Run a script as `__main__`. It finds our models and data sets registered, as this package has been imported.
+
+    Raises:
+        KeyboardInterrupt: At Ctrl-C, which train.py takes for its end.
+    """
+    script = Path(argv[0]).stem
+    parse, fuse = argparse.ArgumentParser.parse_args, timm.utils.reparameterize_model
+    update, save = timm.utils.AverageMeter.update, timm.utils.CheckpointSaver._save
+    interrupts = []
+
+    def parse_and_complete(self, args=None, namespace=None):
+        argparse.ArgumentParser.parse_args = parse
+        namespace = parse(self, args, argparse.Namespace(device=None))  # its default would not tell whether it was given
+        device = namespace.device
+        namespace.device = device or self.get_default('device')
+        try:
+            complete(script, namespace, device)
+        except (OSError, ValueError) as error:
+            self.exit(2, f'timm-finet run {script}: {error}\n')
+        return namespace
 
     def fuse_in_eval_mode(model, inplace=False):
         return fuse(model.eval(), inplace)
@@ -119,10 +204,31 @@ def run(argv: List[str]) -> None:
             raise SystemExit('The loss is nan: resume from the last checkpoint with a lower --lr, or without float16.')
         update(self, val, n)
 
+    def save_or_delete(self, save_path, *args, **kwargs):
+        try:
+            save(self, save_path, *args, **kwargs)
+        except BaseException as error:
+            Path(save_path).unlink(missing_ok=True)
+            if isinstance(error, (OSError, RuntimeError)):
+                raise SystemExit(
+                    f'{save_path} cannot be written, the checkpoint before it is whole: {one_line(error)}') from error
+            raise
+
+    def interrupt(number, frame):
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    if script in SCRIPTS:
+        argparse.ArgumentParser.parse_args = parse_and_complete
     # For --reparam: the scripts fuse before they call .eval(), which we refuse elsewhere. All of them fuse to infer.
     timm.utils.reparameterize_model = timm.utils.model.reparameterize_model = fuse_in_eval_mode
-    if Path(argv[0]).stem == 'train':  # which goes on with a loss that is nan, and wants a GPU for several processes
+    if script == 'train':  # which goes on with a loss that is nan, and wants a GPU for several processes
         timm.utils.AverageMeter.update = update_or_stop
+        timm.utils.CheckpointSaver._save = save_or_delete
         allow_cpu()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     sys.argv = argv
     runpy.run_path(argv[0], run_name='__main__')
+    if interrupts:
+        raise KeyboardInterrupt

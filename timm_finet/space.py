@@ -86,8 +86,14 @@ def app():
 
     def answer(picture, name, fbn_groups):
         if picture is None:
-            raise gr.Error('Give a picture first.', print_exception=False)
+            raise gr.Error('Give an image first.', print_exception=False)
         return classify(picture, name, fbn_groups)
+
+    def read(payload):
+        try:
+            return gr.Image.preprocess(picture, payload)
+        except (SyntaxError, OSError, Image.DecompressionBombError) as error:  # as read_pictures: gradio's own is a traceback
+            raise gr.Error('This file is not an image that can be read, or has too many pixels.', print_exception=False) from error
 
     names = timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True)
     with gr.Blocks(title='Finet', analytics_enabled=False) as page:
@@ -95,6 +101,7 @@ def app():
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(type='pil', label='Picture', height=280, sources=['upload', 'clipboard'])
+                picture.preprocess = read
                 name = gr.Dropdown(names, value=names[0], label='Network')
                 fbn_groups = gr.Radio(GROUPS, value=4, label='G, partial sums in the train form')
                 button = gr.Button('Classify', variant='primary')

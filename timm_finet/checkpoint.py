@@ -1,0 +1,145 @@
+"""A checkpoint of timm's train.py as the network that was trained: built, fed and named as its arguments say."""
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from timm.data import create_dataset, resolve_data_config
+from timm.models import is_model, is_model_in_modules, load_state_dict
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from .finet import CIFAR10_CLASSES
+from .pretrained import UNTRAINED
+from .rewrite import fuse_fbn
+
+__all__ = ['class_names', 'load_checkpoint']
+
+MODULES = ['finet', 'resnet_fbn']
+
+# By tag, and by train.py's --dataset: the Hub's name, the usual name, the classes.
+CIFAR10, CIFAR100 = ('cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('cifar100', 'CIFAR-100', None)
+IMAGENET = ('imagenet-1k', 'ImageNet-1k', None)
+DATASETS = {
+    'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
+    'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
+    'torch/cifar10_sample': ('imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
+    'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
+}
+UNKNOWN_DATASET = ('imagefolder', 'the owner\'s pictures', None)
+FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them
+
+
+def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The network of a checkpoint of train.py (its EMA, where it has one) or of a plain state dict, in the form it is in.
+
+    Args:
+        checkpoint: Its training arguments, in it or in `args.yaml` beside it, tell how the network is built and fed.
+        name: The network, any of timm's; its tag, or the lack of one, tells the same where there are no such arguments.
+
+    Returns:
+        The network in eval mode, whose `pretrained_cfg` describes these weights, and the training arguments.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a checkpoint of that network, or its weights are not finite.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint={str(checkpoint)!r} {'is a folder: give a file in it' if path.is_dir() else 'does not exist'}.")
+    try:
+        weights, args = load_state_dict(str(path)), training_args(path)
+        bad = [key for key, weight in weights.items() if not isinstance(weight, torch.Tensor)]
+        if bad:
+            raise TypeError(f'{bad[0]} is no tensor')
+    except Exception as error:  # whatever torch and safetensors raise for a file that is none of theirs
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} cannot be read, as timm's train.py or torch.save leave one: {one_line(error)}"
+        ) from error
+    bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise ValueError(f'checkpoint={str(checkpoint)!r} has values that are not finite in {bad[0]}: take an earlier one.')
+    try:
+        model = build(name, weights, args)
+        describe(model, args)
+    except Exception as error:  # odd arguments go wrong anywhere in timm
+        raise ValueError(f'checkpoint={str(checkpoint)!r} does not fit {name}: {one_line(error)}') from error
+    return model, args
+
+
+def one_line(error: Exception) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) < 200 else f'{text[:200]} ...'
+
+
+def training_args(path: Path) -> Dict[str, Any]:
+    if path.suffix != '.safetensors':
+        args = load_checkpoint_metadata(path).get('args')
+        if args is not None:
+            return vars(args)
+    beside = path.with_name('args.yaml')
+    if not beside.is_file():
+        return {}
+    args = yaml.safe_load(beside.read_text())
+    if not isinstance(args, dict) or not isinstance(args.get('model', ''), str):
+        raise ValueError(f'{beside} does not hold the arguments of train.py, of which model is a name.')
+    return args
+
+
+def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> nn.Module:
+    built_as, architecture = args.get('model', name), name.split('.')[0]
+    cfg = timm.get_pretrained_cfg(built_as, allow_unregistered=True) or timm.get_pretrained_cfg(name, allow_unregistered=True)
+    is_ours = is_model_in_modules(architecture, MODULES)
+    sizes = dict(
+        num_classes=args.get('num_classes'), in_chans=args.get('in_chans') or (args.get('input_size') or (None,))[0])
+    for key, layer, dim in (('num_classes', cfg and cfg.classifier, 0), ('in_chans', is_ours and cfg.first_conv, 1)):
+        if f'{layer}.weight' in weights:  # the first layers of other networks are not always given their channels so
+            sizes[key] = weights[f'{layer}.weight'].shape[dim]
+    model = timm.create_model(
+        built_as, pretrained=is_ours and args.get('pretrained', False), **sizes, global_pool=args.get('gp'),
+        bn_eps=args.get('bn_eps'), **args.get('model_kwargs') or {}).eval()
+    if is_model(name) and model.pretrained_cfg['architecture'] != architecture:
+        raise ValueError(f'it was trained as {built_as}.')
+    if is_ours and not any(key.endswith('running_var') for key in weights):
+        model = fuse_fbn(model, inplace=True)
+    model.load_state_dict(weights)
+    return model
+
+
+def class_names(args: Dict[str, Any]) -> Optional[List[str]]:
+    """The classes, in order, of the data that arguments of train.py name; None where that cannot be told.
+
+    Raises:
+        RuntimeError, AssertionError, ValueError, OSError: The folder holds no images, or `class_map` cannot be read.
+    """
+    dataset, root = args.get('dataset') or '', args.get('data_dir') or args.get('data')
+    if dataset not in FOLDERS:
+        return DATASETS.get(dataset, UNKNOWN_DATASET)[2]
+    if not root or not Path(root).exists():
+        return None
+    data = create_dataset(dataset, root, args.get('train_split') or 'train', class_map=args.get('class_map') or None)
+    reader = getattr(data, 'reader', data)
+    indices = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx  # the latter is what timm's tar reader has
+    return sorted(map(str, indices), key=lambda name: indices[name])
+
+
+def describe(model: nn.Module, args: Dict[str, Any]) -> None:
+    """Make `model.pretrained_cfg`, which came with the name, that of the weights trained with `args`."""
+    cfg = dict(model.pretrained_cfg)
+    data = resolve_data_config(args, model=model)
+    data['input_size'] = (getattr(model, 'in_chans', data['input_size'][0]), *data['input_size'][1:])
+    if data['input_size'] != cfg['input_size']:
+        data['pool_size'] = None
+    try:
+        names = class_names(args) if args else cfg.get('label_names')
+    except (RuntimeError, AssertionError, ValueError, OSError):  # the folder is no longer what it was
+        names = None
+    cfg.update(data, num_classes=model.num_classes, label_names=names if names and len(names) == model.num_classes else None)
+    if args:
+        _, title, _ = DATASETS.get(args.get('dataset'), UNKNOWN_DATASET)
+        cfg.update(tag=None, notes=None, description=f'trained on {title}')
+    elif cfg['tag'] == UNTRAINED:
+        cfg['tag'] = None
+    model.pretrained_cfg = model.default_cfg = cfg
