@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import yaml
-from bench_training import cpu_name
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
+from report import cpu_name
 from timm_finet.launch import find_recipe
 
 RESULTS = Path(__file__).parent / 'results' / 'bench_loader.csv'

@@ -10,12 +10,10 @@ paper's form; `moment` this package's; `conv`, on demand, has no normalisation b
 floor for any form. Rows are merged into results/bench_training.csv.
 """
 import argparse
-import platform
 import shlex
 import sys
 import time
 from datetime import date
-from pathlib import Path
 from statistics import median
 
 import timm
@@ -24,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, cpu_name, markdown, read_rows, write_readme_block, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.depthwise import DepthwiseConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
@@ -102,12 +100,6 @@ def peak_bytes(run, device):
         held += size
         peak = max(peak, held)
     return peak
-
-
-def cpu_name():
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), platform.machine())
 
 
 def bench(name, size, dtype, args):
@@ -191,57 +183,64 @@ def merge(rows):
 
 
 def table(rows):
-    """Against plain BN: this package's form, the reference form and the floor, at G = 2, 4, 8."""
-    def ratios(rows, form, column):
-        found = {r['groups']: f'{float(r[column]):.2f}' for r in rows if r['form'] == form}
-        return ' / '.join(found.get(groups, '-') for groups in ('2', '4', '8')) if found else ''
+    """Against plain BN: this package's form and the reference form, at G = 2, 4, 8; and what plain BN itself gains here."""
+    def ratios(rows, form, column, over=None):
+        found = {r['groups']: float(r[column]) for r in rows if r['form'] == form}
+        base = {r['groups']: float(r[column]) for r in rows if r['form'] == over}
+        return ' / '.join(
+            f'{found[g] / base.get(g, 1):.2f}' if g in found and (not over or g in base) else '-' for g in ('2', '4', '8'))
+
     kinds = {}
     for row in rows:
         kinds.setdefault(tuple(row[k] for k in KEY if k not in ('groups', 'form')), []).append(row)
     cells = []
     for (name, size, dtype, layout, batch, _, _, compiled), rows in sorted(kinds.items()):
         cells.append([f"{name}, {size} px, batch {batch}, {dtype}{', channels_last' if layout == 'channels_last' else ''}"
-                      f"{', compiled' if compiled == 'True' else ''}"]
-                     + [ratios(rows, form, 'time_vs_bn') for form in ('moment', 'reference', 'conv')]
-                     + [ratios(rows, form, 'memory_vs_bn') for form in ('moment', 'reference')])
-    head = ['G = 2 / 4 / 8', 'time vs BN', 'reference form', 'no normalisation', 'peak memory vs BN', 'reference form']
+                      f"{', compiled' if compiled == 'True' else ''}",
+                      ratios(rows, 'moment', 'time_vs_bn'), ratios(rows, 'moment', 'ms', over='plain'),
+                      ratios(rows, 'reference', 'time_vs_bn'),
+                      ratios(rows, 'moment', 'memory_vs_bn'), ratios(rows, 'reference', 'memory_vs_bn')])
+    head = ['G = 2 / 4 / 8', 'time vs BN', "vs this package's BN", 'reference form', 'peak memory vs BN', 'reference form']
     return markdown(head, cells)
 
 
+LINES = {  # form: name, color, marker, line
+    'bn': ("plain BN, torch's modules", '#555555', 'o', '-'),
+    'plain': ('plain BN, as built here', '#555555', 'v', ':'),
+    'reference': ('FBN, reference form', '#d95f02', 's', '-'),
+    'moment': ('FBN, moment form', '#1b7fbd', 'D', '-'),
+}
+
+
 def plot(models):
-    """Time and memory against G, the three forms as lines: a column a network, a row a picture size."""
+    """Time and memory in channels_last against G, the forms as lines: a row a dtype, a column a network and its input."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = [
-        r for r in read_rows(FILE) if r['model'] in models and r['dtype'] == 'float32' and r['layout'] == 'contiguous']
-    panels = sorted({(int(r['size']), r['model'], int(r['batch'])) for r in rows if r['groups'] == '8'})
-    columns = len({name for _, name, _ in panels})
+    rows = [r for r in read_rows(FILE) if r['model'] in models and r['layout'] == 'channels_last' and r['compiled'] == 'False']
+    panels = sorted({(r['model'], int(r['size']), int(r['batch'])) for r in rows if r['groups'] == '8'})
+    dtypes = ('float32', 'bfloat16')
     for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
         fig, axes = plt.subplots(
-            len(panels) // columns, columns, figsize=(3.2 * columns + 0.6, 2.9 * len(panels) // columns), sharex=True,
-            sharey=True, squeeze=False, layout='constrained')
-        for ax, panel in zip(axes.flat, panels):
-            size, name, batch = panel
-            for form, color, marker in zip(FORMS, ('#555555', '#d95f02', '#1b7fbd'), 'osD'):
-                points = sorted(
-                    (int(r['groups']), float(r[column])) for r in rows if r['form'] == form
-                    and (int(r['size']), r['model'], int(r['batch'])) == panel)
-                label = {'bn': 'plain BN', 'reference': 'FBN, reference form', 'moment': 'FBN, moment form'}[form]
-                ax.plot(*zip(*points), color=color, marker=marker, label=label)
-                if form != 'bn':
-                    ax.annotate(f'{points[-1][1]:.2f}x', points[-1], xytext=(0, 6 if points[-1][1] >= 1 else -14),
-                                textcoords='offset points', ha='right', color=color, fontsize=9)
-            ax.set(xscale='log', yscale='log', title=f'{name}, {size} px, batch {batch}')
-            ax.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
-            ax.set_yticks([y for y in (0.5, 1, 2, 5, 10, 20) if ax.get_ylim()[0] <= y <= ax.get_ylim()[1] * 1.2])
-            ax.margins(y=0.15)
-            ax.minorticks_off()
-            ax.yaxis.set_major_formatter('{x:g}x')
-            ax.grid(alpha=0.3)
+            len(dtypes), len(panels), figsize=(3.0 * len(panels) + 0.6, 2.9 * len(dtypes)), sharex=True, sharey=True,
+            squeeze=False, layout='constrained')
+        for dtype, line in zip(dtypes, axes):
+            for (name, size, batch), ax in zip(panels, line):
+                chosen = [r for r in rows if (r['model'], int(r['size']), int(r['batch']), r['dtype']) == (name, size, batch, dtype)]
+                for form, (label, color, marker, style) in LINES.items():
+                    points = sorted((int(r['groups']), float(r[column])) for r in chosen if r['form'] == form)
+                    if points:
+                        ax.plot(*zip(*points), color=color, marker=marker, ls=style, label=label)
+                ax.set(xscale='log', yscale='log', title=f'{name}, {size} px, batch {batch}\n{dtype}')
+                ax.set_xticks((2, 4, 8), ('2', '4', '8'))
+                ax.minorticks_off()
+                ax.grid(alpha=0.3)
+        low, high = axes[0][0].get_ylim()
+        axes[0][0].set_yticks([y for y in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20) if low <= y <= high * 1.2])
+        axes[0][0].yaxis.set_major_formatter('{x:g}x')
         fig.supxlabel('FBN groups G')
-        fig.supylabel(f'training step, {what} against plain BN')
-        axes[0][0].legend(fontsize=8, loc='upper left')
+        fig.supylabel(f"training step, {what} against plain BN of torch's modules (log scale)")
+        axes[0][0].legend(fontsize=7, loc='upper left')
         fig.savefig(RESULTS / f'bench_training_{what}.png', dpi=150, facecolor='white')
 
 
@@ -249,8 +248,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--models', nargs='+', default=['finet_small', 'finet_large', 'resnet50'])
-    parser.add_argument('--groups', nargs='+', type=int, default=[1, 2, 4, 8])
+    parser.add_argument('--models', nargs='+', default=['finet_large', 'finet_small', 'resnet50'])
+    parser.add_argument('--groups', nargs='+', type=int, default=[2, 4, 8])
     parser.add_argument('--forms', nargs='+', default=list(FORMS), choices=(*FORMS, 'conv'))
     parser.add_argument('--sizes', nargs='+', type=int, default=[32, 224])
     parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'], choices=('float32', 'bfloat16'))

@@ -27,7 +27,7 @@ from statistics import mean, stdev
 
 from timm.utils.misc import natural_key
 
-from cifar_runs import DATASETS, FILES, PROTOCOLS, SCRIPTS, command, folder, missing, train
+from cifar_runs import FILES, PROTOCOLS, SCRIPTS, command, folder, missing, train
 from report import RESULTS, markdown, read_rows, write_readme_block
 
 PAPER = {  # top-1 of Tables 5, 6 and 7, of 200 epochs

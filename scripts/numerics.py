@@ -15,8 +15,7 @@ from datetime import date
 import timm
 import torch
 
-from bench_training import cpu_name
-from report import RESULTS, write_rows
+from report import RESULTS, cpu_name, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
 from timm_finet.data import shipped_pictures
@@ -60,7 +59,7 @@ def step(layer, x, grad, form, dtype):
     """Batch variance, output and gradients of one training step."""
     layer = deepcopy(layer).to(dtype).train()
     layer.__class__, layer.bn.momentum = form, 1.0
-    x = x.to(dtype).requires_grad_()
+    x = x.detach().clone().to(dtype).requires_grad_()
     y = layer(x)
     y.backward(grad.to(dtype))
     return layer.bn.running_var, y.detach(), x.grad, layer.weight.grad, layer.bn.weight.grad

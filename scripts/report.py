@@ -1,5 +1,6 @@
 """Results files and the README's tables, as the scripts beside this one write them."""
 import csv
+import platform
 import re
 from pathlib import Path
 
@@ -35,3 +36,9 @@ def write_readme_block(name, text):
     content, found = re.subn(rf'<!-- {name} -->\n.*?<!-- /{name} -->', lambda _: block, README.read_text(), flags=re.S)
     assert found == 1, f'the README has no place marked {name}'
     README.write_text(content)
+
+
+def cpu_name():
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), platform.machine())

@@ -20,8 +20,7 @@ from statistics import median, quantiles
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bench_training import cpu_name
-from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, cpu_name, markdown, read_rows, write_readme_block, write_rows
 from timm_finet import fuse_fbn
 from timm_finet.export import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.flops import create

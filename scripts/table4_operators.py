@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from bench_training import cpu_name
-from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, cpu_name, markdown, read_rows, write_readme_block, write_rows
 from table4 import RUNTIMES, fused, load_openvino
 from timm_finet.export import to_executorch, to_onnx
 

@@ -5,11 +5,12 @@ without a GPU, of the process's resident memory, libraries and data set included
 """
 import atexit
 import json
-import platform
 import resource
 
 import timm
 import torch
+
+from report import cpu_name
 
 
 @atexit.register
@@ -18,5 +19,5 @@ def report():
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     peak = torch.cuda.max_memory_allocated() if gpu else resident
     print('facts: ' + json.dumps(dict(
-        peak_mb=round(peak / 2 ** 20), device=torch.cuda.get_device_name() if gpu else platform.machine(),
+        peak_mb=round(peak / 2 ** 20), device=torch.cuda.get_device_name() if gpu else cpu_name(),
         torch=torch.__version__, timm=timm.__version__)), flush=True)

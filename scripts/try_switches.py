@@ -19,7 +19,8 @@ from pathlib import Path
 
 import timm
 import torch
-from bench_training import cpu_name
+
+from report import cpu_name
 
 RESULTS = Path(__file__).parent / 'results'
 EPOCHS = 3

@@ -16,8 +16,7 @@ from statistics import median, quantiles
 import timm
 import torch
 
-from bench_training import cpu_name
-from report import RESULTS, write_rows
+from report import RESULTS, cpu_name, write_rows
 from timm_finet import fuse_fbn, hub
 
 ROUNDS, RUNS = 100, 10

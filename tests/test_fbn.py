@@ -271,3 +271,93 @@ def test_training_takes_no_memory_that_grows_with_groups(kernel):
         return peak_bytes(lambda: layer(x).sum().backward(), 'cpu')
     assert peak(8) < 1.2 * peak(2)
     assert peak(8) < 0.5 * peak(8, ReferenceFBNConv2d)
+
+
+LAYERS = [  # in, out, kernel, stride, padding, dilation, G: all forms
+    (16, 24, 1, 1, 0, 1, 1),
+    (16, 24, 1, 1, 0, 1, 4),
+    (16, 24, 1, 2, 0, 1, 4),
+    (16, 24, 3, 1, 1, 1, 4),
+    (256, 24, 1, 1, 0, 1, 4),  # few positions for its width: the reference form
+]
+
+
+@pytest.fixture
+def compiled():
+    torch.compiler.reset()  # past the limit of recompilations everything runs in eager mode
+    return lambda module: torch.compile(module, backend='aot_eager', fullgraph=True)
+
+
+@pytest.mark.parametrize('compile', [False, True])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('shape', LAYERS)
+def test_outputs_and_gradients_keep_the_memory_format(shape, memory_format, compile, compiled):
+    layer = FBNConv2d(*shape).to(memory_format=memory_format)
+    run = compiled(layer) if compile else layer
+    for training in (True, False):
+        layer.train(training)
+        x = torch.randn(2, shape[0], 8, 7).contiguous(memory_format=memory_format).requires_grad_()
+        y = run(x)
+        y.sum().backward()
+        assert y.is_contiguous(memory_format=memory_format)
+        assert x.grad.is_contiguous(memory_format=memory_format)
+
+
+def test_backward_leaves_the_gradient_that_it_is_handed():
+    """Hooks, retain_grad and other consumers see that tensor."""
+    layer = FBNConv2d(16, 16, fbn_groups=4)
+    x = torch.randn(4, 16, 8, 8, requires_grad=True)
+    y = layer(x)
+    y.retain_grad()
+    grad = torch.randn_like(y)
+    kept = grad.clone()
+    y.backward(grad)
+    torch.testing.assert_close((grad, y.grad), (kept, kept), rtol=0, atol=0)
+
+
+def test_compiled_training_matches_eager(compiled):
+    eager = make((16, 24, 1, 1, 0, 1, 4))
+    x = torch.randn(4, 16, 6, 5, dtype=torch.float64)
+    weighting = torch.randn(4, 24, 6, 5, dtype=torch.float64)
+    for a, b in zip(step(compiled(deepcopy(eager)), x, weighting), step(eager, x, weighting)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_low_precision_output_has_the_mean_that_beta_asks_for(kernel):
+    """A bias from the weight before rounding leaves the mean's part of that rounding: a deviation and more, here."""
+    layer = FBNConv2d(64, 32, kernel, padding=kernel // 2, fbn_groups=4)
+    x = (torch.randn(64, 64, 8, 8) + 100).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16):
+        y = layer(x)
+    assert y.double().mean((0, 2, 3)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('shape', LAYERS)
+def test_another_dtype_than_the_weights_is_refused_as_by_conv2d(shape, dtype, training):
+    layer = FBNConv2d(*shape).train(training)
+    with pytest.raises(RuntimeError, match='should be the same|expected .* but found'):
+        layer(torch.randn(2, shape[0], 8, 8).to(dtype))
+
+
+@pytest.mark.parametrize('shape', LAYERS)
+def test_meta_tensors_go_through(shape):
+    layer = FBNConv2d(*shape, device='meta')
+    x = torch.randn(2, shape[0], 8, 8, device='meta')
+    assert layer(x).shape == layer.eval()(x).shape == layer.fuse()(x).shape
+
+
+def test_torchscript_without_running_statistics():
+    layer = make(SHAPES[1])
+    layer.bn = nn.BatchNorm2d(48, track_running_stats=False, dtype=torch.float64)
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.script(deepcopy(layer)).eval()(x), layer.eval()(x))
+
+
+def test_unknown_and_unfit_arguments_are_named():
+    with pytest.raises(TypeError, match='bias'):
+        FBNConv2d(8, 4, bias=True)
+    with pytest.raises(ValueError, match='fbn_groups=2.0'):
+        FBNConv2d(8, 4, fbn_groups=2.0)

@@ -36,7 +36,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d(chs, chs, kernel_size, stride, kernel_size // 2, groups=chs, bias=False)`, for odd kernels, in all but speed.
 
     oneDNN has no kernel of its own for the input gradient of a strided one in bfloat16 or float16: it takes 20 to 200 times
-    as long as in float32. Eager training on a CPU goes another way; everything else is `nn.Conv2d`.
+    as long as in float32. Training on a CPU goes another way; everything else is `nn.Conv2d`.
     """
 
     def __init__(self, chs: int, kernel_size: int, stride: int = 1, device=None, dtype=None):
@@ -52,7 +52,7 @@ class DepthwiseConv2d(nn.Conv2d):
     @torch.jit.unused
     def _strided(self, x: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        if dtype.itemsize > 2 or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        if dtype.itemsize > 2 or x.dtype == torch.float64 or torch.compiler.is_exporting():
             return self._conv_forward(x, self.weight, self.bias)
         with torch.autocast('cpu', enabled=False):
             return _Strided.apply(x.to(dtype), self.weight.to(dtype), self.stride, self.padding)

@@ -176,7 +176,7 @@ class FBNConv2d(ReferenceFBNConv2d):
 
     def _moment_form(self, x: torch.Tensor, process_group) -> torch.Tensor:
         if self.stride != (1, 1):
-            x = x[:, :, ::self.stride[0], ::self.stride[1]]
+            x = F.avg_pool2d(x, 1, self.stride)  # every stride-th position; a slice's gradient would come out contiguous
         bn = self.bn
         y, mean, var, count = MomentForm.apply(
             x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)

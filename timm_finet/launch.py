@@ -1,5 +1,6 @@
 """`timm-finet run`: timm's own scripts, which its wheel lacks, run with our models and data sets registered."""
 import argparse
+import ctypes
 import math
 import os
 import runpy
@@ -174,6 +175,14 @@ def complete(script: str, args: argparse.Namespace, device: Optional[str]) -> No
             print(f'timm-finet run train: takes {options}, as nothing else was given.', file=sys.stderr)
 
 
+def keep_buffers() -> None:
+    """Have glibc keep freed memory: by default large buffers go back to the system, and every step faults them in again."""
+    if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'gnu_get_libc_version'):
+        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
+
+
 def run(argv: List[str]) -> None:
     """Run a script as `__main__`. It finds our models and data sets registered, as this package has been imported.
 
@@ -226,6 +235,8 @@ def run(argv: List[str]) -> None:
         timm.utils.AverageMeter.update = update_or_stop
         timm.utils.CheckpointSaver._save = save_or_delete
         allow_cpu()
+        if not torch.accelerator.is_available():
+            keep_buffers()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     sys.argv = argv

@@ -6,7 +6,7 @@ The partial sums are linear in the input, `z_g = W_g x_g`, so with the input's m
     y = W' (x - m) + sum_g beta_g
 
 is equation (4) of arXiv 2005.06828: one convolution, nothing G times wide. All products are taken with `c = x - K`, `K` the
-mean as the input's dtype rounds it, so that nothing cancels, neither in `S_g` nor in the gradients.
+mean of every sixteenth position, so that nothing cancels, neither in `S_g` nor in the gradients.
 """
 from contextlib import contextmanager
 
@@ -21,7 +21,7 @@ __all__ = ['MomentForm']
 @contextmanager
 def full_precision(device: torch.device):
     """No TF32 or bfloat16 inside float32 products, whatever is switched on."""
-    backend = torch.backends.cuda.matmul if device.type == 'cuda' else torch.backends.mkldnn.conv
+    backend = torch.backends.cuda.matmul if device.type == 'cuda' else torch.backends.mkldnn.matmul
     previous = backend.fp32_precision
     backend.fp32_precision = 'ieee'
     try:
@@ -31,15 +31,14 @@ def full_precision(device: torch.device):
 
 
 def group_products(c: torch.Tensor, groups: int) -> torch.Tensor:
-    """`sum c_g c_g^T` over the positions of a dense `c` `(N, C, H, W)`: `(G, C/G, C/G)`."""
-    channels, size = c.shape[1], c.shape[1] // groups
+    """`sum c_g c_g^T` over the positions of `c` `(N, C, H, W)`: `(G, C/G, C/G)`."""
+    c = c.permute(0, 2, 3, 1).reshape(-1, c.shape[1])
+    # A product sums its long side one by one: rounding grows with it. So parts are summed, then the parts.
+    count, size = len(c), c.shape[1] // groups
+    parts = next(k for k in range(max(1, count // max(256, 4 * size)), 0, -1) if count % k == 0)
     with full_precision(c.device):
-        if c.device.type == 'cpu':  # the weight gradient of a grouped convolution from c to c
-            return torch.ops.aten.convolution_backward(
-                c, c, c.new_empty(channels, size, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups,
-                [False, True, False])[1].view(groups, size, size)
-        c = c.permute(0, 2, 3, 1).reshape(-1, groups, size).permute(1, 2, 0)
-        return torch.bmm(c, c.mT)
+        return torch.stack([
+            torch.bmm(part.mT, part).sum(0) for part in c.view(parts, count // parts, -1).chunk(groups, 2)])
 
 
 # An operator of its own for torch.compile, so that the precision is set when it runs, not when it is traced.

@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct, get_notrace_functions, get_notrace_modules
 
+from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
 
 __all__ = ['copy_model', 'find_pairs', 'is_watched']
@@ -24,6 +25,7 @@ _NORMS_2D = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 _NORMS_BEHIND = {
     nn.Conv1d: (nn.BatchNorm1d, nn.SyncBatchNorm),
     nn.Conv2d: _NORMS_2D,
+    DepthwiseConv2d: _NORMS_2D,
     Conv2dSame: _NORMS_2D,
     FBNConv2d: _NORMS_2D,
     nn.Conv3d: (nn.BatchNorm3d, nn.SyncBatchNorm),

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from timm.models._input import update_model_args
 
+from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
 from .pairs import copy_model, find_pairs, is_watched
 
@@ -41,6 +42,8 @@ def _fuse_pair(layer: nn.Module, norm: nn.Module) -> nn.Module:
     # .eval(), as torch insists on it; a network in train mode whose norms alone are frozen may be fused
     fused = fuse(deepcopy(layer).to(wide).eval(), deepcopy(norm).to(wide)).to(dtype)
     fused.bias.requires_grad_(layer.weight.requires_grad)
+    if isinstance(fused, DepthwiseConv2d):
+        fused.__class__ = nn.Conv2d
     return fused.train(layer.training)
 
 
