@@ -271,3 +271,21 @@ def test_full_disk_is_refused_before_training(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     launch.check_output(str(tmp_path / 'new' / 'folder'))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='mallopt is glibc\'s')
+def test_training_keeps_freed_buffers():
+    """A large tensor that takes the place of a freed one must not be faulted in page by page again."""
+    code = """if True:
+        import resource, torch
+        from timm_finet.launch import keep_buffers
+        keep_buffers()
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(4_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(faults(), faults())"""
+    first, second = map(int, subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
+    assert second < first / 10

@@ -42,6 +42,12 @@ def register(monkeypatch, tmp_path):
     return apply
 
 
+def test_a_missing_record_of_the_weights_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, 'WEIGHTS', tmp_path)
+    with pytest.raises(FileNotFoundError, match='SHA256SUMS.*is missing'):
+        timm.create_model('finet_small_g4.cifar10', pretrained=True)
+
+
 @pytest.fixture
 def trained(randomise):
     return randomise(timm.create_model('finet_large_se_g4', num_classes=6, small_input=True)).eval()

@@ -81,8 +81,11 @@ def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> 
 
 def find_file(cfg: PretrainedCfg, cache_dir=None) -> Path:
     path = WEIGHTS / f'{cfg.architecture}.{cfg.tag}.safetensors'
-    sums = dict(line.split()[::-1] for line in (WEIGHTS / 'SHA256SUMS').read_text().splitlines())
     name, way_out = path.name, 'Reinstall timm-finet, or use pretrained=False.'
+    record = WEIGHTS / 'SHA256SUMS'
+    if not record.is_file():
+        raise FileNotFoundError(f'{record}, which records what the weights are, is missing. {way_out}')
+    sums = dict(line.split()[::-1] for line in record.read_text().splitlines())
     if not path.is_file():
         if not cfg.hf_hub_id:
             raise FileNotFoundError(f'The weight file {path} is missing. {way_out}')
