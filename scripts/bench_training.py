@@ -240,7 +240,7 @@ def plot(models):
         axes[0][0].yaxis.set_major_formatter('{x:g}x')
         fig.supxlabel('FBN groups G')
         fig.supylabel(f"training step, {what} against plain BN of torch's modules (log scale)")
-        axes[0][0].legend(fontsize=7, loc='upper left')
+        fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=len(LINES))
         fig.savefig(RESULTS / f'bench_training_{what}.png', dpi=150, facecolor='white')
 
 
