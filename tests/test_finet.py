@@ -16,7 +16,8 @@ NAMES = [
 
 
 def test_every_name_is_registered():
-    assert sorted(timm.list_models('*finet*')) == sorted(NAMES) == sorted(timm.list_models(module='finet'))
+    found = timm.list_models('*finet*', exclude_filters='*_tied')  # a script's, where its tests ran before
+    assert sorted(found) == sorted(NAMES) == sorted(timm.list_models(module='finet'))
 
 
 @pytest.mark.parametrize('name', NAMES + timm.list_models('*_fbn*'))

@@ -45,7 +45,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.stride != (1, 1) and x.device.type == 'cpu' and torch.is_grad_enabled():
+            if self.training and self.stride != (1, 1) and x.device.type == 'cpu' and torch.is_grad_enabled():
                 return self._strided(x)
         return self._conv_forward(x, self.weight, self.bias)
 
