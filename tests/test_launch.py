@@ -229,8 +229,10 @@ def test_checkpoint_that_does_not_exist_is_named_before_validation(script):
 def test_interrupted_training_ends_in_one_line_and_status_130(caught, script):
     wait, end = 'print("on", flush=True)\n    time.sleep(60)\n', 'except KeyboardInterrupt:\n    pass\nprint("end")'
     (script.parent / 'train.py').write_text(f'import time\ntry:\n    {wait}{end if caught else "finally: pass"}')
-    with subprocess.Popen([sys.executable, '-m', 'timm_finet', 'run', 'train'], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, '-m', 'timm_finet', 'run', 'train']
+    with subprocess.Popen(  # a shell's background jobs, and so these tests in one, start with the signal ignored
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         assert process.stdout.readline() == 'on\n'
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
