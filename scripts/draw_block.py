@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from report import RESULTS
 from timm_finet import FBNConv2d, fuse_fbn
-from timm_finet.rewrite import _LeafTracer
+from timm_finet.pairs import _Tracer
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -47,7 +47,7 @@ def describe(node, block):
 def draw(ax, block, title):
     boxes, behind_conv1, bottoms = {}, set(), [0.0, 0.0]
     sources = {}  # the node whose box stands for a node: another's, where it draws none itself
-    for node in _LeafTracer().trace(block).nodes:
+    for node in _Tracer(()).trace(block).nodes:
         inputs = [sources[i] for i in node.all_input_nodes]
         if node.target == 'conv1' or any(i in behind_conv1 for i in inputs):
             behind_conv1.add(node)
