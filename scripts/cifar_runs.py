@@ -41,6 +41,7 @@ class Setting(NamedTuple):
     kwargs: Tuple[str, ...] = ()
     options: Tuple[str, ...] = ()
     module: str = ''  # of this folder, that makes the network known
+    processes = 1  # that train it together
 
     def __str__(self):
         recipe = self.recipe if self.recipe != self.dataset else ''
@@ -142,14 +143,23 @@ def folder(output, run):
     return Path(output, re.sub(r'[^\w.=]+', '-', str(run[0])) + f'-seed{run[1]}')
 
 
+def threads(setting, args):
+    return max(1, os.cpu_count() // (args.jobs * setting.processes))
+
+
+def torchrun(setting):
+    return ['torch.distributed.run', '--standalone', f'--nproc-per-node={setting.processes}']
+
+
 def command(run, args):
     """train.py's command line as it is started, with what does not make the experiment."""
     setting, seed = run
     home = folder(args.output, run)
-    line = [sys.executable, '-m', 'timm_finet', 'run', 'train', *setting.args(seed)]
+    line = [sys.executable, *(['-m', *torchrun(setting)] if setting.processes > 1 else []), '-m', 'timm_finet', 'run', 'train']
+    line += [arg.replace('OUTPUT', args.output) for arg in setting.args(seed)]
     line += ['--device-modules', *filter(None, ('timm_finet', 'train_facts', setting.module))]
     line += ['--data-dir', args.data_dir, '--output', args.output, '--experiment', home.name, '--checkpoint-hist', '1']
-    line += ['--workers', str(max(0, os.cpu_count() // args.jobs - 1))]
+    line += ['--workers', str(threads(setting, args) - 1)]
     if (home / 'last.pth.tar').exists():
         line += ['--resume', str(home / 'last.pth.tar')]
     return line + args.extra
@@ -158,7 +168,8 @@ def command(run, args):
 def recorded_command(run, extra):
     """The command that anybody may repeat."""
     setting, seed = run
-    return shlex.join(['timm-finet', 'run', 'train', *setting.args(seed), *extra, '--data-dir', 'DATA'])
+    start = ['python', '-m', *torchrun(setting), '-m', 'timm_finet'] if setting.processes > 1 else ['timm-finet']
+    return shlex.join([*start, 'run', 'train', *setting.args(seed), *extra, '--data-dir', 'DATA'])
 
 
 LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
@@ -180,7 +191,7 @@ def start(run, args):
     print('session: ' + json.dumps(head), file=log, flush=True)
     environment = os.environ | {
         'PYTHONPATH': os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), os.environ.get('PYTHONPATH', '')]),
-        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(max(1, os.cpu_count() // args.jobs)))}
+        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(threads(run[0], args)))}
     return subprocess.Popen(command(run, args), stdout=log, stderr=log, env=environment, preexec_fn=die_with_parent)
 
 

@@ -31,6 +31,7 @@ PAPER = {name.removeprefix('torchvision:'): accuracy for name, (_, _, accuracy) 
 class Setting(NamedTuple):
     """What cifar_runs.train asks of a row of the table."""
     model: str
+    processes = 1
 
     @property
     def module(self):

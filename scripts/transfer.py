@@ -31,6 +31,7 @@ class Setting(NamedTuple):
     model: str
     start: str
     module = ''
+    processes = 1
 
     def __str__(self):
         return f'cifar10_{TRAIN} {self.model} {self.start}'
