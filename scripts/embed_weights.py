@@ -34,10 +34,12 @@ def halve(state):
 
 def validate(file, model, data_dir, args, *options):
     """Top-1 by timm's validate.py, of float32 arithmetic."""
+    is_pack = (data_dir / 'validation.tar').is_file()
+    dataset, split = ('', 'validation.tar') if is_pack else (args['dataset'] or '', args['val_split'])
     with tempfile.NamedTemporaryFile(suffix='.json') as report:
         command = [
             'run', 'validate', '--model', model, '--checkpoint', str(file), '--data-dir', str(data_dir),
-            '--dataset', args['dataset'] or '', '--split', args['val_split'], '--num-classes', str(args['num_classes']),
+            '--dataset', dataset, '--split', split, '--num-classes', str(args['num_classes']),
             '--input-size', *map(str, args['input_size']), '--mean', *map(str, args['mean']), '--std', *map(str, args['std']),
             '--crop-pct', str(args['crop_pct']), '--interpolation', args['interpolation'],
             '--model-kwargs', *(f'{key}={value}' for key, value in (args['model_kwargs'] or {}).items()),

@@ -25,30 +25,44 @@ from timm.models._features import feature_take_indices
 
 from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
-from .pretrained import UNTRAINED, WEIGHTS, build_model
+from .pretrained import WEIGHTS, build_model
 from .rewrite import check_form, fuse_fbn
 
 __all__ = ['Finet']
 
 
 class ConvNorm(nn.Sequential):
-    def __init__(self, conv: nn.Conv2d, **dd):
+    """Convolution and BatchNorm; with `fused` the convolution with bias that they fold into."""
+
+    def __init__(
+            self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, fused: bool = False,
+            **dd):
         super().__init__()
-        self.conv = conv
-        self.bn = nn.BatchNorm2d(conv.out_channels, **dd)
+        if groups == 1 or fused:
+            self.conv = nn.Conv2d(
+                in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=fused, **dd)
+        else:
+            self.conv = DepthwiseConv2d(out_chs, kernel_size, stride, **dd)
+        self.bn = nn.Identity() if fused else nn.BatchNorm2d(out_chs, **dd)
 
     def fuse(self) -> nn.Module:
         return fuse_fbn(self, inplace=True)
 
 
+def fbn_conv(in_chs: int, out_chs: int, fbn_groups: int, affine: bool, fused: bool, **dd) -> nn.Module:
+    if fused:
+        return nn.Conv2d(in_chs, out_chs, 1, **dd)
+    return FBNConv2d(in_chs, out_chs, fbn_groups=fbn_groups, affine=affine, **dd)
+
+
 class SqueezeExcite(nn.Module):
     """Gate of a block's output made from the block's input; normalised, without biases (fixed by Table 2's counts)."""
 
-    def __init__(self, in_chs: int, out_chs: int, rd_channels: int = 200, **dd):
+    def __init__(self, in_chs: int, out_chs: int, rd_channels: int = 200, fused: bool = False, **dd):
         super().__init__()
-        self.fc1 = ConvNorm(nn.Conv2d(in_chs, rd_channels, 1, bias=False, **dd), **dd)
+        self.fc1 = ConvNorm(in_chs, rd_channels, fused=fused, **dd)
         self.act = nn.ReLU(inplace=True)
-        self.fc2 = ConvNorm(nn.Conv2d(rd_channels, out_chs, 1, bias=False, **dd), **dd)
+        self.fc2 = ConvNorm(rd_channels, out_chs, fused=fused, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.mean((2, 3), keepdim=True)
@@ -67,6 +81,7 @@ class Block(nn.Module):
             affine: bool,
             act_place: str,
             use_se: bool,
+            fused: bool,
             **dd,
     ):
         super().__init__()
@@ -76,13 +91,13 @@ class Block(nn.Module):
             raise ValueError(f"act_place={act_place!r} is unknown: use one of {', '.join(acts)}.")
         acts[act_place] = nn.ReLU(inplace=True)
 
-        self.conv1 = FBNConv2d(in_chs, out_chs, fbn_groups=fbn_groups[0], affine=affine, **dd)
+        self.conv1 = fbn_conv(in_chs, out_chs, fbn_groups[0], affine, fused, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv_dw = ConvNorm(DepthwiseConv2d(out_chs, 3, stride, **dd), **dd)
+        self.conv_dw = ConvNorm(out_chs, out_chs, 3, stride, groups=out_chs, fused=fused, **dd)
         self.act_dw = acts['depthwise']
-        self.conv2 = FBNConv2d(out_chs, out_chs, fbn_groups=fbn_groups[1], affine=affine, **dd)
+        self.conv2 = fbn_conv(out_chs, out_chs, fbn_groups[1], affine, fused, **dd)
         self.act2 = acts['pointwise']
-        self.se = SqueezeExcite(in_chs, out_chs, **dd) if use_se else None
+        self.se = SqueezeExcite(in_chs, out_chs, fused=fused, **dd) if use_se else None
         self.has_identity = stride == 1
         self.act_out = acts['output']
 
@@ -168,7 +183,7 @@ class Finet(nn.Module):
 
         prev_chs = widen(stem_chs)
         stride = 1 if small_input else 2
-        self.stem = ConvNorm(nn.Conv2d(in_chans, prev_chs, 3, stride, padding=1, bias=False, **dd), **dd)
+        self.stem = ConvNorm(in_chans, prev_chs, 3, stride, fused=fused, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [dict(num_chs=prev_chs, reduction=stride, module='act1')]
         self.pool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, padding=1)
@@ -180,7 +195,7 @@ class Finet(nn.Module):
             blocks = []
             for j in range(depth):
                 blocks += [Block(
-                    prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se, **dd)]
+                    prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se, fused, **dd)]
                 prev_chs = chs
             stages += [nn.Sequential(*blocks)]
             stride *= 2
@@ -188,17 +203,15 @@ class Finet(nn.Module):
         self.stages = nn.Sequential(*stages)
 
         self.num_features = self.head_hidden_size = num_features
-        self.conv_head = ConvNorm(nn.Conv2d(prev_chs, num_features, 1, bias=False, **dd), **dd)
+        self.conv_head = ConvNorm(prev_chs, num_features, fused=fused, **dd)
         self.act2 = nn.ReLU(inplace=True)
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
         # FC1 as a 1x1 convolution: the same sums on a pooled map, and a dense head where pooling is switched off
         pooled_chs = num_features * self.global_pool.feat_mult()
-        self.fc1 = ConvNorm(nn.Conv2d(pooled_chs, num_features, 1, bias=False, **dd), **dd)
+        self.fc1 = ConvNorm(pooled_chs, num_features, fused=fused, **dd)
         self.act3 = nn.ReLU(inplace=True)
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.classifier = Linear(num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        if fused:
-            fuse_fbn(self.eval(), inplace=True).train()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         check_form(self, state_dict)
@@ -348,20 +361,32 @@ def _cifar10_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
     })
 
 
-VARIANTS = {
-    f'finet_{size}{se}{suffix}': dict(channels=channels, use_se=bool(se), fbn_groups=fbn_groups)
-    for size, channels in (('small', (30, 60, 120)), ('large', (100, 200, 400)))
-    for se in ('', '_se')
-    for suffix, fbn_groups in (('', 1), ('_g2', 2), ('_g4', 4), ('_g6', 6), ('_g8', 8))
-}
-
 default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.
     'finet_small_g4.cifar10': _cifar10_cfg('finet_small_g4.cifar10', notes=(
         'The run was stopped, and resumed from its own checkpoints, after epochs 3, 4 and 24, with a first version of the moment '
         'form: the same mathematics, other rounding.',)),
     # `*` keeps the paper's network the default; timm lets a tag with weights take over unless this one comes last
-    **{f'{name}.{UNTRAINED}*': _cfg() for name in VARIANTS},
+    'finet_small.untrained*': _cfg(),
+    'finet_small_g2.untrained*': _cfg(),
+    'finet_small_g4.untrained*': _cfg(),
+    'finet_small_g6.untrained*': _cfg(),
+    'finet_small_g8.untrained*': _cfg(),
+    'finet_small_se.untrained*': _cfg(),
+    'finet_small_se_g2.untrained*': _cfg(),
+    'finet_small_se_g4.untrained*': _cfg(),
+    'finet_small_se_g6.untrained*': _cfg(),
+    'finet_small_se_g8.untrained*': _cfg(),
+    'finet_large.untrained*': _cfg(),
+    'finet_large_g2.untrained*': _cfg(),
+    'finet_large_g4.untrained*': _cfg(),
+    'finet_large_g6.untrained*': _cfg(),
+    'finet_large_g8.untrained*': _cfg(),
+    'finet_large_se.untrained*': _cfg(),
+    'finet_large_se_g2.untrained*': _cfg(),
+    'finet_large_se_g4.untrained*': _cfg(),
+    'finet_large_se_g6.untrained*': _cfg(),
+    'finet_large_se_g8.untrained*': _cfg(),
 })
 
 # What weights need and no cfg of timm's can say. It stays when a default changes.
@@ -376,12 +401,124 @@ def _create_finet(variant: str, pretrained: bool = False, **kwargs: Any) -> Fine
     )
 
 
-def _entrypoint(name: str, **model_args: Any):
-    def create(pretrained: bool = False, **kwargs: Any) -> Finet:
-        return _create_finet(name, pretrained, **dict(model_args, **kwargs))
-    create.__name__ = create.__qualname__ = name
-    return register_model(create)
+SMALL, LARGE = (30, 60, 120), (100, 200, 400)  # channels, Table 1
 
 
-for _name, _args in VARIANTS.items():
-    globals()[_name] = _entrypoint(_name, **_args)
+@register_model
+def finet_small(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small on plain BatchNorm, the paper's baseline."""
+    return _create_finet('finet_small', pretrained, **{**dict(channels=SMALL), **kwargs})
+
+
+@register_model
+def finet_small_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small, G = 2."""
+    return _create_finet('finet_small_g2', pretrained, **{**dict(channels=SMALL, fbn_groups=2), **kwargs})
+
+
+@register_model
+def finet_small_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small, G = 4."""
+    return _create_finet('finet_small_g4', pretrained, **{**dict(channels=SMALL, fbn_groups=4), **kwargs})
+
+
+@register_model
+def finet_small_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small, G = 6."""
+    return _create_finet('finet_small_g6', pretrained, **{**dict(channels=SMALL, fbn_groups=6), **kwargs})
+
+
+@register_model
+def finet_small_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small, G = 8."""
+    return _create_finet('finet_small_g8', pretrained, **{**dict(channels=SMALL, fbn_groups=8), **kwargs})
+
+
+@register_model
+def finet_small_se(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small with Squeeze-and-Excitation on plain BatchNorm, the paper's baseline."""
+    return _create_finet('finet_small_se', pretrained, **{**dict(channels=SMALL, use_se=True), **kwargs})
+
+
+@register_model
+def finet_small_se_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small with Squeeze-and-Excitation, G = 2."""
+    return _create_finet('finet_small_se_g2', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=2), **kwargs})
+
+
+@register_model
+def finet_small_se_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small with Squeeze-and-Excitation, G = 4."""
+    return _create_finet('finet_small_se_g4', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=4), **kwargs})
+
+
+@register_model
+def finet_small_se_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small with Squeeze-and-Excitation, G = 6."""
+    return _create_finet('finet_small_se_g6', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=6), **kwargs})
+
+
+@register_model
+def finet_small_se_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet small with Squeeze-and-Excitation, G = 8."""
+    return _create_finet('finet_small_se_g8', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=8), **kwargs})
+
+
+@register_model
+def finet_large(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large on plain BatchNorm, the paper's baseline."""
+    return _create_finet('finet_large', pretrained, **{**dict(channels=LARGE), **kwargs})
+
+
+@register_model
+def finet_large_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large, G = 2."""
+    return _create_finet('finet_large_g2', pretrained, **{**dict(channels=LARGE, fbn_groups=2), **kwargs})
+
+
+@register_model
+def finet_large_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large, G = 4."""
+    return _create_finet('finet_large_g4', pretrained, **{**dict(channels=LARGE, fbn_groups=4), **kwargs})
+
+
+@register_model
+def finet_large_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large, G = 6."""
+    return _create_finet('finet_large_g6', pretrained, **{**dict(channels=LARGE, fbn_groups=6), **kwargs})
+
+
+@register_model
+def finet_large_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large, G = 8."""
+    return _create_finet('finet_large_g8', pretrained, **{**dict(channels=LARGE, fbn_groups=8), **kwargs})
+
+
+@register_model
+def finet_large_se(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large with Squeeze-and-Excitation on plain BatchNorm, the paper's baseline."""
+    return _create_finet('finet_large_se', pretrained, **{**dict(channels=LARGE, use_se=True), **kwargs})
+
+
+@register_model
+def finet_large_se_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large with Squeeze-and-Excitation, G = 2."""
+    return _create_finet('finet_large_se_g2', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=2), **kwargs})
+
+
+@register_model
+def finet_large_se_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large with Squeeze-and-Excitation, G = 4."""
+    return _create_finet('finet_large_se_g4', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=4), **kwargs})
+
+
+@register_model
+def finet_large_se_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large with Squeeze-and-Excitation, G = 6."""
+    return _create_finet('finet_large_se_g6', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=6), **kwargs})
+
+
+@register_model
+def finet_large_se_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
+    """Finet large with Squeeze-and-Excitation, G = 8."""
+    return _create_finet('finet_large_se_g8', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=8), **kwargs})
