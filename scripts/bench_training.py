@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from report import RESULTS, cpu_name, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.depthwise import DepthwiseConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
@@ -204,6 +204,23 @@ def table(rows):
     return markdown(head, cells)
 
 
+def headline(rows):
+    """finet_large at G = 4, channels_last, over plain BN: the README's table."""
+    chosen = {
+        (r['size'], r['dtype'], r['form']): r for r in rows
+        if r['model'] == 'finet_large' and r['groups'] == '4' and r['layout'] == 'channels_last' and r['compiled'] == 'False'}
+    cells = []
+    for size, dtype in (('32', 'bfloat16'), ('32', 'float32'), ('224', 'bfloat16'), ('224', 'float32')):
+        moment, reference, plain = (chosen[size, dtype, form] for form in ('moment', 'reference', 'plain'))
+        cells.append([
+            f"{size} px, batch {moment['batch']}, {dtype}", *(f'{float(ratio):.2f}' for ratio in (
+                moment['time_vs_bn'], float(moment['ms']) / float(plain['ms']), reference['time_vs_bn'],
+                moment['memory_vs_bn'], reference['memory_vs_bn']))])
+    head = ['a training step, plain BN = 1', 'time', 'over BN as built here', "time, the paper's form", 'peak memory',
+            "memory, the paper's form"]
+    return markdown(head, cells)
+
+
 LINES = {  # form: name, color, marker, line
     'bn': ("plain BN, torch's modules", '#555555', 'o', '-'),
     'plain': ('plain BN, as built here', '#555555', 'v', ':'),
@@ -258,10 +275,11 @@ def main():
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--layers', action='store_true', help='time each kind of FBN layer alone instead')
-    parser.add_argument('--plot', action='store_true', help="make the plots and the README's table from the results file and stop")
+    parser.add_argument('--table', action='store_true', help="make the plots and the documents' tables from the results file and stop")
     args = parser.parse_args()
-    if args.plot:
-        write_readme_block('bench_training', table(read_rows(FILE)))
+    if args.table:
+        write_block('bench_training', table(read_rows(FILE)))
+        write_block('headline', headline(read_rows(FILE)))
         return plot(args.models)
     if 'bn' not in args.forms:
         parser.error("--forms must include bn: everything is compared with it")

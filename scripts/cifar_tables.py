@@ -5,7 +5,7 @@
 
 `cifar10` and `cifar100` are Tables 5, 6 and 7 of the paper, 200 epochs, for a GPU. `placement` and `evidence` are
 shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. Results go to
-results/cifar.csv and results/cifar_short.csv, the epochs and plots beside them, the tables to the README.
+results/cifar.csv and results/cifar_short.csv, the epochs and plots beside them, the tables to docs/cifar.md.
 
 DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started, in
 order of worth, `--jobs` at a time; cut off, by `--minutes` or otherwise, it goes on from each run's last epoch when
@@ -28,7 +28,7 @@ from statistics import mean, stdev
 from timm.utils.misc import natural_key
 
 from cifar_runs import FILES, PROTOCOLS, SCRIPTS, command, folder, missing, train
-from report import RESULTS, markdown, read_rows, write_readme_block
+from report import RESULTS, markdown, read_rows, write_block
 
 PAPER = {  # top-1 of Tables 5, 6 and 7, of 200 epochs
     'cifar10': {
@@ -142,7 +142,7 @@ def tables(rows, protocols):
         parts += [f'**{title}, {title_of(dataset)}**', markdown(
             ['', 'top-1, mean ± deviation', 'every seed', 'minus BN ± standard error', 'p, paired by seed',
              'paper (minus BN)', 'seconds an epoch', 'peak MB'], cells)]
-    return '\n\n'.join(parts) or 'Not measured yet.'
+    return '\n\n'.join(parts)
 
 
 def middle(lines, column, digits):
@@ -254,7 +254,7 @@ def main():
             parser.error(error)
     text = tables(rows(), FILES[stems[0]])
     if args.results == RESULTS / f'{stems[0]}.csv':
-        write_readme_block(stems[0], text)
+        write_block(stems[0], text)
     else:
         print(text)
     plot(rows(), FILES[stems[0]], args.results)

@@ -3,7 +3,7 @@
     python scripts/int8.py cifar10.npz
 
 The files are those of `timm-finet export`, calibrated on the 100 shipped training pictures. Writes results/int8.csv and
-the README's table.
+the table of docs/export.md.
 """
 import argparse
 import shlex
@@ -17,7 +17,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
-from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet import export
 from timm_finet.data import CIFAR10Pad2
 
@@ -59,7 +59,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_rows(FILE, list(measure(args.data, folder)))
-    write_readme_block('int8', table(read_rows(FILE)))
+    write_block('int8', table(read_rows(FILE)))
 
 
 if __name__ == '__main__':

@@ -1,11 +1,12 @@
-"""Results files and the README's tables, as the scripts beside this one write them."""
+"""Results files and the documents' tables, as the scripts beside this one write them."""
 import csv
 import platform
 import re
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / 'results'
-README = Path(__file__).parents[1] / 'README.md'
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
 
 
 def read_rows(file):
@@ -26,16 +27,23 @@ def markdown(head, rows):
     return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (head, ['---'] * len(head), *rows))
 
 
-def readme_block(name):
-    """The README's text between the markers of a table."""
-    return re.search(rf'<!-- {name} -->\n(.*?)\n<!-- /{name} -->', README.read_text(), re.S)[1]
+def find_block(name):
+    """The document that has a place for a table between its markers, and the place."""
+    for document in DOCUMENTS:
+        place = re.search(rf'(?<=<!-- {name} -->\n).*?(?=\n<!-- /{name} -->)', document.read_text(), re.S)
+        if place:
+            return document, place
+    raise LookupError(f'no document has a place marked {name}')
 
 
-def write_readme_block(name, text):
-    block = f'<!-- {name} -->\n{text}\n<!-- /{name} -->'
-    content, found = re.subn(rf'<!-- {name} -->\n.*?<!-- /{name} -->', lambda _: block, README.read_text(), flags=re.S)
-    assert found == 1, f'the README has no place marked {name}'
-    README.write_text(content)
+def read_block(name):
+    return find_block(name)[1][0]
+
+
+def write_block(name, text):
+    document, place = find_block(name)
+    content = document.read_text()
+    document.write_text(content[:place.start()] + text + content[place.end():])
 
 
 def cpu_name():

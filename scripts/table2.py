@@ -1,7 +1,7 @@
 """Table 2 again: multiply-adds and parameters of Finet and of the networks it is compared with, beside the paper's figures.
 
     python scripts/table2.py
-    python scripts/table2.py --readme    # the README's table and results/table2.png, from the results file
+    python scripts/table2.py --table    # docs/table2.md and results/table2.png, from the results file
 
 Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes results/table2.csv, table and plot.
 The accuracies are the paper's own; none of them is measured here.
@@ -18,7 +18,7 @@ import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from report import RESULTS, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet.flops import count_flops, count_row, create
 
 # The paper's Table 2: millions of multiply-adds, millions of parameters, top-1 on ImageNet.
@@ -112,6 +112,14 @@ def table(rows):
     return markdown(head, cells)
 
 
+def models(rows):
+    """The README's choice of them."""
+    names = ('finet_small_g4', 'finet_small_se_g4', 'finet_large_g4', 'finet_large_se_g4', 'mobilenetv3_large_100')
+    chosen = [row for name in names for row in rows if row['model'] == name]
+    return markdown(['', 'parameters, fused', 'multiply-adds', "the paper's top-1 on ImageNet"], [
+        (f"`{row['model']}`", f"{int(row['params_fused']):,}", f"{int(row['madds']):,}", row['paper_top1']) for row in chosen])
+
+
 def series_of(name):
     return 'other networks' if 'finet' not in name else 'Finet + SE' if '_se' in name else 'Finet'
 
@@ -145,12 +153,13 @@ def plot(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--readme', action='store_true', help='count nothing: table and plot from the results file')
+    parser.add_argument('--table', action='store_true', help='count nothing: table and plot from the results file')
     args = parser.parse_args()
     file = RESULTS / 'table2.csv'
-    if not args.readme:
+    if not args.table:
         write_rows(file, [count(name) for name in PAPER])
-    write_readme_block('table2', table(read_rows(file)))
+    write_block('table2', table(read_rows(file)))
+    write_block('models', models(read_rows(file)))
     plot(read_rows(file))
 
 

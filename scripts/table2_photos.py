@@ -4,7 +4,7 @@
 
 PACK is written by scripts/photos.py. The runs that the results lack are started; cut off, by `--minutes` or otherwise, they go
 on when started again with the same `--output`. Every finished run adds a line to results/table2_photos.csv, out of which the
-README's table is written, without `--data-dir` that alone. Options that are not ours go to train.py, which makes another
+table of docs/photographs.md is written, without `--data-dir` that alone. Options that are not ours go to train.py, which makes another
 experiment: it needs a `--results` of its own, and its table is printed.
 """
 import argparse
@@ -19,7 +19,7 @@ import shufflenet  # noqa: F401 (registers two networks)
 import table2
 from cifar_runs import train
 from cifar_tables import commit, mean_deviation, pm, top1
-from report import RESULTS, markdown, read_rows, write_readme_block
+from report import RESULTS, markdown, read_rows, write_block
 from timm_finet import fuse_fbn
 from timm_finet.flops import count_flops
 
@@ -91,7 +91,7 @@ def count(name):
 
 def table(rows):
     if not rows:
-        return 'Not measured yet.'
+        return ''
     cells = []
     for name, figure in PAPER.items():
         mine = [row for row in rows if row['setting'] == str(Setting(name))]
@@ -114,7 +114,7 @@ def main():
         run([Setting(name) for name in args.models], args, parser)
     text = table(rows_of(args.results))
     if args.results == CSV:
-        write_readme_block('table2_photos', text)
+        write_block('table2_photos', text)
     else:
         print(text)
 

@@ -1,7 +1,7 @@
 """Table 4 again: pictures a second at batch 1 and 224 px, in five runtimes, the networks taken in turns.
 
     OMP_NUM_THREADS=1 python scripts/table4.py onnxruntime --threads 1
-    python scripts/table4.py --readme    # the README's table and results/table4.png, from the results file
+    python scripts/table4.py --table    # docs/table4.md and results/table4.png, from the results file
 
 Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; weights are random. ONNX files are those of
 `timm-finet export`, for OpenVINO too. A round runs each network ten times and takes the median; ratios are taken within a
@@ -20,7 +20,7 @@ from statistics import median, quantiles
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from report import RESULTS, cpu_name, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import fuse_fbn
 from timm_finet.export import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.flops import create
@@ -147,7 +147,7 @@ def table(rows):
             *(f"{float(run[n]['vs_shufflenet']):.2f} ({float(run[n]['vs_shufflenet_low']):.2f}–"
               f"{float(run[n]['vs_shufflenet_high']):.2f})" for n in others),
             f"{1 / float(run['finet_large_se']['vs_finet_large']) - 1:+.0%}"))
-    head = ('', 'threads', 'shufflenet_v2_x1_5, pictures/s', *(f'`{n}`' for n in others), "SE's cost in time")
+    head = ('', 'threads', 'shufflenet_v2_x1_5, images/s', *(f'`{n}`' for n in others), "SE's cost in time")
     return markdown(head, lines)
 
 
@@ -167,7 +167,7 @@ def plot(rows):
             ax.bar([k + (i - 2.5) * 0.14 for k in range(len(mine))], heights, 0.13, yerr=errors, color=color,
                    error_kw=dict(lw=0.8, ecolor='#333333'), label=name.removeprefix('torchvision:'))
         ax.set_xticks(range(len(mine)), [RUNTIMES[row['runtime']][0].replace(', ', '\n') for row in mine])
-        ax.set(ylabel='ms a picture', title=f"{count} thread{'s' if int(count) > 1 else ''}")
+        ax.set(ylabel='ms an image', title=f"{count} thread{'s' if int(count) > 1 else ''}")
         ax.grid(axis='y', alpha=0.3)
         ax.set_axisbelow(True)
     axes[0][0].legend(fontsize=8, ncols=2)
@@ -180,11 +180,11 @@ def main():
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--folder', type=Path, help='keep exported files here, and use those that are there')
-    parser.add_argument('--readme', action='store_true', help='write table and plot from the results file and stop')
+    parser.add_argument('--table', action='store_true', help='write table and plot from the results file and stop')
     args = parser.parse_args()
-    if args.readme:
+    if args.table:
         rows = read_rows(FILE)
-        write_readme_block('table4', table(rows))
+        write_block('table4', table(rows))
         return plot(rows)
     if args.runtime is None:
         parser.error(f"give a runtime: {', '.join(RUNTIMES)}")

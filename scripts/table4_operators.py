@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python scripts/table4_operators.py
 
-Writes results/table4_operators.csv and the README's table. Profilers cost time themselves, most of all in eager mode.
+Writes results/table4_operators.csv and the table of docs/table4.md. Profilers cost time themselves, most of all in eager mode.
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from report import RESULTS, cpu_name, markdown, read_rows, write_readme_block, write_rows
+from report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
 from table4 import RUNTIMES, fused, load_openvino
 from timm_finet.export import to_executorch, to_onnx
 
@@ -118,7 +118,7 @@ def table(rows):
     cells = [
         (RUNTIMES[row['runtime']][0].split(',')[0], f"`{row['model']}`", *(f'{float(row[k]):.2f}' for k in KINDS))
         for row in rows]
-    return markdown(('ms a picture', '', *KINDS), cells)
+    return markdown(('ms an image', '', *KINDS), cells)
 
 
 def main():
@@ -128,7 +128,7 @@ def main():
     for package in filter(lambda name: not find_spec(name), runtimes[:3]):
         raise SystemExit(f'table4_operators.py needs the package {package}: pip install {package}')
     write_rows(FILE, [measure(runtime, name) for runtime in runtimes for name in NETWORKS])
-    write_readme_block('table4_operators', table(read_rows(FILE)))
+    write_block('table4_operators', table(read_rows(FILE)))
 
 
 if __name__ == '__main__':

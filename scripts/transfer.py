@@ -16,7 +16,7 @@ from PIL import Image
 
 import photos
 from cifar_tables import mean_deviation, pm, top1
-from report import RESULTS, markdown, write_readme_block
+from report import RESULTS, markdown, write_block
 from table2_photos import arguments, parse, rows_of, run
 from timm_finet.data import PAD, CIFAR10Pad2
 from timm_finet.finet import CIFAR10_CLASSES
@@ -71,7 +71,7 @@ def pack_cifar(root, folder, train=TRAIN):
 
 def table(rows):
     if not rows:
-        return 'Not measured yet.'
+        return ''
     cells = []
     for name in dict.fromkeys(row['setting'] for row in rows):
         mine = [row for row in rows if row['setting'] == name]
@@ -93,7 +93,7 @@ def main():
         run([Setting(model, start) for model in args.models for start in RATES], args, parser)
     text = table(rows_of(args.results))
     if args.results == CSV:
-        write_readme_block('transfer', text)
+        write_block('transfer', text)
     else:
         print(text)
 

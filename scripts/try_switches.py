@@ -1,7 +1,7 @@
 """Tries train.py's switches for real on `recipe:smoke` in two processes of torchrun on the CPU.
 
     python scripts/try_switches.py           # some minutes on two idle cores
-    python scripts/try_switches.py --table   # the README's tables from the results files
+    python scripts/try_switches.py --table   # docs/training.md's tables from the results files
 
 Writes results/switches.csv: how three epochs ended with each switch. Writes results/processes.csv: one process against two
 of half the batch and `--sync-bn`, on 100 pictures in one batch, without augmentation and dropout, so that both see the same.

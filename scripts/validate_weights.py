@@ -2,7 +2,7 @@
 
     TIMM_SCRIPTS=CHECKOUT python scripts/validate_weights.py DATA    # DATA as for --data-dir
 
-Writes results/weights.csv.
+Writes results/weights.csv and the README's table.
 """
 import argparse
 import json
@@ -17,9 +17,10 @@ from pathlib import Path
 import timm
 import torch
 
-import timm_finet  # noqa: F401 (registers the names)
-from report import RESULTS, write_rows
+from report import RESULTS, markdown, read_rows, write_block, write_rows
+from timm_finet import count_flops, fuse_fbn
 
+FILE = RESULTS / 'weights.csv'
 DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
     'cifar10': ['--data-dir', 'DATA', '--dataset', 'torch/cifar10_pad2'],
     'cifar100': ['--data-dir', 'DATA', '--dataset', 'torch/cifar100_pad2'],
@@ -28,11 +29,7 @@ DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('data', help='folder of the data sets')
-    args = parser.parse_args()
-    rows = []
+def measure(data):
     for name in timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True):
         for form in ('train', 'fused'):
             with tempfile.NamedTemporaryFile(suffix='.json') as report:
@@ -40,15 +37,38 @@ def main():
                     'run', 'validate', '--model', name, '--pretrained', *DATASETS[name.split('.')[1]],
                     '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--workers', '1',
                     '--results-format', 'json', '--results-file', report.name, *(['--reparam'] if form == 'fused' else [])]
-                local = [arg.replace('DATA', args.data) for arg in command]
+                local = [arg.replace('DATA', data) for arg in command]
                 subprocess.run([sys.executable, '-m', 'timm_finet', *local], check=True)
                 result = json.loads(Path(report.name).read_text())
             command = [arg for arg in command if arg not in ('--results-file', report.name, '--results-format', 'json')]
-            rows.append(dict(
+            yield dict(
                 model=name, form=form, top1=result['top1'], top5=result['top5'], params_millions=result['param_count'],
                 command=shlex.join(['timm-finet', *command]), torch=torch.__version__, timm=timm.__version__,
-                machine=platform.machine(), date=date.today()))
-    write_rows(RESULTS / 'weights.csv', rows)
+                machine=platform.machine(), date=date.today())
+
+
+def table(rows, speeds):
+    """Accuracy in both forms, size and speed of the fused form."""
+    cells = []
+    for name in dict.fromkeys(row['model'] for row in rows):
+        train, fused = (next(row for row in rows if row['model'] == name and row['form'] == form) for form in ('train', 'fused'))
+        cfg = timm.get_pretrained_cfg(name)
+        counts = count_flops(fuse_fbn(timm.create_model(name, num_classes=cfg.num_classes).eval()), cfg.input_size)
+        speed = next((row['images_per_second'] for row in speeds if row['model'] == name and row['form'] == 'fused'), '')
+        top1 = train['top1'] if train['top1'] == fused['top1'] else f"{train['top1']} ({fused['top1']} fused)"
+        cells.append([
+            f'`{name}`', f'{cfg.num_classes}, {cfg.input_size[-1]} px', top1, f"{counts['params']:,}",
+            f"{counts['conv'] + counts['linear']:,}", speed])
+    return markdown(['', 'classes, input', 'top-1', 'parameters', 'multiply-adds', 'images/s'], cells)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', nargs='?', help='folder of the data sets; without it the table alone is written')
+    args = parser.parse_args()
+    if args.data:
+        write_rows(FILE, list(measure(args.data)))
+    write_block('weights', table(read_rows(FILE), read_rows(RESULTS / 'weights_speed.csv')))
 
 
 if __name__ == '__main__':

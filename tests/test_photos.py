@@ -24,7 +24,7 @@ import photos  # noqa: E402
 import shufflenet  # noqa: E402, F401
 import table2_photos  # noqa: E402
 import transfer  # noqa: E402
-from report import readme_block  # noqa: E402
+from report import read_block  # noqa: E402
 from timm_finet import launch  # noqa: E402
 
 GOLDFISH, BULLFROG = 'n01443537', 'n01641577'
@@ -208,7 +208,7 @@ def test_cifar_is_packed_without_its_padding(tmp_path):
 
 def test_readme_holds_the_tables_of_the_results():
     for script, name in ((table2_photos, 'table2_photos'), (transfer, 'transfer')):
-        assert readme_block(name) == script.table(table2_photos.rows_of(script.CSV))
+        assert read_block(name) == script.table(table2_photos.rows_of(script.CSV))
 
 
 def test_transfer_table_tells_starts_apart():

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from timm_finet import launch
 
 PAPER = ['imagenet', 'tiny_in200', 'cifar10', 'cifar100', 'resnet_cifar']
-RECIPES = [*PAPER, 'cifar10_short', 'cifar_short', 'finetune', 'modern', 'modern_finetune', 'modern_photos', 'smoke']
+RECIPES = [*PAPER, 'cifar10_short', 'cifar_short', 'finetune', 'modern', 'modern_finetune', 'photos', 'smoke']
 CIFAR = ['cifar10', 'cifar100', 'resnet_cifar', 'modern', 'smoke', 'cifar10_short', 'cifar_short']
 UPDATES = 10  # an epoch
 ARRAY = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -100,8 +100,8 @@ def test_optimizers_take_every_parameter(name):
 @pytest.mark.parametrize('name', RECIPES)
 def test_drop_rate_and_classes_reach_the_network(name):
     model = build(name)
-    assert model.drop_rate == {'resnet_cifar': 0, 'cifar10_short': 0, 'cifar_short': 0}.get(name, 0.2)
-    classes = {'imagenet': 1000, 'tiny_in200': 200, 'modern_photos': 200, 'cifar100': 100, 'cifar_short': 100, 'finetune': 3, 'modern_finetune': 3}
+    assert model.drop_rate == {'resnet_cifar': 0, 'cifar10_short': 0, 'cifar_short': 0, 'photos': 0}.get(name, 0.2)
+    classes = {'imagenet': 1000, 'tiny_in200': 200, 'photos': 200, 'cifar100': 100, 'cifar_short': 100, 'finetune': 3, 'modern_finetune': 3}
     classes = classes.get(name, 10)
     assert model.num_classes == classes
 
