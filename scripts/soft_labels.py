@@ -22,7 +22,7 @@ from timm.utils import accuracy
 from torch import nn
 from tqdm import tqdm
 
-from timm_finet.launch import keep_buffers
+from timm_finet.patches import keep_buffers
 
 SIZE, FOLDS, EPOCHS, BATCH = 192, 5, 20, 500
 

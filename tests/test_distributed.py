@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 
 from timm_finet import FBNConv2d
-from timm_finet.gloo import allow_cpu
+from timm_finet.patches import train_on_several_cpus
 
 SPLIT = (3, 5)
 
@@ -59,7 +59,7 @@ def worker(rank, folder):
     for name, (model, x, weighting) in torch.load(f'{folder}/jobs.pt', weights_only=False).items():
         model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
         if name == 'launcher':
-            allow_cpu()
+            train_on_several_cpus()
             model = nn.parallel.DistributedDataParallel(model, device_ids=[torch.device('cpu')])  # averages the gradients
         y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
         results[name] = y, grad, [p.grad for p in model.parameters()], list(model.buffers())

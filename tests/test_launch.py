@@ -280,7 +280,7 @@ def test_training_keeps_freed_buffers():
     """A large tensor that takes the place of a freed one must not be faulted in page by page again."""
     code = """if True:
         import resource, torch
-        from timm_finet.launch import keep_buffers
+        from timm_finet.patches import keep_buffers
         keep_buffers()
 
         def faults():

@@ -1,7 +1,5 @@
 """`timm-finet run`: timm's own scripts, which its wheel lacks, run with our models and data sets registered."""
 import argparse
-import ctypes
-import math
 import os
 import runpy
 import signal
@@ -15,9 +13,9 @@ import timm.utils
 import torch
 from timm.models import is_model
 
+from . import patches
 from .checkpoint import CIFAR100, DATASETS, FOLDERS, class_names, one_line
 from .flops import hint
-from .gloo import allow_cpu
 
 __all__ = ['resolve', 'run']
 
@@ -175,14 +173,6 @@ def complete(script: str, args: argparse.Namespace, device: Optional[str]) -> No
             print(f'timm-finet run train: takes {options}, as nothing else was given.', file=sys.stderr)
 
 
-def keep_buffers() -> None:
-    """Have glibc keep freed memory: by default large buffers go back to the system, and every step faults them in again."""
-    if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'gnu_get_libc_version'):
-        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
-
-
 def run(argv: List[str]) -> None:
     """Run a script as `__main__`. It finds our models and data sets registered, as this package has been imported.
 
@@ -190,8 +180,7 @@ def run(argv: List[str]) -> None:
         KeyboardInterrupt: At Ctrl-C, which train.py takes for its end.
     """
     script = Path(argv[0]).stem
-    parse, fuse = argparse.ArgumentParser.parse_args, timm.utils.reparameterize_model
-    update, save = timm.utils.AverageMeter.update, timm.utils.CheckpointSaver._save
+    parse = argparse.ArgumentParser.parse_args
     interrupts = []
 
     def parse_and_complete(self, args=None, namespace=None):
@@ -205,38 +194,19 @@ def run(argv: List[str]) -> None:
             self.exit(2, f'timm-finet run {script}: {error}\n')
         return namespace
 
-    def fuse_in_eval_mode(model, inplace=False):
-        return fuse(model.eval(), inplace)
-
-    def update_or_stop(self, val, n=1):
-        if math.isnan(val):
-            raise SystemExit('The loss is nan: resume from the last checkpoint with a lower --lr, or without float16.')
-        update(self, val, n)
-
-    def save_or_delete(self, save_path, *args, **kwargs):
-        try:
-            save(self, save_path, *args, **kwargs)
-        except BaseException as error:
-            Path(save_path).unlink(missing_ok=True)
-            if isinstance(error, (OSError, RuntimeError)):
-                raise SystemExit(
-                    f'{save_path} cannot be written, the checkpoint before it is whole: {one_line(error)}') from error
-            raise
-
     def interrupt(number, frame):
         interrupts.append(number)
         signal.default_int_handler(number, frame)
 
     if script in SCRIPTS:
         argparse.ArgumentParser.parse_args = parse_and_complete
-    # For --reparam: the scripts fuse before they call .eval(), which we refuse elsewhere. All of them fuse to infer.
-    timm.utils.reparameterize_model = timm.utils.model.reparameterize_model = fuse_in_eval_mode
-    if script == 'train':  # which goes on with a loss that is nan, and wants a GPU for several processes
-        timm.utils.AverageMeter.update = update_or_stop
-        timm.utils.CheckpointSaver._save = save_or_delete
-        allow_cpu()
+    patches.fuse_in_eval_mode()
+    if script == 'train':
+        patches.stop_at_nan()
+        patches.delete_torn_checkpoints()
+        patches.train_on_several_cpus()
         if not torch.accelerator.is_available():
-            keep_buffers()
+            patches.keep_buffers()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     sys.argv = argv
