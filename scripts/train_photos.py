@@ -15,7 +15,7 @@ from report import RESULTS
 from table2_photos import arguments, parse, run
 
 CSV = RESULTS / 'train_photos.csv'
-PHASES = {64: 14, 96: 2, 128: 2}  # epochs by size in pixels
+PHASES = {64: 5, 96: 6, 128: 7}  # epochs by size in pixels
 LR, BATCH = 0.4, 256
 
 
