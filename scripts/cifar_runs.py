@@ -226,7 +226,7 @@ def collect(run, output, extra=()):
     for log in logs:
         for epoch, updates, rate in re.findall(
                 r'^Train: (\d+) \[ *\d+/(\d+) .*\([\d.]+s, +([\d.]+)/s\)', log.read_text(errors='replace'), re.M):
-            rates[epoch] = int(updates) * args['batch_size'] / float(rate)
+            rates[epoch] = int(updates) * args['batch_size'] * setting.processes / float(rate)
     top1 = [float(row['eval_top1']) for row in epochs]
     peaks = [fact['peak_mb'] for fact in facts if fact['peak_mb'] is not None]
     return dict(
