@@ -1,5 +1,6 @@
 """Model repositories for the Hugging Face Hub: write a checkpoint's card, push both as one commit."""
 import csv
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is httpx's, under whatever name that has
-from timm.models import is_model_in_modules, list_models, save_for_hf
+from timm.models import is_model_in_modules, list_models
 from timm.models._input import get_model_args
 
 from .checkpoint import DATASETS, MODULES, UNKNOWN_DATASET, load_checkpoint, one_line
@@ -20,7 +21,7 @@ from .finet import Finet
 from .flops import count_flops
 from .rewrite import fuse_fbn
 
-__all__ = ['make_card', 'push', 'push_checkpoint', 'read_results', 'save']
+__all__ = ['make_card', 'push', 'push_checkpoint', 'read_results', 'save', 'save_for_hf']
 
 BLOCK = Path(__file__).parents[1] / 'scripts' / 'results' / 'block.png'  # there in a checkout of the source alone
 LOCAL_ARGS = (
@@ -228,6 +229,19 @@ def speed_section(rows) -> str:
     lines += [f"| {row['form']} | {row['images_per_second']} | {row['ms_low']} to {row['ms_high']} |" for row in rows]
     lines += ['', 'Batch 1, {threads} thread of {device}, {runtime}, the forms in turns.'.format(**rows[0])]
     return '\n'.join(lines)
+
+
+def save_for_hf(model: nn.Module, folder: str, **kwargs: Any) -> None:
+    """timm's `save_for_hf`, of any of its networks, in a folder that transformers loads too. Arguments as there."""
+    timm.models.save_for_hf(model, folder, **kwargs)
+    file = Path(folder) / 'config.json'
+    config = json.loads(file.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # transformers passes it by itself; both read it from the root
+    names = config['pretrained_cfg'].get('label_names')
+    if names:  # in keys of its own, as transformers saves a `label_names` unchanged after tuning to other classes
+        config['id2label'] = dict(enumerate(names))
+        config['label2id'] = {name: i for i, name in enumerate(names)}
+    file.write_text(json.dumps(config, indent=2))
 
 
 def save(
