@@ -18,9 +18,10 @@ def test_ci_runs_the_readmes_two_commands_word_for_word():
         assert any(command in line for line in lines), command
 
 
-def test_recipes_and_weights_are_in_the_wheel():
+def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
     settings = (ROOT / 'pyproject.toml').read_text()
-    assert '"recipes/*.yaml"' in settings and '"weights/*"' in settings
+    assert all(f'"{pattern}"' in settings for pattern in ('recipes/*.yaml', 'weights/*', 'py.typed'))
+    assert (ROOT / 'timm_finet' / 'py.typed').is_file()
     assert {p.parent.name for p in (ROOT / 'timm_finet').glob('*/*') if p.parent.name != '__pycache__'} == {'recipes', 'weights'}
 
 
