@@ -16,8 +16,8 @@ from timm_finet.data import TRAINING_PICTURES, shipped_pictures
 
 NAME = 'finet_small_g4.cifar10'
 RUNTIMES = [
-    pytest.param('onnx', marks=pytest.mark.skipif(not find_spec('onnxruntime'), reason='needs timm-finet[export]')),
-    pytest.param('executorch', marks=pytest.mark.skipif(not find_spec('executorch'), reason='needs timm-finet[executorch]')),
+    pytest.param('onnx', marks=pytest.mark.skipif(not find_spec('onnxruntime'), reason='needs the extra export')),
+    pytest.param('executorch', marks=pytest.mark.skipif(not find_spec('executorch'), reason='needs the extra executorch')),
 ]
 
 
@@ -174,11 +174,11 @@ def test_file_that_disagrees_is_not_written(error, tmp_path, monkeypatch, refuse
 
 
 @pytest.mark.parametrize('to, package', [('onnx', 'onnxruntime'), ('executorch', 'executorch')])
-def test_missing_package_names_the_extra(to, package, tmp_path, monkeypatch, refused):
+def test_missing_package_says_what_to_install(to, package, tmp_path, monkeypatch, refused):
     for name in [name for name in sys.modules if name.split('.')[0] == package] + [package]:
         monkeypatch.setitem(sys.modules, name, None)
     output = tmp_path / 'model.bin'
-    refused([NAME, '--to', to, '--output', output], rf"needs the package \w+.*pip install 'timm-finet\[{export.EXTRAS[to]}\]'")
+    refused([NAME, '--to', to, '--output', output], rf'needs the package \w+.*pip install {export.PACKAGES[to]}\.')
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_finet.export import PACKAGES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,6 +25,12 @@ def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
     assert all(f'"{pattern}"' in settings for pattern in ('recipes/*.yaml', 'weights/*', 'py.typed'))
     assert (ROOT / 'timm_finet' / 'py.typed').is_file()
     assert {p.parent.name for p in (ROOT / 'timm_finet').glob('*/*') if p.parent.name != '__pycache__'} == {'recipes', 'weights'}
+
+
+@pytest.mark.parametrize('extra, packages', [('export', PACKAGES['onnx']), ('executorch', PACKAGES['executorch'])])
+def test_export_asks_for_the_packages_of_its_extra(extra, packages):
+    listed = re.search(rf'^{extra} = \[(.*)\]$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    assert set(re.findall(r'"(\w+)>', listed)) == set(packages.split())
 
 
 @pytest.mark.parametrize('statement', ['import timm_finet', 'import timm_finet.cli'])

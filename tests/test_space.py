@@ -42,7 +42,7 @@ def test_without_gradio_one_line_says_what_to_install():
     code = "import sys; sys.modules['gradio'] = None; from timm_finet.cli import main; main(['space'])"
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "timm-finet space: gradio is missing: pip install 'timm-finet[space]'.\n"
+    assert result.stderr == 'timm-finet space: gradio is missing: pip install gradio.\n'
 
 
 def test_a_file_that_is_no_image_gets_one_line(tmp_path):

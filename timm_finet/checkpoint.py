@@ -19,13 +19,14 @@ __all__ = ['class_names', 'load_checkpoint']
 MODULES = ['finet', 'resnet_fbn']
 
 # By tag, and by train.py's --dataset: the Hub's name, the usual name, the classes.
-CIFAR10, CIFAR100 = ('cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('cifar100', 'CIFAR-100', None)
-IMAGENET = ('imagenet-1k', 'ImageNet-1k', None)
+CIFAR10, CIFAR100 = ('uoft-cs/cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('uoft-cs/cifar100', 'CIFAR-100', None)
+IMAGENET = ('ILSVRC/imagenet-1k', 'ImageNet-1k', None)
 DATASETS = {
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
     'torch/cifar10_sample': ('imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
+    'tiny_in200': ('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', None),
 }
 UNKNOWN_DATASET = ('imagefolder', 'the owner\'s pictures', None)
 FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them

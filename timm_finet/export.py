@@ -23,7 +23,7 @@ from .rewrite import fuse_fbn
 __all__ = ['export']
 
 SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
-EXTRAS = {'onnx': 'export', 'executorch': 'executorch'}
+PACKAGES = {'onnx': 'onnx onnxscript onnxruntime', 'executorch': 'executorch torchao'}  # those of our extras
 
 CALIBRATION = 400  # of a whole training set as many images: more move int8's ranges little
 
@@ -34,14 +34,14 @@ LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; f
 
 @contextmanager
 def needs(to: str):
-    """Turn a missing package into an error that names the extra, and keep the exporters' chatter away."""
+    """Turn a missing package into an error that says what to install, and keep the exporters' chatter away."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(None):
             warnings.simplefilter('ignore')
             yield
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"--to {to} needs the package {error.name}: pip install 'timm-finet[{EXTRAS[to]}]'.") from error
+        raise RuntimeError(f"--to {to} needs the package {error.name}: pip install {PACKAGES[to]}.") from error
     finally:
         logging.disable(logging.NOTSET)
 

@@ -82,7 +82,7 @@ def app():
     try:
         import gradio as gr
     except ImportError as error:
-        raise RuntimeError("gradio is missing: pip install 'timm-finet[space]'.") from error
+        raise RuntimeError("gradio is missing: pip install gradio.") from error
 
     def answer(picture, name, fbn_groups):
         if picture is None:
