@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 from timm_finet.export import PACKAGES
 
@@ -18,6 +19,17 @@ def test_ci_runs_the_readmes_two_commands_word_for_word():
     lines = (ROOT / '.ci' / 'run').read_text().splitlines()
     for command in commands:
         assert any(command in line for line in lines), command
+    jobs = yaml.safe_load((ROOT / '.github' / 'workflows' / 'test.yml').read_text())['jobs']
+    assert {'run': '.ci/run'} in jobs['test']['steps']
+    oldest = re.search(r'^requires-python = ">=(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    assert jobs['test']['strategy']['matrix']['include'][0] == {'python': oldest, 'resolution': 'lowest-direct'}
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    declared = re.search(r'^version = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    assert citation['version'] == declared
+    assert (ROOT / 'CHANGELOG.md').read_text().split('## ')[1].startswith(declared)
 
 
 def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
