@@ -92,8 +92,10 @@ def app():
     def read(payload):
         try:
             return gr.Image.preprocess(picture, payload)
-        except (SyntaxError, OSError, Image.DecompressionBombError) as error:  # as read_pictures: gradio's own is a traceback
-            raise gr.Error('This file is not an image that can be read, or has too many pixels.', print_exception=False) from error
+        except (SyntaxError, OSError, Image.DecompressionBombError, gr.Error) as error:
+            # As read_pictures, and gradio's own for an SVG: each would print a traceback.
+            message = 'This file is not an image that can be read, or has too many pixels.'
+            raise gr.Error(message, print_exception=False) from error
 
     names = timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True)
     with gr.Blocks(title='Finet', analytics_enabled=False) as page:
