@@ -62,7 +62,8 @@ def step(layer, x, weighting):
 
 def is_fast(layer, x):
     """Whether the layer has left the reference form, by what autograd recorded."""
-    seen, nodes = set(), [layer(x.clone().requires_grad_()).grad_fn]
+    y = layer(x.clone().requires_grad_())  # kept: in older torch the graph goes with it
+    seen, nodes = set(), [y.grad_fn]
     while nodes:
         node = nodes.pop()
         seen.add(node)

@@ -25,6 +25,11 @@ from .sync import sync_batch_norm
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
 
+@torch.compiler.assume_constant_result  # torch 2.9 cannot trace the call
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 class ReferenceFBNConv2d(nn.Conv2d):
     """The paper's own form (Figure 3a), the measure of every other: G times the activations. Arguments as for `FBNConv2d`."""
 
@@ -137,7 +142,7 @@ class FBNConv2d(ReferenceFBNConv2d):
             return self.reference(x)
         form = self._moment_form if self.kernel_size == (1, 1) and self.padding == (0, 0) else self._group_by_group
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
                 return form(x.to(dtype), group)
