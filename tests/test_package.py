@@ -36,7 +36,8 @@ def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
     settings = (ROOT / 'pyproject.toml').read_text()
     assert all(f'"{pattern}"' in settings for pattern in ('recipes/*.yaml', 'weights/*', 'py.typed'))
     assert (ROOT / 'timm_finet' / 'py.typed').is_file()
-    assert {p.parent.name for p in (ROOT / 'timm_finet').glob('*/*') if p.parent.name != '__pycache__'} == {'recipes', 'weights'}
+    folders = {path.parent.name for path in (ROOT / 'timm_finet').glob('*/*')}
+    assert folders - {'__pycache__'} == {'recipes', 'weights'}
 
 
 @pytest.mark.parametrize('extra, packages', [('export', PACKAGES['onnx']), ('executorch', PACKAGES['executorch'])])
@@ -47,7 +48,8 @@ def test_export_asks_for_the_packages_of_its_extra(extra, packages):
 
 @pytest.mark.parametrize('statement', ['import timm_finet', 'import timm_finet.cli'])
 def test_importing_prints_and_warns_nothing(statement):
-    result = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', statement], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, '-W', 'error::UserWarning', '-c', statement], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
 
 
