@@ -1,6 +1,7 @@
 """The command `timm-finet`: its arguments.
 
-It stands beside the package, whose import takes seconds for torch and timm, so that --help and mistakes are answered at once.
+It stands beside the package, whose import takes seconds for torch and timm, so that --help and mistakes are answered at
+once.
 """
 import argparse
 from importlib.metadata import version
@@ -9,16 +10,19 @@ __all__ = ['main']
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='timm-finet', description='Finet and Fine-grained Batch Normalization for timm.')
+    parser = argparse.ArgumentParser(
+        prog='timm-finet', description='Finet and Fine-grained Batch Normalization for timm.')
     parser.add_argument('--version', action='version', version=f"%(prog)s {version('timm-finet')}")
     commands = parser.add_subparsers(dest='command', required=True)
 
     sub = commands.add_parser('demo', help='classify pictures with an embedded network, before and after fusion')
-    sub.add_argument('paths', nargs='*', metavar='PATH', help='own pictures or folders of them, instead of the shipped ones')
+    sub.add_argument(
+        'paths', nargs='*', metavar='PATH', help='own pictures or folders of them, instead of the shipped ones')
     sub.add_argument('--output', default='finet_demo.png', help='contact sheet to write (default: %(default)s)')
 
     sub = commands.add_parser('flops', help='count multiply-adds and parameters of any network of timm or torchvision')
-    sub.add_argument('names', nargs='*', metavar='NAME', help="e.g. 'finet_*' or torchvision:shufflenet_v2_x1_5; default: ours")
+    sub.add_argument(
+        'names', nargs='*', metavar='NAME', help="e.g. 'finet_*' or torchvision:shufflenet_v2_x1_5; default: ours")
     sub.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="default: each network's own")
     form = sub.add_mutually_exclusive_group()
     form.add_argument('--fused', action='store_true', default=True, help='count the deploy form (the default)')
@@ -30,22 +34,30 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('--to', required=True, choices=('onnx', 'executorch'))
     sub.add_argument('--int8', action='store_true', help='quantise weights and activations')
     sub.add_argument('--checkpoint', metavar='FILE', help='weights to use, in train or fused form')
-    sub.add_argument('--calibration', nargs='+', default=(), metavar='PATH', help='images for --int8, of the training set, or folders of them')
+    sub.add_argument(
+        '--calibration', nargs='+', default=(), metavar='PATH',
+        help='images for --int8, of the training set, or folders of them')
     sub.add_argument('--output', metavar='FILE', help='default: NAME.onnx, NAME.pte, NAME.int8.onnx or NAME.int8.pte')
 
-    sub = commands.add_parser('run', help="run timm's train, validate, benchmark, inference or onnx_export with our models")
-    sub.add_argument('script', metavar='SCRIPT', help="a path, or a bare name: looked up in $TIMM_SCRIPTS, else fetched")
-    sub.add_argument('args', nargs=argparse.REMAINDER, help="the script's own arguments; recipe:NAME stands for our YAML")
+    sub = commands.add_parser(
+        'run', help="run timm's train, validate, benchmark, inference or onnx_export with our models")
+    sub.add_argument(
+        'script', metavar='SCRIPT', help="a path, or a bare name: looked up in $TIMM_SCRIPTS, else fetched")
+    sub.add_argument(
+        'args', nargs=argparse.REMAINDER, help="the script's own arguments; recipe:NAME stands for our YAML")
 
     sub = commands.add_parser('push', help='push a checkpoint, with its card, to the Hugging Face Hub')
-    sub.add_argument('checkpoint', metavar='CHECKPOINT', help="of timm's train.py (its EMA, where it has one), or a state dict")
+    sub.add_argument(
+        'checkpoint', metavar='CHECKPOINT', help="of timm's train.py (its EMA, where it has one), or a state dict")
     sub.add_argument('--model', required=True, metavar='NAME', help='the network, as in results.csv')
     sub.add_argument('--repo-id', required=True, metavar='ORG/NAME', help='created where it does not exist')
     sub.add_argument('--private', action='store_true', help='create it as a private repository')
     sub.add_argument('--revision', metavar='BRANCH', help='push to this branch, created where it does not exist')
     sub.add_argument('--fused', action='store_true', help='push the fused form: for inference alone')
-    sub.add_argument('--results', metavar='CSV', help="accuracies for the card, as timm's validate.py --results-file writes them")
-    sub.add_argument('--class-names', metavar='FILE', help='one a line; default: those of the data set, where it is still there')
+    sub.add_argument(
+        '--results', metavar='CSV', help="accuracies for the card, as timm's validate.py --results-file writes them")
+    sub.add_argument(
+        '--class-names', metavar='FILE', help='one a line; default: those of the data set, where it is still there')
     sub.add_argument('--dry-run', action='store_true', help='print the card and the files, push nothing')
 
     commands.add_parser('space', help='serve a web page that classifies pictures, in train and in fused form')

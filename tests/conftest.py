@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 HUB, HF_HOME = Hub(), tempfile.mkdtemp()
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 # huggingface_hub reads its settings as it is imported, and child processes inherit these.
-os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_TOKEN=WRITER, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
+os.environ.update(
+    HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_TOKEN=WRITER, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
 
 import timm_finet  # noqa: E402, F401 (registers the models)
 

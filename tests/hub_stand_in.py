@@ -186,7 +186,8 @@ class Handler(BaseHTTPRequestHandler):
         start = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
         if start:
             start = int(start[1])
-            return self.send(206, content[start:], Content_Range=f'bytes {start}-{len(content) - 1}/{len(content)}', **headers)
+            headers['Content_Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
+            return self.send(206, content[start:], **headers)
         self.send(content=content, **headers)
 
 

@@ -29,7 +29,8 @@ def card_text(name):
 def figures(card):
     """The numbers that a card states as measured or counted: in tables, in the model-index, and at the log's end."""
     lines = [line for line in card.splitlines() if line.startswith('|') or 'value:' in line or '% top-1' in line]
-    return set(re.findall(r'\d[\d,]*(?:\.\d+)?', re.sub(r'`[^`]*`|\d+x\d+x\d+|top-\d|\[[^]]*\]\([^)]*\)', '', '\n'.join(lines))))
+    bare = re.sub(r'`[^`]*`|\d+x\d+x\d+|top-\d|\[[^]]*\]\([^)]*\)', '', '\n'.join(lines))
+    return set(re.findall(r'\d[\d,]*(?:\.\d+)?', bare))
 
 
 def known_figures(name):
@@ -75,9 +76,18 @@ def test_metadata_and_config_agree(name):
     data = ModelCard(card_text(name)).data
     config = json.loads((ROOT / 'hf_cards' / name / 'config.json').read_text())
     assert (data.library_name, data.pipeline_tag, data.model_name) == ('timm', 'image-classification', name)
+    # The Hub has no data set without an owner any more.
+    assert all(dataset.count('/') == 1 for dataset in data.datasets or ())
     assert 'transformers' not in data.tags and data.license == config['pretrained_cfg']['license']
     assert [result.metric_name for result in data.eval_results] == ['Top-1 accuracy', 'Top-5 accuracy']
     assert config['model_args']['small_input'] and len(config['pretrained_cfg']['label_names']) == config['num_classes']
+
+
+def test_space_names_every_weight_that_it_serves_and_their_data():
+    data = yaml.safe_load((ROOT / 'hf_cards' / 'space' / 'README.md').read_text().split('---')[1])
+    assert data['models'] == [f'timm-finet/{name}' for name in NAMES]
+    assert set(data['datasets']) == {
+        dataset for name in NAMES for dataset in ModelCard(card_text(name)).data.datasets or ()}
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -16,7 +16,8 @@ def run(*args):
 
 
 @pytest.mark.parametrize('args, status', [
-    (['--help'], 0), (['--version'], 0), (['export', '--help'], 0), (['export', 'finet_small', '--to', 'nothing'], 2), ([], 2)])
+    (['--help'], 0), (['--version'], 0), (['export', '--help'], 0), (['export', 'finet_small', '--to', 'nothing'], 2),
+    ([], 2)])
 def test_help_version_and_mistakes_are_answered_without_importing_torch(args, status):
     result = run(*args)
     assert (result.returncode, result.stdout.split()[-1]) == (status, 'False'), result.stderr
@@ -26,4 +27,5 @@ def test_help_version_and_mistakes_are_answered_without_importing_torch(args, st
 
 def test_console_script_is_the_module_beside_the_package():
     settings = (ROOT / 'pyproject.toml').read_text()
-    assert re.search(r'^timm-finet = "timm_finet_cli:main"$', settings, re.M) and 'py-modules = ["timm_finet_cli"]' in settings
+    assert re.search(r'^timm-finet = "timm_finet_cli:main"$', settings, re.M)
+    assert 'py-modules = ["timm_finet_cli"]' in settings

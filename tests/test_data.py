@@ -59,7 +59,8 @@ def test_timms_loader_normalises_crops_and_flips(tmp_path):
     data = create_dataset('torch/cifar10_pad2', root=str(tmp_path), split='train')
     loader = create_loader(
         data, (3, 32, 32), 20, is_training=True, use_prefetcher=False, scale=(1, 1), ratio=(1, 1), hflip=1.,
-        color_jitter=0, interpolation='bilinear', mean=(0.5,) * 3, std=(0.25,) * 3, num_workers=0, persistent_workers=False)
+        color_jitter=0, interpolation='bilinear', mean=(0.5,) * 3, std=(0.25,) * 3, num_workers=0,
+        persistent_workers=False)
     batch, labels = next(iter(loader))
     pixels = (batch * 0.25 + 0.5).mul(255).round().numpy().astype(np.uint8).transpose(0, 2, 3, 1)[:, :, ::-1]
     for picture, label in zip(pixels, labels):

@@ -41,7 +41,8 @@ def test_own_pictures_and_folders(tmp_path):
     assert len(re.findall(r'^\w+ \d+%$', result.stdout, re.M)) == 2 and (tmp_path / 'out.png').is_file()
 
 
-@pytest.mark.parametrize('name, message', [('no.png', 'does not exist'), ('text.png', 'not an image'), ('empty', 'empty folder')])
+@pytest.mark.parametrize('name, message', [
+    ('no.png', 'does not exist'), ('text.png', 'not an image'), ('empty', 'empty folder')])
 def test_bad_pictures_give_one_line_and_no_file(name, message, tmp_path):
     (tmp_path / 'text.png').write_text('no picture')
     (tmp_path / 'empty').mkdir()

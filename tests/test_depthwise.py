@@ -39,7 +39,8 @@ def test_bfloat16_training_takes_the_fast_way_and_equals_conv2d(memory_format):
     other = twin(layer).to(memory_format=memory_format)
     grads = []
     for net in (layer, other):
-        x = torch.linspace(-1, 1, 2 * 8 * 9 * 8).view(2, 8, 9, 8).contiguous(memory_format=memory_format).requires_grad_()
+        x = torch.linspace(-1, 1, 2 * 8 * 9 * 8).view(2, 8, 9, 8)
+        x = x.contiguous(memory_format=memory_format).requires_grad_()
         with torch.autocast('cpu', torch.bfloat16):
             y = net(x)
         assert ('_StridedBackward' in names(y)) == (net is layer)

@@ -29,7 +29,8 @@ NETWORKS = {
     '3x3': lambda: FBNConv2d(8, 6, 3, padding=1, fbn_groups=2),
     'finet': finet,
     'resnet stage': lambda: timm.create_model('resnet18_fbn').layer2,
-    'launcher': finet,  # nothing frozen: what `timm-finet run train` does for train.py on the CPU; last, as it patches torch
+    # Nothing frozen: what `timm-finet run train` does for train.py on the CPU; last, as it patches torch.
+    'launcher': finet,
 }
 SHAPES = {'finet': (3, 32, 32), 'launcher': (3, 32, 32), 'resnet stage': (64, 8, 8)}
 
@@ -60,7 +61,8 @@ def worker(rank, folder):
         model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
         if name == 'launcher':
             train_on_several_cpus()
-            model = nn.parallel.DistributedDataParallel(model, device_ids=[torch.device('cpu')])  # averages the gradients
+            # It averages the gradients.
+            model = nn.parallel.DistributedDataParallel(model, device_ids=[torch.device('cpu')])
         y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
         results[name] = y, grad, [p.grad for p in model.parameters()], list(model.buffers())
     torch.save(results, f'{folder}/{rank}.pt')

@@ -16,8 +16,9 @@ from timm_finet.data import TRAINING_PICTURES, shipped_pictures
 
 NAME = 'finet_small_g4.cifar10'
 RUNTIMES = [
-    pytest.param('onnx', marks=pytest.mark.skipif(not find_spec('onnxruntime'), reason='needs timm-finet[export]')),
-    pytest.param('executorch', marks=pytest.mark.skipif(not find_spec('executorch'), reason='needs timm-finet[executorch]')),
+    pytest.param('onnx', marks=pytest.mark.skipif(not find_spec('onnxruntime'), reason='needs the extra export')),
+    pytest.param(
+        'executorch', marks=pytest.mark.skipif(not find_spec('executorch'), reason='needs the extra executorch')),
 ]
 
 
@@ -73,11 +74,12 @@ def test_other_networks_of_timm_are_built_fused(tmp_path, randomise):
 
 @pytest.fixture
 def trained(tmp_path, randomise):
-    """A function that writes what train.py leaves of a network with other classes, stem, size and mean than its name's."""
+    """A function that writes what train.py leaves of a network of other classes, stem, size and mean than its name."""
     def save(**args):
         kwargs = dict(small_input=True, act_place='output')
         model = randomise(timm.create_model('finet_small_g4', num_classes=args.pop('num_classes', 10), **kwargs)).eval()
-        args = dict(model='finet_small_g4', model_kwargs=kwargs, img_size=48, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], **args)
+        args = dict(
+            model='finet_small_g4', model_kwargs=kwargs, img_size=48, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], **args)
         file = tmp_path / 'last.pth.tar'
         torch.save(dict(
             state_dict=timm.create_model('finet_small_g4', num_classes=model.num_classes, **kwargs).state_dict(),
@@ -113,11 +115,14 @@ def test_checkpoint_is_exported_as_it_was_trained(trained, exported, capsys):
 
 
 @pytest.mark.parametrize('args', [dict(num_classes=3, dataset=''), dict(dataset='')])
-def test_network_of_other_classes_is_not_scored_on_the_shipped_images(args, trained, exported, refused, tmp_path, capsys):
+def test_network_of_other_classes_is_not_scored_on_the_shipped_images(
+        args, trained, exported, refused, tmp_path, capsys):
     file, _ = trained(**args)
     exported('--checkpoint', file)
     assert 'right: ' not in capsys.readouterr().out
-    refused(['finet_small_g4', '--to', 'onnx', '--int8', '--checkpoint', file], 'calibration: give images that finet_small_g4')
+    refused(
+        ['finet_small_g4', '--to', 'onnx', '--int8', '--checkpoint', file],
+        'calibration: give images that finet_small_g4')
     for i, tile in enumerate(shipped_pictures()[0][::10]):
         (tmp_path / 'train' / str(i % 3)).mkdir(parents=True, exist_ok=True)
         tile.save(tmp_path / 'train' / str(i % 3) / f'{i}.png')
@@ -174,11 +179,11 @@ def test_file_that_disagrees_is_not_written(error, tmp_path, monkeypatch, refuse
 
 
 @pytest.mark.parametrize('to, package', [('onnx', 'onnxruntime'), ('executorch', 'executorch')])
-def test_missing_package_names_the_extra(to, package, tmp_path, monkeypatch, refused):
+def test_missing_package_says_what_to_install(to, package, tmp_path, monkeypatch, refused):
     for name in [name for name in sys.modules if name.split('.')[0] == package] + [package]:
         monkeypatch.setitem(sys.modules, name, None)
     output = tmp_path / 'model.bin'
-    refused([NAME, '--to', to, '--output', output], rf"needs the package \w+.*pip install 'timm-finet\[{export.EXTRAS[to]}\]'")
+    refused([NAME, '--to', to, '--output', output], rf'needs the package \w+.*pip install {export.PACKAGES[to]}\.')
     assert not list(tmp_path.iterdir())
 
 
@@ -191,7 +196,8 @@ def test_missing_package_names_the_extra(to, package, tmp_path, monkeypatch, ref
     (['finet_small', '--to', 'onnx', '--output', '{tmp}/model.pte'], 'output=.*model.pte.* does not go with --to onnx'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}'], 'checkpoint=.* is a folder'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/text.pth'], 'checkpoint=.*text.pth.* cannot be read'),
-    (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/other.pth'], 'checkpoint=.*other.pth.* does not fit finet_small'),
+    (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/other.pth'],
+     'checkpoint=.*other.pth.* does not fit finet_small'),
     (['finet_small', '--to', 'onnx', '--int8'], 'calibration: give images that finet_small was trained on'),
     (['finet_small', '--to', 'onnx', '--int8', '--calibration', '{tmp}/no.png'], 'no.png does not exist'),
     (['finet_small', '--to', 'onnx', '--calibration', '{tmp}'], 'needs --int8'),

@@ -60,7 +60,8 @@ def test_bad_arguments_name_themselves(kwargs, message):
 
 def test_affine_off_has_as_many_parameters_at_any_groups():
     counts = {
-        sum(p.numel() for p in timm.create_model('finet_large', affine=False, fbn_groups=g).parameters()) for g in (1, 2, 4)}
+        sum(p.numel() for p in timm.create_model('finet_large', affine=False, fbn_groups=g).parameters())
+        for g in (1, 2, 4)}
     assert len(counts) == 1
 
 
@@ -79,7 +80,8 @@ def test_dropout_is_on_both_fully_connected_inputs():
 def test_state_dict_round_trip(tmp_path, randomise):
     model = randomise(timm.create_model('finet_small_se_g2', num_classes=5)).eval()
     save_model(model, str(tmp_path / 'model.safetensors'))
-    again = timm.create_model('finet_small_se_g2', num_classes=5, checkpoint_path=str(tmp_path / 'model.safetensors')).eval()
+    again = timm.create_model(
+        'finet_small_se_g2', num_classes=5, checkpoint_path=str(tmp_path / 'model.safetensors')).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 

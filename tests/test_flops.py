@@ -91,7 +91,8 @@ def test_table_prints_both_parameter_counts(capsys):
 
 def test_wildcards_reach_torchvision():
     assert find_names(['torchvision:mnasnet*', 'finet_small', 'finet_small']) == [
-        'torchvision:mnasnet0_5', 'torchvision:mnasnet0_75', 'torchvision:mnasnet1_0', 'torchvision:mnasnet1_3', 'finet_small']
+        'torchvision:mnasnet0_5', 'torchvision:mnasnet0_75', 'torchvision:mnasnet1_0', 'torchvision:mnasnet1_3',
+        'finet_small']
 
 
 @pytest.mark.parametrize('args, message', [
@@ -99,7 +100,8 @@ def test_wildcards_reach_torchvision():
     (['squeezenet1_0'], 'did you mean torchvision:squeezenet1_0'),
     (['nothing_like_it*'], r"'nothing_like_it\*' is unknown"),
     (['finet_small.imagenet'], r'tag \(imagenet\) for finet_small'),
-    (['finet_small', '--input-size', '3', '31', '224'], r'finet_small: input_size=\(3, 31, 224\) is too small.*at least 32 px'),
+    (['finet_small', '--input-size', '3', '31', '224'],
+     r'finet_small: input_size=\(3, 31, 224\) is too small.*at least 32 px'),
     (['torchvision:vgg11', '--input-size', '3', '8', '8'], r'input_size=\(3, 8, 8\) does not fit VGG'),
     (['finet_small', '--input-size', '1', '64', '64'], r'input_size=\(1, 64, 64\) does not fit Finet'),
 ])

@@ -21,9 +21,10 @@ from timm_finet import cli, fuse_fbn, hub as hub_module
 from timm_finet.demo import shipped_pictures
 
 ARGS = dict(
-    model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48], pretrained=False,
-    dataset='torch/cifar10_pad2', mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=1.0, interpolation='bilinear',
-    epochs=3, batch_size=128, opt='momentum', lr=0.1, seed=7, data_dir='/home/me/cifar', output='/home/me/out')
+    model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48],
+    pretrained=False, dataset='torch/cifar10_pad2', mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=1.0,
+    interpolation='bilinear', epochs=3, batch_size=128, opt='momentum', lr=0.1, seed=7, data_dir='/home/me/cifar',
+    output='/home/me/out')
 X = torch.randn(2, 3, 32, 32)
 
 
@@ -149,8 +150,8 @@ def test_cut_upload_is_taken_up_again(hub, push, model):
 def test_killed_push_leaves_nothing_half_done(hub, push, checkpoint, model):
     uploading = threading.Event()
     hub.interfere['PUT'] = lambda request: (request.rfile.read(1000), uploading.set(), request.rfile.read())
-    child = subprocess.Popen(
-        [sys.executable, '-m', 'timm_finet', 'push', str(checkpoint), '--model', 'finet_small_g2', '--repo-id', 'me/net'])
+    command = ['push', str(checkpoint), '--model', 'finet_small_g2', '--repo-id', 'me/net']
+    child = subprocess.Popen([sys.executable, '-m', 'timm_finet', *command])
     assert uploading.wait(60)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -173,8 +174,9 @@ def test_refused_push_says_why_in_one_line(hub, push, checkpoint, monkeypatch, t
 
 
 def test_push_without_a_network_says_so_in_one_line(hub, checkpoint):
+    command = ['push', str(checkpoint), '--model', 'finet_small_g2', '--repo-id', 'me/net']
     result = subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'push', str(checkpoint), '--model', 'finet_small_g2', '--repo-id', 'me/net'],
+        [sys.executable, '-m', 'timm_finet', *command],
         env={**os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:1'}, capture_output=True, text=True)
     assert result.returncode == 2 and 'http://127.0.0.1:1 cannot be reached' in result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -214,7 +216,8 @@ def test_what_is_no_checkpoint_is_named_in_one_line(content, push, checkpoint, t
 
 
 @pytest.mark.parametrize('args, message', [
-    ('', 'does not hold the arguments'), ('[1, 2]', 'does not hold the arguments'), ('model: 7', 'does not hold the arguments'),
+    ('', 'does not hold the arguments'), ('[1, 2]', 'does not hold the arguments'),
+    ('model: 7', 'does not hold the arguments'),
     ('model: finet_small_g2\nmodel_kwargs: {nonsense: 1}', 'does not fit finet_small_g2: .*nonsense'),
     ('model: finet_small_g2\nmean: [1, 2]', 'does not fit finet_small_g2')])
 def test_odd_training_arguments_are_refused_in_one_line(args, message, push, tmp_path):
@@ -224,7 +227,8 @@ def test_odd_training_arguments_are_refused_in_one_line(args, message, push, tmp
     assert status == 2 and out == '' and len(err.splitlines()) == 1 and re.search(message, err), err
 
 
-@pytest.mark.parametrize('value, message', [(7, 'is no tensor'), (torch.full((10,), torch.nan), 'not finite in head.fc.bias')])
+@pytest.mark.parametrize('value, message', [
+    (7, 'is no tensor'), (torch.full((10,), torch.nan), 'not finite in head.fc.bias')])
 def test_weights_that_are_no_numbers_are_refused(value, message, push, model, tmp_path):
     key = [key for key in model.state_dict() if key.endswith('.bias')][-1]
     torch.save({**model.state_dict(), key: value}, tmp_path / 'bad.pth')
@@ -234,7 +238,8 @@ def test_weights_that_are_no_numbers_are_refused(value, message, push, model, tm
 
 @pytest.mark.parametrize('name, row, found', [
     ('finet_small_g2', 'finet_small_g2.cifar10', True), ('finet_small_g2.cifar10', 'finet_small_g2', True),
-    ('finet_small_g2.cifar10', 'finet_small_g2.other', False), ('finet_small_g2', 'finet_small_g2_more.cifar10', False)])
+    ('finet_small_g2.cifar10', 'finet_small_g2.other', False),
+    ('finet_small_g2', 'finet_small_g2_more.cifar10', False)])
 def test_results_are_found_with_and_without_a_tag(name, row, found, tmp_path):
     (tmp_path / 'results.csv').write_text(f'model,top1,top5\n{row},51.25,90.5\n')
     if found:
@@ -257,11 +262,13 @@ def own(tmp_path):
         (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
         shipped_pictures()[0][0].save(tmp_path / 'data' / 'train' / name / '0.png')
     args = dict(
-        model='finet_small_g2', dataset='', data_dir=str(tmp_path / 'data'), train_split='train', class_map='', pretrained=False)
+        model='finet_small_g2', dataset='', data_dir=str(tmp_path / 'data'), train_split='train', class_map='',
+        pretrained=False)
 
     def save(**more):
         model = timm.create_model('finet_small_g2', num_classes=3)
-        torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**{**args, **more})), tmp_path / 'own.pth.tar')
+        namespace = argparse.Namespace(**{**args, **more})
+        torch.save(dict(state_dict=model.state_dict(), args=namespace), tmp_path / 'own.pth.tar')
         return tmp_path / 'own.pth.tar'
     return save
 
@@ -315,7 +322,8 @@ def test_cards_usage_runs_as_it_stands(hub, push, tmp_path, monkeypatch, capsys)
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_commit_can_be_pinned_and_what_was_loaded_loads_offline_in_timms_scripts(hub, push, model, checkpoint, tmp_path):
+def test_commit_can_be_pinned_and_what_was_loaded_loads_offline_in_timms_scripts(
+        hub, push, model, checkpoint, tmp_path):
     push()
     first = hub.repos['me/net'].branches['main']
     save_file(timm.create_model('finet_small_g2', num_classes=10).state_dict(), checkpoint.with_name('new.safetensors'))

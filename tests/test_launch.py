@@ -34,16 +34,18 @@ def script(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('by', ['name', 'path'])
 def test_script_runs_as_main_with_our_models_and_its_exit_status(by, script):
+    name = 'validate' if by == 'name' else str(script)
     result = subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'run', 'validate' if by == 'name' else str(script), '--model', 'x', '--help'],
-        capture_output=True, text=True)
+        [sys.executable, '-m', 'timm_finet', 'run', name, '--model', 'x', '--help'], capture_output=True, text=True)
     assert result.returncode == 7, result.stderr
     assert result.stdout.strip() == "['--model', 'x', '--help'] True True"
 
 
 def test_scripts_may_fuse_before_eval(script):
     script.write_text(
-        "import timm\nfrom timm.utils import reparameterize_model\nfrom timm.utils.model import reparameterize_model as other\n"
+        "import timm\n"
+        "from timm.utils import reparameterize_model\n"
+        "from timm.utils.model import reparameterize_model as other\n"
         "for fuse in (reparameterize_model, other):\n"
         "    model = fuse(timm.create_model('finet_small_g2'))\n"
         "    print(model.training, any('running_var' in key for key in model.state_dict()))\n")
@@ -62,7 +64,8 @@ def test_torchrun_starts_it(script):
 
 def test_recipes_are_found_by_name(script):
     command = launch.resolve('validate', ['--config', 'recipe:cifar10_short', '--lr', '1'])
-    assert command[0] == str(script) and command[2].endswith('recipes/cifar10_short.yaml') and command[3:] == ['--lr', '1']
+    assert command[0] == str(script) and command[2].endswith('recipes/cifar10_short.yaml')
+    assert command[3:] == ['--lr', '1']
     with pytest.raises(FileNotFoundError, match="recipe:none.*cifar10_short"):
         launch.resolve('validate', ['--config', 'recipe:none'])
 
@@ -109,7 +112,8 @@ def test_script_is_fetched_once_at_the_installed_versions_tag(cache, monkeypatch
 
 def test_no_network_names_three_ways_out(cache, monkeypatch):
     monkeypatch.setattr(launch, 'URL', 'http://127.0.0.1:1')
-    with pytest.raises(FileNotFoundError, match=f'TIMM_SCRIPTS to a checkout of timm at tag v{timm.__version__}.*train.py'):
+    message = f'TIMM_SCRIPTS to a checkout of timm at tag v{timm.__version__}.*train.py'
+    with pytest.raises(FileNotFoundError, match=message):
         launch.find_script('train')
     assert not cache.exists()
 
@@ -126,7 +130,8 @@ parser.add_argument('--pretrained', action='store_true')
 for name in ('num-classes', 'img-size', 'input-size'):
     parser.add_argument(f'--{name}', type=int)
 for name in ('data-dir', 'dataset', 'model', 'output', 'resume', 'train-split', 'loss'):
-    parser.add_argument(f'--{name}', default={'dataset': 'hfids/x', 'model': 'finet_small', 'train-split': 'train'}.get(name))
+    defaults = {'dataset': 'hfids/x', 'model': 'finet_small', 'train-split': 'train'}
+    parser.add_argument(f'--{name}', default=defaults.get(name))
 known, rest = config.parse_known_args()
 if known.config:
     parser.set_defaults(**yaml.safe_load(open(known.config)))
@@ -144,7 +149,8 @@ def train(script):
 
     def run(*args):
         return subprocess.run(
-            [sys.executable, '-m', 'timm_finet', 'run', 'train', *args], capture_output=True, text=True, cwd=script.parent)
+            [sys.executable, '-m', 'timm_finet', 'run', 'train', *args], capture_output=True, text=True,
+            cwd=script.parent)
     return run
 
 
@@ -157,7 +163,8 @@ def classes(script):
 
 def test_training_stops_at_a_loss_that_is_nan(train):
     result = train('--loss', 'nan')
-    assert (result.returncode, result.stdout) == (1, '') and result.stderr.splitlines()[-1].startswith('The loss is nan: ')
+    assert (result.returncode, result.stdout) == (1, '')
+    assert result.stderr.splitlines()[-1].startswith('The loss is nan: ')
 
 
 @pytest.mark.parametrize('by', ['option', 'config'])
@@ -176,7 +183,8 @@ def test_train_takes_device_classes_and_size_that_nobody_gave_and_says_so(train,
     args = json.loads(result.stdout)
     assert (args['device'], args['num_classes']) == ('cpu', 4)
     assert result.stderr == (
-        'timm-finet run train: takes --num-classes 4, --device cpu, --img-size 32 of the weights, as nothing else was given.\n')
+        'timm-finet run train: takes --num-classes 4, --device cpu, --img-size 32 of the weights, '
+        'as nothing else was given.\n')
 
 
 @pytest.mark.parametrize('by', ['option', 'config'])
@@ -193,7 +201,8 @@ BAD = dict(
     data=(['--dataset', '', '--data-dir', 'none'], "--data-dir='none' does not exist"),
     empty=(['--dataset', '', '--data-dir', 'empty'], "--data-dir='empty': Found 0 images"),
     resume=(['--resume', 'no.pth.tar'], "--resume='no.pth.tar' does not exist"),
-    classes=(['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
+    classes=(
+        ['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
     untold=(['--pretrained', '--dataset', 'hfids/x'], '--num-classes is missing'),
 )
 
@@ -218,9 +227,11 @@ def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, mo
 
 
 def test_checkpoint_that_does_not_exist_is_named_before_validation(script):
-    script.write_text('import argparse\np = argparse.ArgumentParser()\np.add_argument("--checkpoint")\np.parse_args()\nprint(1)')
+    script.write_text(
+        'import argparse\np = argparse.ArgumentParser()\np.add_argument("--checkpoint")\np.parse_args()\nprint(1)')
     result = subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'run', 'validate', '--checkpoint', 'no.pth'], capture_output=True, text=True)
+        [sys.executable, '-m', 'timm_finet', 'run', 'validate', '--checkpoint', 'no.pth'], capture_output=True,
+        text=True)
     assert (result.returncode, result.stdout) == (2, '')
     assert result.stderr == "timm-finet run validate: --checkpoint='no.pth' does not exist.\n"
 
@@ -243,7 +254,8 @@ def test_interrupted_training_ends_in_one_line_and_status_130(caught, script):
 @pytest.mark.parametrize('error', ['KeyboardInterrupt', 'OSError(28, "No space left on device")'])
 def test_half_a_checkpoint_is_deleted(error, script):
     (script.parent / 'train.py').write_text(
-        f'import torch\nfrom timm import utils\n\ndef save(state, file):\n    open(file, "w").close()\n    raise {error}\n'
+        'import torch\nfrom timm import utils\n\n'
+        f'def save(state, file):\n    open(file, "w").close()\n    raise {error}\n'
         'torch.save = save\nmodel = torch.nn.Linear(1, 1)\n'
         'utils.CheckpointSaver(model, torch.optim.SGD(model.parameters()), checkpoint_dir="out").save_checkpoint(0)')
     (script.parent / 'out').mkdir()

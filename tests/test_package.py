@@ -6,6 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+
+from timm_finet.export import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,17 +19,37 @@ def test_ci_runs_the_readmes_two_commands_word_for_word():
     lines = (ROOT / '.ci' / 'run').read_text().splitlines()
     for command in commands:
         assert any(command in line for line in lines), command
+    jobs = yaml.safe_load((ROOT / '.github' / 'workflows' / 'test.yml').read_text())['jobs']
+    assert {'run': '.ci/run'} in jobs['test']['steps']
+    oldest = re.search(r'^requires-python = ">=(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    assert jobs['test']['strategy']['matrix']['include'][0] == {'python': oldest, 'resolution': 'lowest-direct'}
 
 
-def test_recipes_and_weights_are_in_the_wheel():
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    declared = re.search(r'^version = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    assert citation['version'] == declared
+    assert (ROOT / 'CHANGELOG.md').read_text().split('## ')[1].startswith(declared)
+
+
+def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
     settings = (ROOT / 'pyproject.toml').read_text()
-    assert '"recipes/*.yaml"' in settings and '"weights/*"' in settings
-    assert {p.parent.name for p in (ROOT / 'timm_finet').glob('*/*') if p.parent.name != '__pycache__'} == {'recipes', 'weights'}
+    assert all(f'"{pattern}"' in settings for pattern in ('recipes/*.yaml', 'weights/*', 'py.typed'))
+    assert (ROOT / 'timm_finet' / 'py.typed').is_file()
+    folders = {path.parent.name for path in (ROOT / 'timm_finet').glob('*/*')}
+    assert folders - {'__pycache__'} == {'recipes', 'weights'}
+
+
+@pytest.mark.parametrize('extra, packages', [('export', PACKAGES['onnx']), ('executorch', PACKAGES['executorch'])])
+def test_export_asks_for_the_packages_of_its_extra(extra, packages):
+    listed = re.search(rf'^{extra} = \[(.*)\]$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    assert set(re.findall(r'"(\w+)>', listed)) == set(packages.split())
 
 
 @pytest.mark.parametrize('statement', ['import timm_finet', 'import timm_finet.cli'])
 def test_importing_prints_and_warns_nothing(statement):
-    result = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', statement], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, '-W', 'error::UserWarning', '-c', statement], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
 
 

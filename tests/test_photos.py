@@ -45,10 +45,13 @@ def level(image):
 def source(tmp_path):
     """Tiny-ImageNet's layout: two classes of three and two pictures, the first of them gray."""
     files = {
-        f'train/{GOLDFISH}/images/{GOLDFISH}_10.JPEG': picture(90), f'train/{GOLDFISH}/images/{GOLDFISH}_2.JPEG': picture(60),
+        f'train/{GOLDFISH}/images/{GOLDFISH}_10.JPEG': picture(90),
+        f'train/{GOLDFISH}/images/{GOLDFISH}_2.JPEG': picture(60),
         f'train/{GOLDFISH}/images/{GOLDFISH}_1.JPEG': picture(30, 'L'), f'train/{GOLDFISH}/{GOLDFISH}_boxes.txt': b'',
-        f'train/{BULLFROG}/images/{BULLFROG}_0.JPEG': picture(200), f'train/{BULLFROG}/images/{BULLFROG}_1.JPEG': picture(230),
-        'val/images/val_0.JPEG': picture(210), 'val/images/val_1.JPEG': picture(120), 'test/images/test_0.JPEG': picture(0),
+        f'train/{BULLFROG}/images/{BULLFROG}_0.JPEG': picture(200),
+        f'train/{BULLFROG}/images/{BULLFROG}_1.JPEG': picture(230),
+        'val/images/val_0.JPEG': picture(210), 'val/images/val_1.JPEG': picture(120),
+        'test/images/test_0.JPEG': picture(0),
         'val/val_annotations.txt': f'val_0.JPEG\t{BULLFROG}\t0\t0\nval_1.JPEG\t{GOLDFISH}\t0\t0\n'.encode()}
     for path, data in files.items():
         path = tmp_path / 'source' / 'tiny' / path
@@ -87,7 +90,8 @@ def test_counts_are_those_of_the_pack(source, tmp_path, monkeypatch):
     assert (train['sizes'], train['modes']) == ('64x64:5', 'RGB:4 L:1')
     dataset = read(tmp_path / 'pack', 'validation')
     lines = ''.join(
-        f'{hashlib.sha256(dataset.reader[i][0].read()).hexdigest()}  {dataset.filename(i)}\n' for i in range(len(dataset)))
+        f'{hashlib.sha256(dataset.reader[i][0].read()).hexdigest()}  {dataset.filename(i)}\n'
+        for i in range(len(dataset)))
     assert validation['sha256_of_list'] == hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -101,7 +105,8 @@ def test_bare_repository_gives_the_same_tars_as_its_folder(source, tmp_path, mon
     pack(monkeypatch, source / 'tiny', tmp_path / 'folder')
     pack(monkeypatch, tmp_path / 'bare', tmp_path / 'repository')
     for split in ('train', 'validation'):
-        assert (tmp_path / 'folder' / f'{split}.tar').read_bytes() == (tmp_path / 'repository' / f'{split}.tar').read_bytes()
+        folder, repository = (tmp_path / name / f'{split}.tar' for name in ('folder', 'repository'))
+        assert folder.read_bytes() == repository.read_bytes()
 
 
 def test_limits_take_the_first_pictures_of_the_first_classes(source, tmp_path, monkeypatch):
@@ -144,7 +149,8 @@ def test_embedding_writes_file_sum_and_names_or_nothing(tmp_path, monkeypatch):
     file = tmp_path / 'net.tag.safetensors'
     assert file.stat().st_mode & 0o777 == 0o644
     assert load_file(file)['weight'].equal(state['weight']) and (tmp_path / 'tag.txt').read_text() == 'cat\ndog\n'
-    assert (tmp_path / 'SHA256SUMS').read_text() == f'{hashlib.sha256(file.read_bytes()).hexdigest()}  net.tag.safetensors\n'
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (tmp_path / 'SHA256SUMS').read_text() == f'{digest}  net.tag.safetensors\n'
     monkeypatch.setattr(embed_weights, 'ROOM', 30_000)
     with pytest.raises(ValueError, match='net.other would make'):
         embed_weights.embed(state, 'net.other', [], tmp_path)
@@ -189,7 +195,8 @@ def test_from_scratch_leaves_out_the_weights_alone():
     assert recipe.pop('pretrained') is True and '--pretrained' not in args
     assert {arg[2:].replace('-', '_') for arg in args if arg.startswith('--')} == set(recipe)
     assert args[args.index('--scale'):][:3] == ['--scale', '0.35', '1'] and None not in recipe.values()
-    tuned, scratch = (transfer.Setting('finet_small_g4.cifar10', start).args(0) for start in ('fine-tuned', 'from scratch'))
+    tuned, scratch = (
+        transfer.Setting('finet_small_g4.cifar10', start).args(0) for start in ('fine-tuned', 'from scratch'))
     assert tuned[:2] == ['--config', 'recipe:finetune'] and scratch[-len(tuned) + 2:] == tuned[2:]
 
 
@@ -214,7 +221,8 @@ def test_readme_holds_the_tables_of_the_results():
 def test_transfer_table_tells_starts_apart():
     rows = [
         dict(setting=str(transfer.Setting('net.tag', start)), seed=seed, top1_last=top1, top1_best='60')
-        for start, seed, top1 in (('fine-tuned', '0', '58'), ('fine-tuned', '1', '60'), ('from scratch, higher rate', '0', '40'))]
+        for start, seed, top1 in (
+            ('fine-tuned', '0', '58'), ('fine-tuned', '1', '60'), ('from scratch, higher rate', '0', '40'))]
     assert transfer.table(rows).splitlines()[2:] == [
         '| `net.tag` | fine-tuned | 59.00 ± 1.41 | 60.00 ± 0.00 | 0, 1 |',
         '| `net.tag` | from scratch, higher rate | 40.00 | 60.00 | 0 |']

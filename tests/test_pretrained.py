@@ -127,7 +127,8 @@ def test_weights_on_the_hub_must_have_the_recorded_sha256(hub, register, trained
     register('finet_large_se_g4.toys', trained, hf_hub_id='me/toys')
     same(timm.create_model('finet_large_se_g4.toys', pretrained=True), trained)
     hub.repos['me/toys'].branches['main'] = pinned
-    with pytest.raises(RuntimeError, match='sha256 is not the one of finet_large_se_g4.toys.safetensors.*me/toys again'):
+    message = 'sha256 is not the one of finet_large_se_g4.toys.safetensors.*me/toys again'
+    with pytest.raises(RuntimeError, match=message):
         timm.create_model('finet_large_se_g4.toys', pretrained=True)
 
 
@@ -156,7 +157,8 @@ def test_own_sources_stay(trained, tmp_path):
     save_file(trained.state_dict(), tmp_path / 'own.safetensors')
     for overlay in (dict(file=str(tmp_path / 'own.safetensors')), dict(state_dict=trained.state_dict())):
         same(timm.create_model(
-            'finet_large_se_g4', pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=6), small_input=True), trained)
+            'finet_large_se_g4', pretrained=True, small_input=True,
+            pretrained_cfg_overlay=dict(overlay, num_classes=6)), trained)
         same(timm.create_model(
             'finet_large_se_g4', pretrained=True, small_input=True,
             pretrained_cfg=dict(overlay, num_classes=6, first_conv='stem.conv', classifier='classifier')), trained)
@@ -166,7 +168,8 @@ def test_own_sources_stay(trained, tmp_path):
 
 def test_the_stem_is_saved_whatever_size_is_saved_with_it(trained, tmp_path):
     for i, model in enumerate((trained, timm.create_model('finet_small_se_g2', num_classes=6).eval())):
-        save_for_hf(model, str(tmp_path / str(i)), safe_serialization=True, data_config=dict(input_size=(3, (64, 32)[i], 32)))
+        config = dict(input_size=(3, (64, 32)[i], 32))
+        save_for_hf(model, str(tmp_path / str(i)), safe_serialization=True, data_config=config)
         same(timm.create_model(f'local-dir:{tmp_path / str(i)}', pretrained=True), model)
 
 

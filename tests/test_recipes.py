@@ -51,8 +51,8 @@ def rates(args):
 def test_numbers_are_numbers_and_traps_are_named(name):
     args = vars(read(name))
     assert args['device_modules'] == ['timm_finet'] and 'seed' in args
-    traps = {'opt', 'weight_decay', 'sched', 'warmup_epochs', 'smoothing', 'color_jitter', 'train_interpolation', 'drop',
-             'scale', 'ratio', 'hflip', 'lr', 'epochs', 'batch_size', 'interpolation'}
+    traps = {'opt', 'weight_decay', 'sched', 'warmup_epochs', 'smoothing', 'color_jitter', 'train_interpolation',
+             'drop', 'scale', 'ratio', 'hflip', 'lr', 'epochs', 'batch_size', 'interpolation'}
     assert traps <= set(args)
     for key in ('lr', 'weight_decay', 'momentum', 'min_lr', 'warmup_lr', 'drop', 'smoothing', 'model_ema_decay'):
         assert isinstance(args.get(key, 0), (int, float)), f'{key}: YAML reads 1e-3 as a string'
@@ -78,7 +78,8 @@ def test_other_schedules_rise_once_and_end_at_zero(name):
 
 
 @pytest.mark.parametrize('name, batch, decay', [
-    ('imagenet', 512, 4e-5), ('tiny_in200', 512, 4e-5), ('cifar10', 128, 5e-4), ('cifar100', 128, 5e-4), ('resnet_cifar', 64, 5e-4)])
+    ('imagenet', 512, 4e-5), ('tiny_in200', 512, 4e-5), ('cifar10', 128, 5e-4), ('cifar100', 128, 5e-4),
+    ('resnet_cifar', 64, 5e-4)])
 def test_papers_optimizer_is_sgd_without_nesterov_that_decays_every_parameter(name, batch, decay):
     args = read(name)
     model = build(name)
@@ -101,7 +102,9 @@ def test_optimizers_take_every_parameter(name):
 def test_drop_rate_and_classes_reach_the_network(name):
     model = build(name)
     assert model.drop_rate == {'resnet_cifar': 0, 'cifar10_short': 0, 'cifar_short': 0, 'photos': 0}.get(name, 0.2)
-    classes = {'imagenet': 1000, 'tiny_in200': 200, 'photos': 200, 'cifar100': 100, 'cifar_short': 100, 'finetune': 3, 'modern_finetune': 3}
+    classes = {
+        'imagenet': 1000, 'tiny_in200': 200, 'photos': 200, 'cifar100': 100, 'cifar_short': 100, 'finetune': 3,
+        'modern_finetune': 3}
     classes = classes.get(name, 10)
     assert model.num_classes == classes
 
@@ -138,12 +141,13 @@ def test_imagenet_transforms_are_those_of_pytorchs_example():
     assert (crop.size, tuple(crop.scale)) == ((224, 224), (0.08, 1)) and crop.ratio == pytest.approx((3 / 4, 4 / 3))
     assert crop.interpolation is InterpolationMode.BILINEAR and flip.p == 0.5
     resize, centre, _ = create_transform(
-        data['input_size'], interpolation=data['interpolation'], crop_pct=data['crop_pct'], use_prefetcher=True).transforms
+        data['input_size'], interpolation=data['interpolation'], crop_pct=data['crop_pct'],
+        use_prefetcher=True).transforms
     assert (resize.size, resize.interpolation, centre.size) == (256, InterpolationMode.BILINEAR, (224, 224))
 
 
 def test_tiny_imagenet_is_imagenets_recipe_but_for_size_length_and_precision():
     ours, imagenet = vars(read('tiny_in200')), vars(read('imagenet'))
     assert {key for key in ours.keys() | imagenet.keys() if ours.get(key) != imagenet.get(key)} == {
-        'train_split', 'val_split', 'num_classes', 'input_size', 'epochs', 'amp', 'amp_dtype', 'channels_last', 'workers',
-        'checkpoint_hist'}
+        'train_split', 'val_split', 'num_classes', 'input_size', 'epochs', 'amp', 'amp_dtype', 'channels_last',
+        'workers', 'checkpoint_hist'}

@@ -21,7 +21,8 @@ def norms(model):
 
 
 # networks whose every BatchNorm stands behind a convolution; BatchNormAct2d in all but resnet
-@pytest.mark.parametrize('name', ['resnet10t', 'efficientnet_lite0', 'mobilenetv3_small_050', 'regnetx_002', 'hardcorenas_a'])
+@pytest.mark.parametrize('name', [
+    'resnet10t', 'efficientnet_lite0', 'mobilenetv3_small_050', 'regnetx_002', 'hardcorenas_a'])
 def test_any_timm_network_fuses_without_a_trace_of_norm(name, randomise):
     model = randomise(timm.create_model(name).double()).eval()
     fused = fuse_fbn(model)

@@ -15,11 +15,14 @@ pytestmark = [
 ]
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 FINET = [sys.executable, '-m', 'timm_finet', 'run']
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_finet', 'run']
+TORCHRUN = [
+    sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_finet', 'run']
 
 
 def command(folder, name, *args):
-    return ['train', '--config', 'recipe:smoke', '--output', str(folder), '--experiment', name, '--log-interval', '1', *args]
+    return [
+        'train', '--config', 'recipe:smoke', '--output', str(folder), '--experiment', name, '--log-interval', '1',
+        *args]
 
 
 def run(args, start=FINET, status=0):
@@ -61,8 +64,10 @@ def test_killed_run_resumes_on_the_trajectory_of_an_unbroken_one(switches, tmp_p
     assert checkpoint(tmp_path, 'killed')['epoch'] == 0
     run(command(tmp_path, 'killed', *switches, '--resume', str(tmp_path / 'killed' / 'last.pth.tar')))
     unbroken, resumed = (checkpoint(tmp_path, name) for name in ('unbroken', 'killed'))
-    for key in ('epoch', 'metric', 'state_dict', 'optimizer', *(['state_dict_ema'] if '--model-ema' in switches else [])):
-        torch.testing.assert_close(resumed[key], unbroken[key], rtol=0, atol=0, msg=lambda m: f'{key}, killed at {update}: {m}')
+    ema = ['state_dict_ema'] if '--model-ema' in switches else []
+    for key in ('epoch', 'metric', 'state_dict', 'optimizer', *ema):
+        torch.testing.assert_close(
+            resumed[key], unbroken[key], rtol=0, atol=0, msg=lambda m: f'{key}, killed at {update}: {m}')
     assert summary(tmp_path, 'unbroken')['2'] == summary(tmp_path, 'killed')['2']
 
 

@@ -42,14 +42,15 @@ def test_without_gradio_one_line_says_what_to_install():
     code = "import sys; sys.modules['gradio'] = None; from timm_finet.cli import main; main(['space'])"
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "timm-finet space: gradio is missing: pip install 'timm-finet[space]'.\n"
+    assert result.stderr == 'timm-finet space: gradio is missing: pip install gradio.\n'
 
 
-def test_a_file_that_is_no_image_gets_one_line(tmp_path):
+@pytest.mark.parametrize('name', ['text.txt', 'text.png', 'drawing.svg'])
+def test_a_file_that_is_no_image_gets_one_line(name, tmp_path):
     gradio = pytest.importorskip('gradio')
     from gradio.data_classes import ImageData
-    (tmp_path / 'text.png').write_text('no image')
+    (tmp_path / name).write_text('no image')
     upload = next(block for block in space.app().blocks.values() if isinstance(block, gradio.Image))
     with pytest.raises(gradio.Error, match='not an image') as error:
-        upload.preprocess(ImageData(path=str(tmp_path / 'text.png'), orig_name='text.png'))
+        upload.preprocess(ImageData(path=str(tmp_path / name), orig_name=name))
     assert not error.value.print_exception

@@ -19,20 +19,21 @@ __all__ = ['class_names', 'load_checkpoint']
 MODULES = ['finet', 'resnet_fbn']
 
 # By tag, and by train.py's --dataset: the Hub's name, the usual name, the classes.
-CIFAR10, CIFAR100 = ('cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('cifar100', 'CIFAR-100', None)
-IMAGENET = ('imagenet-1k', 'ImageNet-1k', None)
+CIFAR10, CIFAR100 = ('uoft-cs/cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('uoft-cs/cifar100', 'CIFAR-100', None)
+IMAGENET = ('ILSVRC/imagenet-1k', 'ImageNet-1k', None)
 DATASETS = {
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
     'torch/cifar10_sample': ('imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
+    'tiny_in200': ('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', None),
 }
 UNKNOWN_DATASET = ('imagefolder', 'the owner\'s pictures', None)
 FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them
 
 
 def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The network of a checkpoint of train.py (its EMA, where it has one) or of a plain state dict, in the form it is in.
+    """The network of a checkpoint of train.py (its EMA, where it has one) or of a state dict, in the form it is in.
 
     Args:
         checkpoint: Its training arguments, in it or in `args.yaml` beside it, tell how the network is built and fed.
@@ -47,8 +48,8 @@ def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, An
     """
     path = Path(checkpoint)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"checkpoint={str(checkpoint)!r} {'is a folder: give a file in it' if path.is_dir() else 'does not exist'}.")
+        reason = 'is a folder: give a file in it' if path.is_dir() else 'does not exist'
+        raise FileNotFoundError(f'checkpoint={str(checkpoint)!r} {reason}.')
     try:
         weights, args = load_state_dict(str(path)), training_args(path)
         bad = [key for key, weight in weights.items() if not isinstance(weight, torch.Tensor)]
@@ -56,11 +57,12 @@ def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, An
             raise TypeError(f'{bad[0]} is no tensor')
     except Exception as error:  # whatever torch and safetensors raise for a file that is none of theirs
         raise ValueError(
-            f"checkpoint={str(checkpoint)!r} cannot be read, as timm's train.py or torch.save leave one: {one_line(error)}"
-        ) from error
+            f"checkpoint={str(checkpoint)!r} cannot be read, as timm's train.py or torch.save leave one: "
+            f'{one_line(error)}') from error
     bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
     if bad:
-        raise ValueError(f'checkpoint={str(checkpoint)!r} has values that are not finite in {bad[0]}: take an earlier one.')
+        raise ValueError(
+            f'checkpoint={str(checkpoint)!r} has values that are not finite in {bad[0]}: take an earlier one.')
     try:
         model = build(name, weights, args)
         describe(model, args)
@@ -90,7 +92,9 @@ def training_args(path: Path) -> Dict[str, Any]:
 
 def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> nn.Module:
     built_as, architecture = args.get('model', name), name.split('.')[0]
-    cfg = timm.get_pretrained_cfg(built_as, allow_unregistered=True) or timm.get_pretrained_cfg(name, allow_unregistered=True)
+    cfg = (
+        timm.get_pretrained_cfg(built_as, allow_unregistered=True)
+        or timm.get_pretrained_cfg(name, allow_unregistered=True))
     is_ours = is_model_in_modules(architecture, MODULES)
     sizes = dict(
         num_classes=args.get('num_classes'), in_chans=args.get('in_chans') or (args.get('input_size') or (None,))[0])
@@ -121,7 +125,7 @@ def class_names(args: Dict[str, Any]) -> Optional[List[str]]:
         return None
     data = create_dataset(dataset, root, args.get('train_split') or 'train', class_map=args.get('class_map') or None)
     reader = getattr(data, 'reader', data)
-    indices = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx  # the latter is what timm's tar reader has
+    indices = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx  # the latter is timm's tar reader's
     return sorted(map(str, indices), key=lambda name: indices[name])
 
 
@@ -136,7 +140,8 @@ def describe(model: nn.Module, args: Dict[str, Any]) -> None:
         names = class_names(args) if args else cfg.get('label_names')
     except (RuntimeError, AssertionError, ValueError, OSError):  # the folder is no longer what it was
         names = None
-    cfg.update(data, num_classes=model.num_classes, label_names=names if names and len(names) == model.num_classes else None)
+    cfg.update(
+        data, num_classes=model.num_classes, label_names=names if names and len(names) == model.num_classes else None)
     if args:
         _, title, _ = DATASETS.get(args.get('dataset'), UNKNOWN_DATASET)
         cfg.update(tag=None, notes=None, description=f'trained on {title}')

@@ -1,6 +1,7 @@
 """CIFAR as the paper augments it (section 5.3): zero-pad to 36 px, crop 32 px at random; timm's loader flips.
 
-Importing this module makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2` and `torch/cifar10_sample` known to timm.
+Importing this module makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2` and `torch/cifar10_sample` known to
+timm.
 """
 import os
 import random
@@ -28,7 +29,8 @@ def shipped_pictures(file: Path = PICTURES) -> Tuple[List[Image.Image], List[int
     """The 400 shipped CIFAR-10 test pictures, or the 100 of the training set, and their labels."""
     with Image.open(file) as sprite:
         sprite = sprite.convert('RGB')
-    tiles = [sprite.crop((x, y, x + 32, y + 32)) for y in range(0, sprite.height, 32) for x in range(0, sprite.width, 32)]
+    tiles = [
+        sprite.crop((x, y, x + 32, y + 32)) for y in range(0, sprite.height, 32) for x in range(0, sprite.width, 32)]
     return tiles, [10 * i // len(tiles) for i in range(len(tiles))]
 
 
@@ -51,8 +53,8 @@ class _Pad2:
                 super().__init__(root, train, transform, target_transform, download)
             except RuntimeError as error:
                 raise FileNotFoundError(
-                    f'root={root!r} holds neither {self.base_folder} (torchvision\'s download, --dataset-download), nor '
-                    f'{self.name}.npz, nor the folders train and validation.') from error
+                    f'root={root!r} holds neither {self.base_folder} (torchvision\'s download, --dataset-download), '
+                    f'nor {self.name}.npz, nor the folders train and validation.') from error
         else:
             self.root, self.train, self.transform, self.target_transform = root, train, transform, target_transform
             self.data, self.targets = arrays[0], [int(target) for target in arrays[1]]

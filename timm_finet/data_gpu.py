@@ -1,7 +1,8 @@
 """CIFAR held on the GPU whole; crop, flip and normalisation are done there, a batch at a time.
 
-For networks that outrun the host's loader: `--dataset torch/cifar10_gpu --no-prefetcher --workers 0` (or `cifar100_gpu`)
-draws from the same distribution as `--dataset torch/cifar10_pad2`. Importing this module makes the names known to timm.
+For networks that outrun the host's loader: `--dataset torch/cifar10_gpu --no-prefetcher --workers 0`, or
+`cifar100_gpu`, draws from the same distribution as `--dataset torch/cifar10_pad2`. Importing this module makes the
+names known to timm.
 """
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ def changes_nothing(transform):
 class _OnGPU:
     """Does to whole batches on the device what the transforms that timm hands the dataset do to one picture.
 
-    Shapes and values are those of timm's loader: float32 `(N, 3, 32, 32)`, normalised. Without a GPU it works on the CPU.
+    Shapes and values are those of timm's loader: float32 `(N, 3, 32, 32)`, normalised. Without a GPU it works on the
+    CPU.
 
     Raises:
         ValueError: At the first batch: timm's prefetcher or loader workers are on, or there are more transforms than
@@ -57,7 +59,8 @@ class _OnGPU:
         self.flip = sum(t.p for t in transforms if isinstance(t, RandomHorizontalFlip))
         normalize = next((t for t in transforms if isinstance(t, Normalize)), None)
         if normalize is None:
-            raise ValueError('Pictures that lie on the GPU need no prefetcher, and are normalised there: --no-prefetcher.')
+            raise ValueError(
+                'Pictures that lie on the GPU need no prefetcher, and are normalised there: --no-prefetcher.')
         others = [type(t).__name__ for t in transforms if not isinstance(t, (RandomHorizontalFlip, Normalize))]
         if others:
             raise ValueError(f"{', '.join(others)}: not done on the GPU; switch it off, or use torch/{self.name}_pad2.")

@@ -9,7 +9,7 @@ __all__ = ['DepthwiseConv2d']
 
 
 class _Strided(torch.autograd.Function):
-    """With zeros between its elements, a strided output's gradient is that of a dense convolution, which has a fast kernel."""
+    """With zeros between its elements, a strided output's gradient is a dense convolution's, which is fast."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
@@ -33,10 +33,10 @@ class _Strided(torch.autograd.Function):
 
 @register_notrace_module
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d(chs, chs, kernel_size, stride, kernel_size // 2, groups=chs, bias=False)`, for odd kernels, in all but speed.
+    """`nn.Conv2d(chs, chs, kernel_size, stride, kernel_size // 2, groups=chs, bias=False)` in all but speed.
 
-    oneDNN has no kernel of its own for the input gradient of a strided one in bfloat16 or float16: it takes 20 to 200 times
-    as long as in float32. Training on a CPU goes another way; everything else is `nn.Conv2d`.
+    For odd kernels. oneDNN has no kernel of its own for the input gradient of a strided one in bfloat16 or float16: it
+    takes 20 to 200 times as long as in float32. Training on a CPU goes another way; everything else is `nn.Conv2d`.
     """
 
     def __init__(self, chs: int, kernel_size: int, stride: int = 1, device=None, dtype=None):

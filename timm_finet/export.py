@@ -1,4 +1,4 @@
-"""`timm-finet export`: a fused network as an ONNX or ExecuTorch file, in float32 or int8, checked before it is written."""
+"""`timm-finet export`: a fused network as an ONNX or ExecuTorch file, float32 or int8, checked before it is written."""
 import logging
 import os
 import warnings
@@ -23,25 +23,26 @@ from .rewrite import fuse_fbn
 __all__ = ['export']
 
 SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
-EXTRAS = {'onnx': 'export', 'executorch': 'executorch'}
+PACKAGES = {'onnx': 'onnx onnxscript onnxruntime', 'executorch': 'executorch torchao'}  # those of our extras
 
 CALIBRATION = 400  # of a whole training set as many images: more move int8's ranges little
 
 # What a file must reach against the fused network in PyTorch, on the shipped test images, to be written.
-LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}  # share of pictures with the same top-1; rounding to int8 turns close calls
+# First the share of pictures with the same top-1; rounding to int8 turns close calls.
+LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}
 LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; float32 alone
 
 
 @contextmanager
 def needs(to: str):
-    """Turn a missing package into an error that names the extra, and keep the exporters' chatter away."""
+    """Turn a missing package into an error that says what to install, and keep the exporters' chatter away."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(None):
             warnings.simplefilter('ignore')
             yield
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"--to {to} needs the package {error.name}: pip install 'timm-finet[{EXTRAS[to]}]'.") from error
+        raise RuntimeError(f"--to {to} needs the package {error.name}: pip install {PACKAGES[to]}.") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -53,7 +54,8 @@ def to_onnx(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
         torch.onnx.export(
-            model, (x,), file, input_names=['input'], output_names=['logits'], dynamo=True, external_data=False, verbose=False)
+            model, (x,), file, input_names=['input'], output_names=['logits'], dynamo=True, external_data=False,
+            verbose=False)
         if calibration is not None:
             quantise_onnx(file, calibration)
 
@@ -86,7 +88,8 @@ def to_executorch(model: nn.Module, x: torch.Tensor, file: str, calibration: Opt
 
 
 def quantise_executorch(model: nn.Module, calibration: torch.Tensor) -> nn.Module:
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer, get_symmetric_quantization_config)
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     model = prepare_pt2e(model, XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
     for x in calibration.split(1):
@@ -145,10 +148,10 @@ def export(
         to: 'onnx' or 'executorch'.
         output: The file to write, by default the network's name in the current folder.
         int8: Post-training quantisation, weights per channel, calibrated on pictures.
-        checkpoint: Weights, in train or fused form, instead of the pretrained ones; of train.py, with its input's size and
-            the rest as its arguments say.
-        calibration: Images or folders of them, also with a folder a class, `CALIBRATION` of which are used; by default 100
-            training images of CIFAR-10, for networks of its classes.
+        checkpoint: Weights, in train or fused form, instead of the pretrained ones; of train.py, with its input's size
+            and the rest as its arguments say.
+        calibration: Images or folders of them, also with a folder a class, `CALIBRATION` of which are used; by default
+            100 training images of CIFAR-10, for networks of its classes.
 
     Raises:
         ValueError, FileNotFoundError: An argument is wrong.
@@ -193,13 +196,14 @@ def export(
         print(f"{name}, fused, {precision}; input 1x{shape}, mean {config['mean']}, std {config['std']}")
         if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
             print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
-        print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; largest difference of the logits: {difference:.2g}, '
-              f'largest logit: {largest:.2g}')
+        print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; '
+              f'largest difference of the logits: {difference:.2g}, largest logit: {largest:.2g}')
         if classes == CIFAR10_CLASSES:
             right = [(logits.argmax(1) == torch.tensor(labels)).double().mean().item() for logits in (expected, got)]
             print(f'right: {right[0]:.2%} in PyTorch, {right[1]:.2%} in the file')
         if not (agreement >= LEAST_AGREEMENT[precision] and (int8 or difference <= LARGEST_DIFFERENCE * largest)):
             limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
             raise RuntimeError(
-                f'{output} is not written, it disagrees: {LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
+                f'{output} is not written, it disagrees: '
+                f'{LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
     print(f'wrote {output}, {size / 2 ** 20:.2f} MiB')

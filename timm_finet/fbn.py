@@ -1,12 +1,13 @@
 """Fine-grained Batch Normalization (FBN), arXiv 2005.06828, equation (4).
 
-A convolution's input is split into G groups of channels; each group's partial sum is batch-normalised, then all are added:
+A convolution's input is split into G groups of channels; each group's partial sum is batch-normalised, then all are
+added:
 
     y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
-`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `ReferenceFBNConv2d` computes that as it stands.
-`FBNConv2d` gives the same, in less time and memory: with known statistics as one plain convolution (`fold`), in training
-from the input's moments (moment_form.py) or, for kernels larger than 1x1, one group at a time.
+`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `ReferenceFBNConv2d` computes that as it
+stands. `FBNConv2d` gives the same, in less time and memory: with known statistics as one plain convolution (`fold`), in
+training from the input's moments (moment_form.py) or, for kernels larger than 1x1, one group at a time.
 """
 from typing import Optional, Tuple
 
@@ -25,8 +26,16 @@ from .sync import sync_batch_norm
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
 
+@torch.compiler.assume_constant_result  # torch 2.9 cannot trace the call
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 class ReferenceFBNConv2d(nn.Conv2d):
-    """The paper's own form (Figure 3a), the measure of every other: G times the activations. Arguments as for `FBNConv2d`."""
+    """The paper's own form (Figure 3a), the measure of every other: G times the activations.
+
+    Arguments as for `FBNConv2d`.
+    """
 
     def __init__(
             self,
@@ -103,15 +112,15 @@ def fold(
 class FBNConv2d(ReferenceFBNConv2d):
     """Convolution with Fine-grained Batch Normalization: a drop-in for `nn.Conv2d(bias=False)` + `nn.BatchNorm2d`.
 
-    The weight is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine pairs,
-    group-major. In eval mode the running statistics are folded on the fly. Statistics are computed in at least float32.
-    Eager, `torch.compile`, fx (as a leaf); TorchScript trains in the reference form. A `bn` made a SyncBatchNorm synchronises
-    the statistics. There are no second derivatives.
+    The weight is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine
+    pairs, group-major. In eval mode the running statistics are folded on the fly. Statistics are computed in at least
+    float32. Eager, `torch.compile`, fx (as a leaf); TorchScript trains in the reference form. A `bn` made a
+    SyncBatchNorm synchronises the statistics. There are no second derivatives.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
-        fbn_groups: G, into how many groups the *input channels* are split for normalisation. It has nothing to do with a
-            grouped convolution; 1 is plain BatchNorm, and runs as such.
+        fbn_groups: G, into how many groups the *input channels* are split for normalisation. It has nothing to do with
+            a grouped convolution; 1 is plain BatchNorm, and runs as such.
         affine, eps, momentum: As for `nn.BatchNorm2d`; gamma and beta are per intermediate channel.
 
     Raises:
@@ -137,7 +146,7 @@ class FBNConv2d(ReferenceFBNConv2d):
             return self.reference(x)
         form = self._moment_form if self.kernel_size == (1, 1) and self.padding == (0, 0) else self._group_by_group
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
                 return form(x.to(dtype), group)
@@ -176,7 +185,8 @@ class FBNConv2d(ReferenceFBNConv2d):
 
     def _moment_form(self, x: torch.Tensor, process_group) -> torch.Tensor:
         if self.stride != (1, 1):
-            x = F.avg_pool2d(x, 1, self.stride)  # every stride-th position; a slice's gradient would come out contiguous
+            # Every stride-th position; a slice's gradient would come out contiguous.
+            x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
         y, mean, var, count = MomentForm.apply(
             x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
@@ -225,7 +235,8 @@ class FBNConv2d(ReferenceFBNConv2d):
             raise RuntimeError('An FBNConv2d in train mode has no fixed statistics to fuse: call .eval() first.')
         weight, bias = self._folded_weight()
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, device='meta')
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            device='meta')
         conv.weight = nn.Parameter(torch.empty_like(self.weight).copy_(weight), self.weight.requires_grad)
         conv.bias = nn.Parameter(bias.to(self.weight.dtype), self.weight.requires_grad)
         return conv.train(self.training)

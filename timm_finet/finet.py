@@ -35,8 +35,8 @@ class ConvNorm(nn.Sequential):
     """Convolution and BatchNorm; with `fused` the convolution with bias that they fold into."""
 
     def __init__(
-            self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, fused: bool = False,
-            **dd):
+            self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1,
+            fused: bool = False, **dd):
         super().__init__()
         if groups == 1 or fused:
             self.conv = nn.Conv2d(
@@ -125,9 +125,9 @@ class Finet(nn.Module):
         fbn_groups: FBN groups of every 1x1 convolution in the blocks; 1 is plain BatchNorm.
         fbn_group_size: Fixes the channels a group instead (Table 6): `max(1, in_chs // fbn_group_size)` groups a layer.
         affine: FBN's gamma and beta (Table 5).
-        act_place: Where a block's second ReLU stands: after the 'depthwise' or second 'pointwise' convolution, or on the
-            block's 'output'. The paper's Figure 2 does not survive and the parameter counts fit all three; the default
-            trained best on CIFAR-100.
+        act_place: Where a block's second ReLU stands: after the 'depthwise' or second 'pointwise' convolution, or on
+            the block's 'output'. The paper's Figure 2 does not survive and the parameter counts fit all three; the
+            default trained best on CIFAR-100.
         small_input: Stem for 32 px pictures: stride 1 and no max-pool (section 5.3).
         drop_rate: Dropout on the inputs of both fully connected layers.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
@@ -166,7 +166,8 @@ class Finet(nn.Module):
             if value is not None and value < 1:
                 raise ValueError(f'{name}={value} must be at least 1.')
         if fbn_group_size is not None and fbn_groups != 1:
-            raise ValueError(f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one.')
+            raise ValueError(
+                f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one.')
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -195,7 +196,8 @@ class Finet(nn.Module):
             blocks = []
             for j in range(depth):
                 blocks += [Block(
-                    prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se, fused, **dd)]
+                    prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se, fused,
+                    **dd)]
                 prev_chs = chs
             stages += [nn.Sequential(*blocks)]
             stride *= 2
@@ -364,8 +366,8 @@ def _cifar10_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.
     'finet_small_g4.cifar10': _cifar10_cfg('finet_small_g4.cifar10', notes=(
-        'The run was stopped, and resumed from its own checkpoints, after epochs 3, 4 and 24, with a first version of the moment '
-        'form: the same mathematics, other rounding.',)),
+        'The run was stopped, and resumed from its own checkpoints, after epochs 3, 4 and 24, with a first version of '
+        'the moment form: the same mathematics, other rounding.',)),
     # `*` keeps the paper's network the default; timm lets a tag with weights take over unless this one comes last
     'finet_small.untrained*': _cfg(),
     'finet_small_g2.untrained*': _cfg(),
@@ -443,25 +445,29 @@ def finet_small_se(pretrained: bool = False, **kwargs: Any) -> Finet:
 @register_model
 def finet_small_se_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 2."""
-    return _create_finet('finet_small_se_g2', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=2), **kwargs})
+    return _create_finet(
+        'finet_small_se_g2', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=2), **kwargs})
 
 
 @register_model
 def finet_small_se_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 4."""
-    return _create_finet('finet_small_se_g4', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=4), **kwargs})
+    return _create_finet(
+        'finet_small_se_g4', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=4), **kwargs})
 
 
 @register_model
 def finet_small_se_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 6."""
-    return _create_finet('finet_small_se_g6', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=6), **kwargs})
+    return _create_finet(
+        'finet_small_se_g6', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=6), **kwargs})
 
 
 @register_model
 def finet_small_se_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 8."""
-    return _create_finet('finet_small_se_g8', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=8), **kwargs})
+    return _create_finet(
+        'finet_small_se_g8', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=8), **kwargs})
 
 
 @register_model
@@ -503,22 +509,26 @@ def finet_large_se(pretrained: bool = False, **kwargs: Any) -> Finet:
 @register_model
 def finet_large_se_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 2."""
-    return _create_finet('finet_large_se_g2', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=2), **kwargs})
+    return _create_finet(
+        'finet_large_se_g2', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=2), **kwargs})
 
 
 @register_model
 def finet_large_se_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 4."""
-    return _create_finet('finet_large_se_g4', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=4), **kwargs})
+    return _create_finet(
+        'finet_large_se_g4', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=4), **kwargs})
 
 
 @register_model
 def finet_large_se_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 6."""
-    return _create_finet('finet_large_se_g6', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=6), **kwargs})
+    return _create_finet(
+        'finet_large_se_g6', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=6), **kwargs})
 
 
 @register_model
 def finet_large_se_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 8."""
-    return _create_finet('finet_large_se_g8', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=8), **kwargs})
+    return _create_finet(
+        'finet_large_se_g8', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=8), **kwargs})

@@ -56,7 +56,8 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
     try:
         by_operator = analysis.by_operator()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'input_size={input_size} does not fit {type(model).__name__}: {str(error).splitlines()[0]}') from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'input_size={input_size} does not fit {type(model).__name__}: {reason}') from error
     finally:
         model.train(was_training)
     return {
@@ -147,9 +148,11 @@ def flops(
     cells = [[f'{row[key]:,}' if isinstance(row[key], int) else row[key] for key in heads] for row in rows]
     widths = [max(map(len, column)) for column in zip(heads.values(), *cells)]
     left = sum(widths[:2]) + 2
-    print(f"{'':{left}}  {'multiply-adds, ' + ('fused' if fused else 'train form'):<{sum(widths[2:6]) + 6}}  parameters")
+    title = 'multiply-adds, ' + ('fused' if fused else 'train form')
+    print(f"{'':{left}}  {title:<{sum(widths[2:6]) + 6}}  parameters")
     for line in ([*heads.values()], *cells):
-        padded = [f'{cell:<{width}}' if i < 2 else f'{cell:>{width}}' for i, (cell, width) in enumerate(zip(line, widths))]
+        padded = [
+            f'{cell:<{width}}' if i < 2 else f'{cell:>{width}}' for i, (cell, width) in enumerate(zip(line, widths))]
         print('  '.join(padded))
     print("\nOne multiply-add is one FLOP; `both` is the paper's. Not counted, as fvcore does not know them (calls):")
     alike = {}

@@ -25,18 +25,19 @@ __all__ = ['make_card', 'push', 'push_checkpoint', 'read_results', 'save', 'save
 
 BLOCK = Path(__file__).parents[1] / 'scripts' / 'results' / 'block.png'  # there in a checkout of the source alone
 LOCAL_ARGS = (
-    'class_map', 'config', 'data', 'data_dir', 'experiment', 'initial_checkpoint', 'output', 'pretrained_path', 'resume')
+    'class_map', 'config', 'data', 'data_dir', 'experiment', 'initial_checkpoint', 'output', 'pretrained_path',
+    'resume')
 RECIPE = (
-    'epochs', 'batch_size', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum', 'weight_decay', 'smoothing', 'drop', 'mixup',
-    'cutmix', 'aa', 'pretrained', 'model_ema', 'amp')
+    'epochs', 'batch_size', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum', 'weight_decay', 'smoothing', 'drop',
+    'mixup', 'cutmix', 'aa', 'pretrained', 'model_ema', 'amp')
 
 BODY = '''
 # {name}
 
 {architecture} is an image classifier: {family} use Fine-grained Batch Normalization (FBN,
 [arXiv 2005.06828](https://arxiv.org/abs/2005.06828)) with G = {groups}. FBN splits a convolution's input into G groups,
-batch-normalises each group's partial sum and adds them up; for inference all of it folds into one plain convolution. These
-weights are in {form}.
+batch-normalises each group's partial sum and adds them up; for inference all of it folds into one plain convolution.
+These weights are in {form}.
 {block}
 | | train form | fused, for inference |
 |---|---|---|
@@ -77,8 +78,9 @@ for probability, index in zip(probabilities, classes):
 
 ## Limits
 
-Trained on {dataset} at {size}: it knows these {num_classes} classes and no others, and is no better than its training pictures.
-One run gives one figure; other seeds will differ. {choice}The fused form cannot be trained further with batch statistics.
+Trained on {dataset} at {size}: it knows these {num_classes} classes and no others, and is no better than its training
+pictures. One run gives one figure; other seeds will differ. {choice}The fused form cannot be trained further with batch
+statistics.
 
 ## Licence and citation
 
@@ -103,7 +105,7 @@ The picture shows finet_large_se_g4; the others differ in width, in G, and in th
 
 
 def read_results(file: str, name: str) -> List[Dict[str, str]]:
-    """The rows of a results file for one network: at least `model`, `top1` and `top5`, as timm's validate.py writes them.
+    """The rows of a results file for one network: at least `model`, `top1` and `top5`, as timm's validate.py writes.
 
     Where no row has that very name, a row with a tag stands for a name without one, and the other way round.
 
@@ -134,13 +136,15 @@ def read_names(file: str, num_classes: int) -> List[str]:
     """
     names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
     if len(names) != num_classes:
-        raise ValueError(f'--class-names {file!r} has {len(names)} names, the network {num_classes} classes: give one a line.')
+        raise ValueError(
+            f'--class-names {file!r} has {len(names)} names, the network {num_classes} classes: give one a line.')
     return names
 
 
 def make_card(
-        model: nn.Module, name: str, source: str, results: Sequence[Dict[str, str]] = (), args: Optional[Dict[str, Any]] = None,
-        log: Optional[str] = None, speed: Sequence[Dict[str, str]] = ()) -> ModelCard:
+        model: nn.Module, name: str, source: str, results: Sequence[Dict[str, str]] = (),
+        args: Optional[Dict[str, Any]] = None, log: Optional[str] = None,
+        speed: Sequence[Dict[str, str]] = ()) -> ModelCard:
     """The model card. Its figures come from the network and from the results and the log that are given.
 
     Args:
@@ -179,15 +183,18 @@ def make_card(
     body = BODY.format(
         name=name, source=source, architecture=cfg['architecture'], dataset=dataset, num_classes=model.num_classes,
         groups=', '.join(map(str, groups)),
-        family='a light-weight Finet, whose 1x1 convolutions' if isinstance(model, Finet) else 'a ResNet, whose convolutions',
+        family=(
+            'a light-weight Finet, whose 1x1 convolutions' if isinstance(model, Finet)
+            else 'a ResNet, whose convolutions'),
         form='train form' if form == 'train' else 'fused form, for inference', top=min(5, model.num_classes),
         block=PICTURE if isinstance(model, Finet) and BLOCK.is_file() else '',
         params=[count['params'] for count in counts], macs=[count['conv'] + count['linear'] for count in counts],
         size='x'.join(map(str, cfg['input_size'])),
         choice='' if not isinstance(model, Finet) else (
-            "The paper gives no code: its parameter counts are reproduced exactly, but where a block's second\nReLU stands is a "
-            'choice of this implementation (`act_place`). '),
-        fuse='' if form == 'fused' else '\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n',
+            "The paper gives no code: its parameter counts are reproduced exactly, but where a block's second\nReLU "
+            'stands is a choice of this implementation (`act_place`). '),
+        fuse='' if form == 'fused' else (
+            '\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n'),
         training=training_section(cfg, args, dataset, log), accuracy=accuracy_section(results, dataset, args),
         speed=speed_section(speed),
         licence=f"{cfg['license']}. Please cite the paper:")
@@ -216,8 +223,9 @@ def accuracy_section(results, dataset, args) -> str:
     if not results:
         return 'Not measured apart from the training log.'
     lines = ['| form | top-1 | top-5 | measured by |', '|---|---|---|---|']
-    lines += [f"| {row.get('form', '')} | {row['top1']} | {row['top5']} | `{row.get('command', 'validate.py of timm')}` |"
-              for row in results]
+    lines += [
+        f"| {row.get('form', '')} | {row['top1']} | {row['top5']} | `{row.get('command', 'validate.py of timm')}` |"
+        for row in results]
     seed = f", seed {args['seed']}" if 'seed' in args else ''
     return '\n'.join(lines + ['', f'Percent of the test set ({dataset}), weights of one run{seed}.'])
 
@@ -245,7 +253,8 @@ def save_for_hf(model: nn.Module, folder: str, **kwargs: Any) -> None:
 
 
 def save(
-        model: nn.Module, folder: str, card: ModelCard, args: Optional[Dict[str, Any]] = None, log: Optional[str] = None) -> None:
+        model: nn.Module, folder: str, card: ModelCard, args: Optional[Dict[str, Any]] = None,
+        log: Optional[str] = None) -> None:
     """Write a model repository: timm's config.json and model.safetensors, the card, training arguments and log."""
     save_for_hf(model, folder, safe_serialization=True)
     folder = Path(folder)
@@ -267,7 +276,8 @@ def push(folder: str, repo_id: str, private: bool = False, revision: Optional[st
         The address of the commit.
 
     Raises:
-        RuntimeError: No token, no right to the repository, or no network. The repository is as it was, or new and empty.
+        RuntimeError: No token, no right to the repository, or no network. The repository is as it was, or new and
+            empty.
     """
     if not get_token():
         raise RuntimeError('There is no token for the Hub: run `hf auth login`, or set HF_TOKEN.')
@@ -293,9 +303,10 @@ def push(folder: str, repo_id: str, private: bool = False, revision: Optional[st
 
 
 def push_checkpoint(
-        checkpoint: str, name: str, repo_id: str, private: bool = False, revision: Optional[str] = None, fused: bool = False,
-        results: Optional[str] = None, class_names: Optional[str] = None, dry_run: bool = False) -> None:
-    """`timm-finet push`: a checkpoint with its card, training arguments and log; a dry run prints what it would push."""
+        checkpoint: str, name: str, repo_id: str, private: bool = False, revision: Optional[str] = None,
+        fused: bool = False, results: Optional[str] = None, class_names: Optional[str] = None,
+        dry_run: bool = False) -> None:
+    """`timm-finet push`: a checkpoint with its card, arguments and log; a dry run prints what it would push."""
     if repo_id.count('/') != 1:
         raise ValueError(f'--repo-id {repo_id!r} must be ORG/NAME.')
     if not is_model_in_modules(name, MODULES):
@@ -309,7 +320,9 @@ def push_checkpoint(
     elif get_model_args(model)['fused']:
         raise ValueError(f'checkpoint={checkpoint!r} is in fused form: add --fused to push it.')
     if not model.pretrained_cfg['label_names']:
-        print('The names of the classes are not known, so images get numbers: --class-names FILE adds them.', file=sys.stderr)
+        print(
+            'The names of the classes are not known, so images get numbers: --class-names FILE adds them.',
+            file=sys.stderr)
     log = Path(checkpoint).with_name('summary.csv')
     log = log if log.is_file() else None
     rows = read_results(results, name) if results else []

@@ -26,14 +26,17 @@ ROOM = 64 << 20  # bytes, about a checkpoint of finet_large_se with momentum
 
 
 def find_script(name: str) -> Path:
-    """The file of a script: a path, or a bare name in `$TIMM_SCRIPTS`, without that in a cache filled from timm's repository.
+    """The file of a script: a path, or a bare name in `$TIMM_SCRIPTS`.
+
+    Without that, a bare name is looked up in a cache filled from timm's repository.
 
     Raises:
         FileNotFoundError: It is in none of them and cannot be fetched.
     """
     if name.endswith('.py') or os.sep in name:
         if not Path(name).is_file():
-            raise FileNotFoundError(f'SCRIPT={name!r} does not exist: give the path of a script of timm, or its bare name.')
+            raise FileNotFoundError(
+                f'SCRIPT={name!r} does not exist: give the path of a script of timm, or its bare name.')
         return Path(name)
     folder = os.environ.get('TIMM_SCRIPTS')
     if folder:
@@ -44,7 +47,8 @@ def find_script(name: str) -> Path:
         raise FileNotFoundError(f"SCRIPT={name!r} is unknown: use one of {', '.join(SCRIPTS)}, or a path.")
     if folder:
         raise FileNotFoundError(
-            f'TIMM_SCRIPTS={folder!r} holds no {name}.py: set it to a checkout of timm at tag v{timm.__version__}, or unset it.')
+            f'TIMM_SCRIPTS={folder!r} holds no {name}.py: '
+            f'set it to a checkout of timm at tag v{timm.__version__}, or unset it.')
     path = Path(torch.hub.get_dir(), 'timm_scripts', f'v{timm.__version__}', f'{name}.py')
     if not path.is_file():
         fetch(f'{URL}/v{timm.__version__}/{name}.py', path)
@@ -100,8 +104,8 @@ def check_output(output: Optional[str]) -> None:
             file.write(bytes(ROOM))
     except OSError as error:
         raise OSError(
-            f'--output={str(output)!r} cannot be written to ({error}): name a folder, on a disk with {ROOM >> 20} MB to '
-            'spare for each checkpoint.') from error
+            f'--output={str(output)!r} cannot be written to ({error}): name a folder, on a disk with {ROOM >> 20} MB '
+            'to spare for each checkpoint.') from error
 
 
 def check_names(args: Dict[str, Any]) -> None:
@@ -157,7 +161,8 @@ def complete(script: str, args: argparse.Namespace, device: Optional[str]) -> No
         return
     if args.num_classes is None:
         if args.pretrained and not classes:
-            raise ValueError('--num-classes is missing, and the data set does not tell it: give the number of its classes.')
+            raise ValueError(
+                '--num-classes is missing, and the data set does not tell it: give the number of its classes.')
         if classes:
             args.num_classes = chosen['--num-classes'] = classes
     if device is None and args.device == 'cuda' and not torch.cuda.is_available():  # which is train.py's default
@@ -185,7 +190,8 @@ def run(argv: List[str]) -> None:
 
     def parse_and_complete(self, args=None, namespace=None):
         argparse.ArgumentParser.parse_args = parse
-        namespace = parse(self, args, argparse.Namespace(device=None))  # its default would not tell whether it was given
+        # Its own default would not tell whether the device was given.
+        namespace = parse(self, args, argparse.Namespace(device=None))
         device = namespace.device
         namespace.device = device or self.get_default('device')
         try:

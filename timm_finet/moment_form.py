@@ -1,12 +1,12 @@
 """FBN behind an unpadded 1x1 convolution without its intermediate, as one autograd function.
 
-The partial sums are linear in the input, `z_g = W_g x_g`, so with the input's mean `m` and each group's covariance `S_g`
+The partial sums are linear in the input, `z_g = W_g x_g`, so with the input's mean `m` and a group's covariance `S_g`
 
     mu_g = W_g m_g,    var_g = diag(W_g S_g W_g^T),    W'_g = gamma_g W_g / sqrt(var_g + eps)
     y = W' (x - m) + sum_g beta_g
 
-is equation (4) of arXiv 2005.06828: one convolution, nothing G times wide. All products are taken with `c = x - K`, `K` the
-mean of every sixteenth position, so that nothing cancels, neither in `S_g` nor in the gradients.
+is equation (4) of arXiv 2005.06828: one convolution, nothing G times wide. All products are taken with `c = x - K`, `K`
+the mean of every sixteenth position, so that nothing cancels, neither in `S_g` nor in the gradients.
 """
 from contextlib import contextmanager
 
@@ -78,10 +78,10 @@ def moments_dtype(x: torch.Tensor, groups: int) -> torch.dtype:
 
 
 class MomentForm(torch.autograd.Function):
-    """`(y, mean, var, count)` of `x` `(N, C, H, W)`, `weight` `(out, C, 1, 1)`, `gamma` and `beta` `(G * out,)` or None.
+    """`(y, mean, var, count)` of `x` `(N, C, H, W)`, `weight` `(out, C, 1, 1)`, `gamma`, `beta` `(G * out,)` or None.
 
-    `mean` and biased `var` `(G * out,)` are those of all partial sums over `count` positions, without a gradient. Saved for
-    backward are `x` and tensors of the weight's size.
+    `mean` and biased `var` `(G * out,)` are those of all partial sums over `count` positions, without a gradient. Saved
+    for backward are `x` and tensors of the weight's size.
     """
 
     @staticmethod
@@ -102,7 +102,8 @@ class MomentForm(torch.autograd.Function):
             rest = (mean - shift).view(groups, -1, 1)
 
         w = weight.to(dtype).view(len(weight), groups, -1).transpose(0, 1)  # (G, out, C / G)
-        w_cov, w_rest, w_mean = torch.bmm(w, torch.cat((cov, rest, mean.view_as(rest)), 2)).split((cov.shape[2], 1, 1), 2)
+        w_cov, w_rest, w_mean = torch.bmm(
+            w, torch.cat((cov, rest, mean.view_as(rest)), 2)).split((cov.shape[2], 1, 1), 2)
         var = (w_cov * w).sum(2).clamp_min(0)
         inv = torch.rsqrt(var + eps)
         scale = inv if gamma is None else inv * gamma.view_as(inv)
@@ -140,11 +141,13 @@ class MomentForm(torch.autograd.Function):
         grad_scale = (grad_folded * w).sum(2) - grad_bias * w_rest.squeeze(2)
         grad_var = -0.5 * grad_scale * scale * inv.square()
         grad_weight = grad_folded * scale[..., None]
-        grad_weight.addcmul_(w_cov, grad_var[..., None], value=2).addcmul_((grad_bias * scale)[..., None], rest.mT, value=-1)
+        grad_weight.addcmul_(w_cov, grad_var[..., None], value=2)
+        grad_weight.addcmul_((grad_bias * scale)[..., None], rest.mT, value=-1)
         grad_weight = grad_weight.transpose(0, 1).reshape(weight.shape).to(weight.dtype)
         grad_x = grad_gamma = grad_beta = None
         if gamma is not None:
-            grad_gamma, grad_beta = (grad_scale * inv).flatten().to(gamma.dtype), grad_bias.repeat(groups).to(gamma.dtype)
+            grad_gamma = (grad_scale * inv).flatten().to(gamma.dtype)
+            grad_beta = grad_bias.repeat(groups).to(gamma.dtype)
         if ctx.needs_input_grad[0]:
             if ctx.process_group is not None:
                 sums = all_reduce(torch.cat((grad_var, grad_bias[None])), ctx.process_group)

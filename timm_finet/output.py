@@ -16,7 +16,8 @@ def check_output(file: str) -> None:
         part.unlink()
     except OSError as error:
         raise ValueError(
-            f'output={str(file)!r} cannot be written ({error.strerror or error}): give a file in a folder that exists.') from error
+            f'output={str(file)!r} cannot be written ({error.strerror or error}): give a file in a folder that exists.'
+        ) from error
 
 
 @contextmanager

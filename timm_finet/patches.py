@@ -1,4 +1,7 @@
-"""What `timm-finet run` changes in timm and torch while one of timm's scripts runs. One function a defect; each says whose it is."""
+"""What `timm-finet run` changes in timm and torch while one of timm's scripts runs.
+
+One function a defect; each says whose it is.
+"""
 import ctypes
 import math
 import sys
@@ -19,7 +22,10 @@ sync_forward = nn.SyncBatchNorm.forward
 
 
 def fuse_in_eval_mode() -> None:
-    """For `--reparam`. The scripts of timm 1.0.31 fuse before they call `.eval()`, which `fuse_fbn` refuses: docs/upstream.md."""
+    """For `--reparam`. The scripts of timm 1.0.31 fuse before they call `.eval()`, which `fuse_fbn` refuses.
+
+    See docs/upstream.md.
+    """
     fuse = timm.utils.reparameterize_model
     timm.utils.reparameterize_model = timm.utils.model.reparameterize_model = (
         lambda model, inplace=False: fuse(model.eval(), inplace))
@@ -55,10 +61,13 @@ def delete_torn_checkpoints() -> None:
 
 
 def train_on_several_cpus() -> None:
-    """train.py of timm 1.0.31 gives DistributedDataParallel `device_ids=[cpu]`, where torch wants None; and torch's SyncBatchNorm
-    wants a GPU. On other devices nothing changes."""
+    """train.py of timm 1.0.31 gives DistributedDataParallel `device_ids=[cpu]`, where torch wants None.
+
+    And torch's SyncBatchNorm wants a GPU. On other devices nothing changes.
+    """
     nn.parallel.DistributedDataParallel.__init__ = init_without_devices
-    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None  # raises on the CPU alone
+    # It raises, on the CPU alone.
+    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
     nn.SyncBatchNorm.forward = sync_forward_on_cpu
 
 

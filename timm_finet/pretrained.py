@@ -69,13 +69,15 @@ def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> 
         names = ', '.join(list_models(module=['finet', 'resnet_fbn'], pretrained=True))
         raise RuntimeError(f'{variant} has no pretrained weights. These exist: {names}. Use one, or pretrained=False.')
     if tag and tag not in tags:
-        raise RuntimeError(f"{variant} has no pretrained weights of tag {tag!r}: use {', '.join(tags)}, or pretrained=False.")
+        raise RuntimeError(
+            f"{variant} has no pretrained weights of tag {tag!r}: use {', '.join(tags)}, or pretrained=False.")
     if tag or 'in1k' in tags:
         return tags[tag or 'in1k']
     tag, cfg = next(iter(tags.items()))
     warnings.warn(
-        f"{variant} has no ImageNet weights: pretrained=True gives {variant}.{tag}, {cfg.description}, {cfg.num_classes} "
-        f"classes, input {'x'.join(map(str, cfg.input_size))}. Name the tag to silence this.", stacklevel=6)
+        f"{variant} has no ImageNet weights: pretrained=True gives {variant}.{tag}, {cfg.description}, "
+        f"{cfg.num_classes} classes, input {'x'.join(map(str, cfg.input_size))}. Name the tag to silence this.",
+        stacklevel=6)
     return cfg
 
 
@@ -93,5 +95,6 @@ def find_file(cfg: PretrainedCfg, cache_dir=None) -> Path:
         path = Path(hf_hub_download(repo_id, 'model.safetensors', revision=revision or None, cache_dir=cache_dir))
         way_out = f'Delete it to download {cfg.hf_hub_id} again; should that not help, upgrade timm-finet.'
     if hashlib.sha256(path.read_bytes()).hexdigest() != sums.get(name):
-        raise RuntimeError(f'The weight file {path} is damaged or altered: its sha256 is not the one of {name}. {way_out}')
+        raise RuntimeError(
+            f'The weight file {path} is damaged or altered: its sha256 is not the one of {name}. {way_out}')
     return path

@@ -1,4 +1,4 @@
-"""ResNet with Fine-grained Batch Normalization (arXiv 2005.06828, Table 7): timm's ResNet, its conv + BN pairs replaced."""
+"""ResNet with Fine-grained Batch Normalization (arXiv 2005.06828, Table 7): timm's, its conv + BN pairs replaced."""
 import re
 from typing import Any
 
@@ -25,8 +25,8 @@ class ResNetFBN(ResNet):
     """
 
     def __init__(
-            self, block, layers, fbn_groups: int = 2, affine: bool = True, small_input: bool = False, fused: bool = False,
-            in_chans: int = 3, device=None, dtype=None, **kwargs):
+            self, block, layers, fbn_groups: int = 2, affine: bool = True, small_input: bool = False,
+            fused: bool = False, in_chans: int = 3, device=None, dtype=None, **kwargs):
         super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         self.fbn_groups = fbn_groups
         if small_input:
@@ -42,12 +42,13 @@ class ResNetFBN(ResNet):
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Takes the checkpoints of timm's and torchvision's ResNets too, where `fbn_groups` is 1."""
         names = {
-            key: re.sub(r'\.bn(\d)\.', r'.conv\1.bn.', key.replace('downsample.1.', 'downsample.0.bn.')) for key in state_dict}
+            key: re.sub(r'\.bn(\d)\.', r'.conv\1.bn.', key.replace('downsample.1.', 'downsample.0.bn.'))
+            for key in state_dict}
         if any(key != name for key, name in names.items()):
             if self.fbn_groups != 1:
                 raise RuntimeError(
-                    f'The checkpoint has plain BatchNorm, this {type(self).__name__} has fbn_groups={self.fbn_groups}: build it '
-                    f'with fbn_groups=1, or load the checkpoint into its own network and use convert_fbn.')
+                    f'The checkpoint has plain BatchNorm, this {type(self).__name__} has fbn_groups={self.fbn_groups}: '
+                    f'build it with fbn_groups=1, or load the checkpoint into its own network and use convert_fbn.')
             state_dict = {names[key]: value for key, value in state_dict.items()}
         check_form(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)

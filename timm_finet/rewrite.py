@@ -65,7 +65,8 @@ def fuse_fbn(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     for name, module in model.named_modules():
         if module.training and isinstance(module, _BatchNorm):
-            raise RuntimeError(f'Cannot fuse {name or type(model).__name__} in train mode: call .eval() on the model first.')
+            raise RuntimeError(
+                f'Cannot fuse {name or type(model).__name__} in train mode: call .eval() on the model first.')
     if isinstance(model, FBNConv2d) and not is_watched(model, set()):
         return model.fuse()
     if not inplace:
@@ -93,8 +94,8 @@ def fuse_fbn(model: nn.Module, inplace: bool = False) -> nn.Module:
 def convert_fbn(model: nn.Module, fbn_groups: int = 4, affine: bool = True, inplace: bool = False) -> nn.Module:
     """Replace every convolution + BatchNorm pair by an `FBNConv2d`.
 
-    The weights, and in eval mode the outputs, stay at any G: the pair's statistics and affine terms are split evenly over
-    the groups, until training estimates each group's own. Depthwise and grouped convolutions, those whose input
+    The weights, and in eval mode the outputs, stay at any G: the pair's statistics and affine terms are split evenly
+    over the groups, until training estimates each group's own. Depthwise and grouped convolutions, those whose input
     channels G does not divide (a stem, mostly), and those that `fuse_fbn` would leave keep their BatchNorm. How many of
     how many convolutions were converted is logged.
 
@@ -122,7 +123,8 @@ def convert_fbn(model: nn.Module, fbn_groups: int = 4, affine: bool = True, inpl
         and not isinstance(norm, nn.SyncBatchNorm)
     ]
     if not pairs:
-        raise ValueError(f'model={type(model).__name__} has no convolution + BatchNorm pair that fbn_groups={fbn_groups} fits.')
+        raise ValueError(
+            f'model={type(model).__name__} has no convolution + BatchNorm pair that fbn_groups={fbn_groups} fits.')
     count = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     _logger.info(f'{len(pairs)} of the {count} convolutions of {type(model).__name__} converted to FBN.')
     converted: Dict[nn.Module, nn.Module] = {}

@@ -22,20 +22,22 @@ ROUNDS = 20
 TEXT = '''
 # Finet
 
-A picture in, its likeliest classes out, by one trained network in two forms with the same outputs. **Train form**: each 1x1
-convolution makes G partial sums, batch-normalises every one and adds them up, as the paper (arXiv 2005.06828) writes it.
-**Fused**: all of it folded into one plain convolution. At another G than the trained one these are still the trained weights,
-split into another number of partial sums, not a network trained with that G; layers whose channels G does not divide stay as
-trained. A network knows the classes that it was trained on, and takes every picture for one of them.
+A picture in, its likeliest classes out, by one trained network in two forms with the same outputs. **Train form**: each
+1x1 convolution makes G partial sums, batch-normalises every one and adds them up, as the paper (arXiv 2005.06828)
+writes it. **Fused**: all of it folded into one plain convolution. At another G than the trained one these are still the
+trained weights, split into another number of partial sums, not a network trained with that G; layers whose channels G
+does not divide stay as trained. A network knows the classes that it was trained on, and takes every picture for one of
+them.
 '''
 
 
 def regroup(layer: FBNConv2d, fbn_groups: int) -> FBNConv2d:
-    """The same function in eval mode, of `fbn_groups` partial sums where that divides the channels, each computed apart."""
+    """The same function in eval mode, of `fbn_groups` partial sums where that divides the channels, each on its own."""
     if fbn_groups != layer.fbn_groups and layer.in_channels % fbn_groups == 0:
         conv = layer.fuse()
         layer = FBNConv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, fbn_groups).eval()
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            fbn_groups).eval()
         layer.weight = conv.weight
         with torch.no_grad():
             layer.bn.weight.copy_((layer.bn.running_var + layer.bn.eps).sqrt())
@@ -82,7 +84,7 @@ def app():
     try:
         import gradio as gr
     except ImportError as error:
-        raise RuntimeError("gradio is missing: pip install 'timm-finet[space]'.") from error
+        raise RuntimeError("gradio is missing: pip install gradio.") from error
 
     def answer(picture, name, fbn_groups):
         if picture is None:
@@ -92,8 +94,10 @@ def app():
     def read(payload):
         try:
             return gr.Image.preprocess(picture, payload)
-        except (SyntaxError, OSError, Image.DecompressionBombError) as error:  # as read_pictures: gradio's own is a traceback
-            raise gr.Error('This file is not an image that can be read, or has too many pixels.', print_exception=False) from error
+        except (SyntaxError, OSError, Image.DecompressionBombError, gr.Error) as error:
+            # As read_pictures, and gradio's own for an SVG: each would print a traceback.
+            message = 'This file is not an image that can be read, or has too many pixels.'
+            raise gr.Error(message, print_exception=False) from error
 
     names = timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True)
     with gr.Blocks(title='Finet', analytics_enabled=False) as page:
@@ -112,7 +116,8 @@ def app():
         inputs = [picture, name, fbn_groups]
         gr.Examples([[tile] for tile in shipped_pictures()[0][::40]], [picture], label='Test pictures of CIFAR-10')
         button.click(answer, inputs, outputs)
-        gr.Markdown(f'Times are medians of {ROUNDS} runs on {torch.get_num_threads()} CPU threads, the two forms in turns.')
+        gr.Markdown(
+            f'Times are medians of {ROUNDS} runs on {torch.get_num_threads()} CPU threads, the two forms in turns.')
     return page
 
 

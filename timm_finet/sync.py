@@ -6,7 +6,7 @@ __all__ = ['all_reduce', 'pool_moments', 'sync_batch_norm']
 
 
 def all_reduce(x: torch.Tensor, process_group) -> torch.Tensor:
-    """The sum over the processes, sent in float64, as a process with few positions may hold another dtype than the rest."""
+    """The sum over the processes, sent in float64: one with few positions may hold another dtype than the rest."""
     total = x.double()
     dist.all_reduce(total, group=process_group)
     return total.to(x.dtype)
