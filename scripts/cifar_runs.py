@@ -18,9 +18,9 @@ from typing import Dict, NamedTuple, Tuple
 
 import yaml
 
-from report import read_rows, write_rows
+from scripts.report import read_rows, write_rows
 
-SCRIPTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 RATES = (0.1, 0.05)  # tried on plain BN; all else of recipe:cifar_short takes the first
 SMALL, LARGE = 'channels=(32,64,120)', 'channels=(104,200,400)'  # the widths at G = 8, which divide at every G
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     model: str
     kwargs: Tuple[str, ...] = ()
     options: Tuple[str, ...] = ()
-    module: str = ''  # of this folder, that makes the network known
+    module: str = ''  # that makes the network known
     processes = 1  # that train it together
 
     def __str__(self):
@@ -120,7 +120,7 @@ PROTOCOLS = {
         Section('small', 'finet_small', small((1, 8, 4, 2))),
         Section('affine', 'finet_small without affine', small((1, 8), 'affine=False')),
         Section('tied', 'finet_small', {
-            'G = 8, tied affine': short('finet_small_g8_tied', SMALL, module='tied_affine')}),
+            'G = 8, tied affine': short('finet_small_g8_tied', SMALL, module='scripts.paper.tied_affine')}),
         Section('large', 'finet_large', {f'G = {g}': short(finet('large', g), LARGE) for g in (1, 8)}),
         Section('resnet18', 'resnet18, a quarter as wide', {
             f'G = {g}': short('resnet18_fbn', f'fbn_groups={g}', QUARTER) for g in (1, 2)}),
@@ -157,7 +157,7 @@ def command(run, args):
     home = folder(args.output, run)
     line = [sys.executable, *(['-m', *torchrun(setting)] if setting.processes > 1 else []), '-m', 'timm_finet', 'run', 'train']
     line += [arg.replace('OUTPUT', args.output) for arg in setting.args(seed)]
-    line += ['--device-modules', *filter(None, ('timm_finet', 'train_facts', setting.module))]
+    line += ['--device-modules', *filter(None, ('timm_finet', 'scripts.train_facts', setting.module))]
     line += ['--data-dir', args.data_dir, '--output', args.output, '--experiment', home.name, '--checkpoint-hist', '1']
     line += ['--workers', str(threads(setting, args) - 1)]
     if (home / 'last.pth.tar').exists():
@@ -190,7 +190,7 @@ def start(run, args):
     head = dict(started=time.time(), commit=args.commit, jobs=args.jobs, command=recorded_command(run, args.extra))
     print('session: ' + json.dumps(head), file=log, flush=True)
     environment = os.environ | {
-        'PYTHONPATH': os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), os.environ.get('PYTHONPATH', '')]),
+        'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
         'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(threads(run[0], args)))}
     return subprocess.Popen(command(run, args), stdout=log, stderr=log, env=environment, preexec_fn=die_with_parent)
 

@@ -10,7 +10,7 @@ import resource
 import timm
 import torch
 
-from report import cpu_name
+from scripts.report import cpu_name
 
 
 @atexit.register

@@ -1,18 +1,14 @@
 """The benchmark's baseline, by structure and strides rather than by a clock."""
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 
+from scripts.bench.bench_training import build
 from timm_finet import FBNConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
-
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-from bench_training import build  # noqa: E402
 
 ARGS = Namespace(channels_last=True, device='cpu', compile=False)
 

@@ -1,7 +1,6 @@
 """The committed cards: generated, traceable figure by figure, and with a usage that runs."""
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,14 @@ import timm
 import yaml
 from huggingface_hub import ModelCard
 
-from timm_finet import fuse_fbn, hub as hub_module
+from scripts.report import RESULTS, read_rows
+from scripts.weights import push_to_hub
+from timm_finet import fuse_fbn
+from timm_finet import hub as hub_module
 from timm_finet.demo import shipped_pictures
 from timm_finet.flops import count_flops
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / 'scripts'))
-
-import push_to_hub  # noqa: E402
-from report import RESULTS, read_rows  # noqa: E402
-
 NAMES = timm.list_models(module=hub_module.MODULES, pretrained=True)
 
 
@@ -57,7 +54,7 @@ def test_committed_card_is_the_generated_one(name, tmp_path):
     for file in ('README.md', 'config.json', hub_module.BLOCK.name):
         committed, written = ROOT / 'hf_cards' / name / file, tmp_path / file
         assert written.exists() == committed.exists() and (
-            not written.exists() or written.read_bytes() == committed.read_bytes()), 'run python scripts/push_to_hub.py'
+            not written.exists() or written.read_bytes() == committed.read_bytes()), 'run python -m scripts.weights.push_to_hub'
 
 
 @pytest.mark.parametrize('name', NAMES)

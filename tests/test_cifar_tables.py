@@ -14,14 +14,13 @@ import pytest
 import timm
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / 'scripts'
-sys.path.insert(0, str(SCRIPTS))
+from scripts import cifar_runs as runs
+from scripts.paper import cifar_tables as tables
+from scripts.paper import tied_affine  # noqa: F401 (registers a network)
+from scripts.report import RESULTS, read_block, read_rows
+from timm_finet import FBNConv2d, launch
 
-import cifar_runs as runs  # noqa: E402
-import cifar_tables as tables  # noqa: E402
-import tied_affine  # noqa: E402, F401 (registers a network)
-from report import read_rows, read_block  # noqa: E402
-from timm_finet import FBNConv2d, launch  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 FAKE = '''
 import os, sys, time
@@ -213,7 +212,7 @@ RUNNER = """
 import sys
 from argparse import Namespace
 sys.path.insert(0, sys.argv[1])
-import cifar_runs as runs
+from scripts import cifar_runs as runs
 train = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
 runs.command = lambda run, args: [sys.executable, '-c', train]
 runs.train([(runs.short('finet_small'), 0)], Namespace(output=sys.argv[2], commit='', jobs=1, extra=[], minutes=1))
@@ -222,7 +221,7 @@ runs.train([(runs.short('finet_small'), 0)], Namespace(output=sys.argv[2], commi
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='Linux alone lets a child die with its parent')
 def test_runs_die_with_a_runner_that_is_killed(tmp_path):
-    with subprocess.Popen([sys.executable, '-c', RUNNER, SCRIPTS, tmp_path]) as runner:
+    with subprocess.Popen([sys.executable, '-c', RUNNER, ROOT, tmp_path]) as runner:
         child = wait_for(lambda: [
             pid for log in tmp_path.glob('*/log0.txt') for pid in re.findall(r'^\d+$', log.read_text(), re.M)])
         runner.kill()
@@ -276,7 +275,7 @@ def test_tables_stand_beside_the_papers_figures():
 
 @pytest.mark.parametrize('stem', runs.FILES)
 def test_readme_shows_the_results_file(stem):
-    results = SCRIPTS / 'results' / f'{stem}.csv'
+    results = RESULTS / f'{stem}.csv'
     assert read_block(stem) == tables.tables(read_rows(results) if results.exists() else [], runs.FILES[stem])
 
 
@@ -312,7 +311,7 @@ def test_bad_arguments_are_named(argv, message, monkeypatch, capsys):
 
 def test_facts_are_printed_at_the_end(tmp_path):
     (tmp_path / 'train.py').write_text('import train_facts')
-    environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     result = subprocess.run([sys.executable, tmp_path / 'train.py'], capture_output=True, text=True, env=environment)
     facts = json.loads(result.stdout.removeprefix('facts: '))
     assert facts['timm'] == timm.__version__ and facts['peak_mb'] > 10

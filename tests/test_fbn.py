@@ -1,18 +1,14 @@
 """FBNConv2d: every fast form against the slow reference, in float64."""
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 from timm.utils import freeze
 
+from scripts.bench.bench_training import peak_bytes
 from timm_finet import FBNConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
-
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-from bench_training import peak_bytes  # noqa: E402
 
 SHAPES = [  # in, out, kernel, stride, padding, dilation, G
     (16, 24, 1, 1, 0, 1, 1),

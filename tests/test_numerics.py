@@ -1,12 +1,9 @@
 """Rounding of the moment form beside the paper's own form, both against float64."""
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-from numerics import measure  # noqa: E402
+from scripts.bench.numerics import measure
 
 ROWS = {row['input']: row for row in measure()}
 HARD = 'first picture constant'  # equal products, summed

@@ -16,16 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_dataset
 
-SCRIPTS = Path(__file__).parents[1] / 'scripts'
-sys.path.append(str(SCRIPTS))
-
-import embed_weights  # noqa: E402
-import photos  # noqa: E402
-import shufflenet  # noqa: E402, F401
-import table2_photos  # noqa: E402
-import transfer  # noqa: E402
-from report import read_block  # noqa: E402
-from timm_finet import launch  # noqa: E402
+from scripts.paper import table2_photos
+from scripts.report import read_block
+from scripts.weights import embed_weights, photos, transfer
+from timm_finet import launch
 
 GOLDFISH, BULLFROG = 'n01443537', 'n01641577'
 
@@ -176,7 +170,7 @@ def test_table_runs_every_network_under_one_recipe_but_what_the_results_hold(tmp
         assert timm.is_model(setting.model)
         args = setting.args(3)
         assert args[:4] == ['--config', 'recipe:tiny_in200', '--model', setting.model] and args[-2:] == ['--seed', '3']
-        assert ('shufflenet' in args) == setting.model.startswith('shufflenet')
+        assert ('scripts.paper.shufflenet' in args) == setting.model.startswith('shufflenet')
 
 
 def test_table_gives_mean_deviation_and_counts():

@@ -1,23 +1,17 @@
 """The documents' tables are the results files', and these are what the code gives."""
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-import bench_training  # noqa: E402
-import int8  # noqa: E402
-import table2  # noqa: E402
-import table4  # noqa: E402
-import table4_operators  # noqa: E402
-import validate_weights  # noqa: E402
-from report import RESULTS, read_block, read_rows  # noqa: E402
-from timm_finet.flops import count_row  # noqa: E402
+from scripts.bench import bench_training
+from scripts.paper import table2, table4, table4_operators
+from scripts.report import RESULTS, read_block, read_rows
+from scripts.weights import int8, validate_weights
+from timm_finet.flops import count_row
 
 
 @pytest.mark.parametrize('script', [bench_training, table2, table4, table4_operators, int8])
 def test_document_shows_the_results_file(script):
-    name = script.__name__
+    name = script.__name__.split('.')[-1]
     assert read_block(name) == script.table(read_rows(RESULTS / f'{name}.csv'))
 
 

@@ -1,8 +1,8 @@
 """Table 2's comparison on photographs: every network from scratch on Tiny-ImageNet-200 under recipe:tiny_in200.
 
-    python scripts/table2_photos.py --data-dir PACK [--models finet_small mobilenetv2_035] [--seeds 0 1]
+    python -m scripts.paper.table2_photos --data-dir PACK [--models finet_small mobilenetv2_035] [--seeds 0 1]
 
-PACK is written by scripts/photos.py. The runs that the results lack are started; cut off, by `--minutes` or otherwise, they go
+PACK is written by scripts/weights/photos.py. The runs that the results lack are started; cut off, by `--minutes` or otherwise, they go
 on when started again with the same `--output`. Every finished run adds a line to results/table2_photos.csv, out of which the
 table of docs/photographs.md is written, without `--data-dir` that alone. Options that are not ours go to train.py, which makes another
 experiment: it needs a `--results` of its own, and its table is printed.
@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import timm
 
-import shufflenet  # noqa: F401 (registers two networks)
-import table2
-from cifar_runs import train
-from cifar_tables import commit, mean_deviation, pm, top1
-from report import RESULTS, markdown, read_rows, write_block
+from scripts.cifar_runs import train
+from scripts.paper import shufflenet, table2  # noqa: F401 (the first registers two networks)
+from scripts.paper.cifar_tables import commit, mean_deviation, pm, top1
+from scripts.report import RESULTS, markdown, read_rows, write_block
 from timm_finet import fuse_fbn
 from timm_finet.flops import count_flops
 
@@ -35,7 +34,7 @@ class Setting(NamedTuple):
 
     @property
     def module(self):
-        return 'shufflenet' if self.model.startswith('shufflenet') else ''
+        return 'scripts.paper.shufflenet' if self.model.startswith('shufflenet') else ''
 
     def __str__(self):
         return f'tiny_in200 {self.model}'

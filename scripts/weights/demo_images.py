@@ -1,7 +1,7 @@
 """Make the shipped pictures, lossless sprites, class by class: the first 40 of each class of CIFAR-10's test set, on which
 `timm-finet demo` and `export` check networks, and the first 10 of its training set, on which `export --int8` calibrates.
 
-    python scripts/demo_pictures.py cifar10.npz
+    python -m scripts.weights.demo_images cifar10.npz
 """
 import argparse
 from math import isqrt
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-WEIGHTS = Path(__file__).parents[1] / 'timm_finet' / 'weights'
+WEIGHTS = Path(__file__).parents[2] / 'timm_finet' / 'weights'
 
 
 def main():

@@ -1,6 +1,6 @@
 """The shipped CIFAR-10 pictures as WebDataset shards, to try timm's readers of sharded and streamed data on.
 
-    python scripts/write_shards.py FOLDER
+    python -m scripts.weights.write_shards FOLDER
 """
 import argparse
 import io

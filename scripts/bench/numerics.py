@@ -1,6 +1,6 @@
 """Rounding errors of FBN in training: FBNConv2d beside the paper's own form on the same inputs, both against float64.
 
-    python scripts/numerics.py
+    python -m scripts.bench.numerics
 
 For each input the largest relative error of the batch variance, and the root mean square errors of the output and of the
 gradients of input, weight and gamma, in units of each one's own root mean square (the output's: its deviation). `layers`
@@ -15,11 +15,11 @@ from datetime import date
 import timm
 import torch
 
-from report import RESULTS, cpu_name, write_rows
+from scripts.report import RESULTS, cpu_name, write_rows
 from timm_finet import FBNConv2d
-from timm_finet.fbn import ReferenceFBNConv2d
 from timm_finet.data import shipped_pictures
 from timm_finet.demo import MODEL
+from timm_finet.fbn import ReferenceFBNConv2d
 
 FILE = RESULTS / 'numerics.csv'
 SEED = 0

@@ -1,6 +1,6 @@
 """Do weights of photographs transfer? Fine-tuned on CIFAR-10's first 5,000 training pictures against from scratch.
 
-    python scripts/transfer.py --models finet_small_se_g4.tiny_in200 finet_large_se_g4.tiny_in200 --data-dir DATA --seeds 0 1 2
+    python -m scripts.weights.transfer --models finet_small_se_g4.tiny_in200 finet_large_se_g4.tiny_in200 --data-dir DATA --seeds 0 1 2
 
 DATA as for torch/cifar10_pad2. All runs use recipe:finetune at the picture size of the weights, for the same number of steps;
 those from scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high. Validation
@@ -14,10 +14,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
-import photos
-from cifar_tables import mean_deviation, pm, top1
-from report import RESULTS, markdown, write_block
-from table2_photos import arguments, parse, rows_of, run
+from scripts.paper.cifar_tables import mean_deviation, pm, top1
+from scripts.paper.table2_photos import arguments, parse, rows_of, run
+from scripts.report import RESULTS, markdown, write_block
+from scripts.weights import photos
 from timm_finet.data import PAD, CIFAR10Pad2
 from timm_finet.finet import CIFAR10_CLASSES
 from timm_finet.launch import find_recipe

@@ -1,7 +1,7 @@
 """Validation accuracy against epochs, the paper's Figure 4, from any number of timm's summary.csv files.
 
-    python scripts/plot_training.py output/train/*/summary.csv
-    python scripts/plot_training.py G=1:a/summary.csv G=8:b/summary.csv --output figure4.png --title 'Finet on CIFAR-10'
+    python -m scripts.weights.plot_training output/train/*/summary.csv
+    python -m scripts.weights.plot_training G=1:a/summary.csv G=8:b/summary.csv --output figure4.png --title 'Finet on CIFAR-10'
 
 A curve is named by what stands before the colon, else by the run's folder. Needs matplotlib (the extra `plots`).
 """
@@ -10,6 +10,7 @@ import csv
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 

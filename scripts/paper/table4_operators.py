@@ -1,6 +1,6 @@
 """Where the time of Table 4 goes: milliseconds a picture by kind of operator, one thread, by each runtime's own profiler.
 
-    OMP_NUM_THREADS=1 python scripts/table4_operators.py
+    OMP_NUM_THREADS=1 python -m scripts.paper.table4_operators
 
 Writes results/table4_operators.csv and the table of docs/table4.md. Profilers cost time themselves, most of all in eager mode.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
-from table4 import RUNTIMES, fused, load_openvino
+from scripts.paper.table4 import RUNTIMES, fused, load_openvino
+from scripts.report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet.export import to_executorch, to_onnx
 
 NETWORKS = ('finet_large', 'finet_large_se', 'mobilenetv3_large_100')

@@ -1,7 +1,7 @@
 """FBN against BN on CIFAR: train the rows of the tables by timm's train.py, collect, compare.
 
-    python scripts/cifar_tables.py evidence --data-dir DATA --output OUT --jobs 2
-    python scripts/cifar_tables.py evidence             # tables and plots alone
+    python -m scripts.paper.cifar_tables evidence --data-dir DATA --output OUT --jobs 2
+    python -m scripts.paper.cifar_tables evidence             # tables and plots alone
 
 `cifar10` and `cifar100` are Tables 5, 6 and 7 of the paper, 200 epochs, for a GPU. `placement` and `evidence` are
 shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. Results go to
@@ -12,7 +12,7 @@ order of worth, `--jobs` at a time; cut off, by `--minutes` or otherwise, it goe
 started again with the same OUT. `--dry-run` prints the commands. What stands after `--` is handed on to train.py; as
 that makes another experiment, it needs a `--results` of its own, and its tables are printed:
 
-    python scripts/cifar_tables.py cifar10 --only g1_g8 --data-dir DATA --output OUT --results probe.csv -- --epochs 3
+    python -m scripts.paper.cifar_tables cifar10 --only g1_g8 --data-dir DATA --output OUT --results probe.csv -- --epochs 3
 """
 import argparse
 import math
@@ -27,8 +27,8 @@ from statistics import mean, stdev
 
 from timm.utils.misc import natural_key
 
-from cifar_runs import FILES, PROTOCOLS, SCRIPTS, command, folder, missing, train
-from report import RESULTS, markdown, read_rows, write_block
+from scripts.cifar_runs import FILES, PROTOCOLS, ROOT, command, folder, missing, train
+from scripts.report import RESULTS, markdown, read_rows, write_block
 
 PAPER = {  # top-1 of Tables 5, 6 and 7, of 200 epochs
     'cifar10': {
@@ -201,7 +201,7 @@ def plot(rows, protocols, results):
 def commit():
     """What the package is that trains, or nothing where there is no history of it."""
     def git(*args):
-        return subprocess.run(['git', *args], cwd=SCRIPTS.parent, capture_output=True, text=True)
+        return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)
 
     if not shutil.which('git') or git('rev-parse', 'HEAD').returncode:
         return ''

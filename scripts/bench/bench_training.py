@@ -1,8 +1,8 @@
 """What FBN costs in training: time and peak memory of one step against plain BN, the networks taken in turns.
 
-    python scripts/bench_training.py                          # CPU, one thread; on a GPU: --device cuda --channels-last
-    python scripts/bench_training.py --models finet_large --groups 4 --layers
-    python scripts/bench_training.py --plot
+    python -m scripts.bench.bench_training                          # CPU, one thread; on a GPU: --device cuda --channels-last
+    python -m scripts.bench.bench_training --models finet_large --groups 4 --layers
+    python -m scripts.bench.bench_training --plot
 
 A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, of
 nn.Conv2d and nn.BatchNorm2d as torch has them; `plain` the same as this package builds it, at G = 1; `reference` the
@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.depthwise import DepthwiseConv2d
 from timm_finet.fbn import ReferenceFBNConv2d

@@ -1,7 +1,7 @@
 """Write the cards of the embedded weights, and push them to the Hub: a worked example of timm_finet.hub.
 
-    python scripts/push_to_hub.py        # hf_cards/<name>.<tag>/ alone
-    python scripts/push_to_hub.py ORG    # then ORG/<name>.<tag> on the Hub, which wants `hf auth login`
+    python -m scripts.weights.push_to_hub        # hf_cards/<name>.<tag>/ alone
+    python -m scripts.weights.push_to_hub ORG    # then ORG/<name>.<tag> on the Hub, which wants `hf auth login`
 
 A card's figures come from the network and from results/: weights.csv, weights_speed.csv, and each name's log and arguments.
 """
@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 import timm
 import yaml
 
-from report import RESULTS, read_rows
+from scripts.report import RESULTS, read_rows
 from timm_finet import hub
 
-CARDS = Path(__file__).parents[1] / 'hf_cards'
+CARDS = Path(__file__).parents[2] / 'hf_cards'
 
 
 def write(name, folder):

@@ -1,18 +1,18 @@
 """The embedded weights of photographs: recipe:photos at growing sizes, with a teacher's soft labels, each size by train.py.
 
-    python scripts/photos.py SOURCE PACK
-    python scripts/soft_labels.py PACK
-    python scripts/train_photos.py finet_large_se_g4 --data-dir PACK --output OUTPUT --processes 2
-    python scripts/embed_weights.py OUTPUT/photos-finet_large_se_g4-128px-seed0/last.pth.tar finet_large_se_g4.tiny_in200 --data-dir PACK
+    python -m scripts.weights.photos SOURCE PACK
+    python -m scripts.weights.soft_labels PACK
+    python -m scripts.weights.train_photos finet_large_se_g4 --data-dir PACK --output OUTPUT --processes 2
+    python -m scripts.weights.embed_weights OUTPUT/photos-finet_large_se_g4-128px-seed0/last.pth.tar finet_large_se_g4.tiny_in200 --data-dir PACK
 
 The learning rate falls in one straight line over all sizes; each starts from the averaged weights of the one before. Runs go
 on, and are recorded in results/train_photos.csv and the folder beside it, as in table2_photos.py.
 """
 from typing import NamedTuple
 
-from cifar_runs import folder
-from report import RESULTS
-from table2_photos import arguments, parse, run
+from scripts.cifar_runs import folder
+from scripts.paper.table2_photos import arguments, parse, run
+from scripts.report import RESULTS
 
 CSV = RESULTS / 'train_photos.csv'
 PHASES = {64: 5, 96: 6, 128: 7}  # epochs by size in pixels
@@ -24,7 +24,7 @@ class Phase(NamedTuple):
     model: str
     size: int
     processes: int
-    module = 'soft_labels'
+    module = 'scripts.weights.soft_labels'
 
     def __str__(self):
         return f'photos {self.model} {self.size}px'

@@ -1,7 +1,7 @@
 """Table 2 again: multiply-adds and parameters of Finet and of the networks it is compared with, beside the paper's figures.
 
-    python scripts/table2.py
-    python scripts/table2.py --table    # docs/table2.md and results/table2.png, from the results file
+    python -m scripts.paper.table2
+    python -m scripts.paper.table2 --table    # docs/table2.md and results/table2.png, from the results file
 
 Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes results/table2.csv, table and plot.
 The accuracies are the paper's own; none of them is measured here.
@@ -18,7 +18,7 @@ import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from report import RESULTS, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet.flops import count_flops, count_row, create
 
 # The paper's Table 2: millions of multiply-adds, millions of parameters, top-1 on ImageNet.

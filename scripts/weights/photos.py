@@ -1,6 +1,6 @@
 """Pack photographs into one tar a split, which timm reads as it lies, and check every picture on the way.
 
-    python scripts/photos.py SOURCE PACK                           # --classes 5 --per-class 20 for a tiny one
+    python -m scripts.weights.photos SOURCE PACK                           # --classes 5 --per-class 20 for a tiny one
     timm-finet run train --data-dir PACK --train-split train.tar --val-split validation.tar ...
 
 SOURCE, a folder or a bare git repository, holds the folders `train` and `val` at any depth, with a folder of pictures a
@@ -26,7 +26,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from tqdm import tqdm
 
-from report import write_rows
+from scripts.report import write_rows
 
 SPLITS = {'train': 'train', 'val': 'validation'}
 

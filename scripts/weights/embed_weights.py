@@ -1,6 +1,6 @@
 """Embed a checkpoint of train.py in half precision, if that moves its top-1 by less than 0.05 points.
 
-    python scripts/embed_weights.py CHECKPOINT finet_large_se_g4.tiny_in200 --data-dir PACK
+    python -m scripts.weights.embed_weights CHECKPOINT finet_large_se_g4.tiny_in200 --data-dir PACK
 
 Its EMA is taken where it has one. Matrices and kernels become float16, statistics and other vectors stay as they are.
 timm's validate.py compares both on the validation set that train.py used, the second in train and in fused form. Then

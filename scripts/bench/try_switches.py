@@ -1,7 +1,7 @@
 """Tries train.py's switches for real on `recipe:smoke` in two processes of torchrun on the CPU.
 
-    python scripts/try_switches.py           # some minutes on two idle cores
-    python scripts/try_switches.py --table   # docs/training.md's tables from the results files
+    python -m scripts.bench.try_switches           # some minutes on two idle cores
+    python -m scripts.bench.try_switches --table   # docs/training.md's tables from the results files
 
 Writes results/switches.csv: how three epochs ended with each switch. Writes results/processes.csv: one process against two
 of half the batch and `--sync-bn`, on 100 pictures in one batch, without augmentation and dropout, so that both see the same.
@@ -20,9 +20,9 @@ from pathlib import Path
 import timm
 import torch
 
-from report import cpu_name
+from scripts.report import cpu_name
 
-RESULTS = Path(__file__).parent / 'results'
+RESULTS = Path(__file__).parents[1] / 'results'
 EPOCHS = 3
 SWITCHES = (
     '', '--model-ema', '--grad-accum-steps 2', '--grad-checkpointing', '--channels-last', '--amp --amp-dtype bfloat16',

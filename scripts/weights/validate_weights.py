@@ -1,6 +1,6 @@
 """Accuracy of every embedded weight on its whole test set, by timm's validate.py, in train and in fused form.
 
-    TIMM_SCRIPTS=CHECKOUT python scripts/validate_weights.py DATA    # DATA as for --data-dir
+    TIMM_SCRIPTS=CHECKOUT python -m scripts.weights.validate_weights DATA    # DATA as for --data-dir
 
 Writes results/weights.csv and the README's table.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import timm
 import torch
 
-from report import RESULTS, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet import count_flops, fuse_fbn
 
 FILE = RESULTS / 'weights.csv'

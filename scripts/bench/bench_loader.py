@@ -1,6 +1,6 @@
 """Pictures a second of the CIFAR loader of `recipe:cifar10` in one worker, beside the networks' own training speed.
 
-    python scripts/bench_loader.py
+    python -m scripts.bench.bench_loader
 
 The loader is timm's, as train.py makes it from the recipe, over 12,800 random pictures. A network's step is forward, cross
 entropy, backward and SGD at the recipe's batch size. Loader and networks take turns in one thread. A loader worker is one
@@ -24,10 +24,10 @@ import yaml
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from report import cpu_name
+from scripts.report import cpu_name
 from timm_finet.launch import find_recipe
 
-RESULTS = Path(__file__).parent / 'results' / 'bench_loader.csv'
+RESULTS = Path(__file__).parents[1] / 'results' / 'bench_loader.csv'
 RECIPES = ('cifar10', 'modern')
 MODELS = ('finet_small_g4', 'finet_large_g8')
 PICTURES, ROUNDS, STEPS, SEED = 12800, 7, 2, 0
@@ -81,7 +81,7 @@ def main():
     rows = [dict(
         subject=subject, pictures_per_second=round(median(found[1:])), lowest=round(min(found[1:])),
         highest=round(max(found[1:])), threads=1, workers='in the process', rounds=ROUNDS, seed=SEED,
-        command='python scripts/bench_loader.py', torch=torch.__version__, torchvision=torchvision.__version__,
+        command='python -m scripts.bench.bench_loader', torch=torch.__version__, torchvision=torchvision.__version__,
         timm=timm.__version__, numpy=np.__version__, processor=cpu_name(), date=date.today(),
     ) for subject, found in rates.items()]
     for row in rows:

@@ -1,9 +1,9 @@
 """Pictures a second of every embedded weight at batch 1, in train form and fused, in turns.
 
-    OMP_NUM_THREADS=1 python scripts/weights_speed.py
+    OMP_NUM_THREADS=1 python -m scripts.weights.weights_speed
 
 In eval mode the train form folds its weights anew for every picture. A round runs each form ten times and takes the median.
-Writes results/weights_speed.csv, then run scripts/push_to_hub.py for the cards.
+Writes results/weights_speed.csv, then run scripts/weights/push_to_hub.py for the cards.
 """
 import argparse
 import shlex
@@ -16,7 +16,7 @@ from statistics import median, quantiles
 import timm
 import torch
 
-from report import RESULTS, cpu_name, write_rows
+from scripts.report import RESULTS, cpu_name, write_rows
 from timm_finet import fuse_fbn, hub
 
 ROUNDS, RUNS = 100, 10

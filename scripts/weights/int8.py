@@ -1,6 +1,6 @@
 """What int8 costs in accuracy: exported files in float32 and int8 on all 10,000 test images of CIFAR-10.
 
-    python scripts/int8.py cifar10.npz
+    python -m scripts.weights.int8 cifar10.npz
 
 The files are those of `timm-finet export`, calibrated on the 100 shipped training pictures. Writes results/int8.csv and
 the table of docs/export.md.
@@ -17,7 +17,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
-from report import RESULTS, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet import export
 from timm_finet.data import CIFAR10Pad2
 
