@@ -10,13 +10,12 @@ from huggingface_hub import ModelCard
 
 from scripts.report import RESULTS, read_rows
 from scripts.weights import push_to_hub
-from timm_finet import fuse_fbn
-from timm_finet import hub as hub_module
+from timm_finet import fuse_fbn, hub
 from timm_finet.demo import shipped_pictures
 from timm_finet.flops import count_flops
 
 ROOT = Path(__file__).parents[1]
-NAMES = timm.list_models(module=hub_module.MODULES, pretrained=True)
+NAMES = timm.list_models(module=hub.MODULES, pretrained=True)
 
 
 def card_text(name):
@@ -51,7 +50,7 @@ def test_every_weight_has_a_card():
 @pytest.mark.parametrize('name', NAMES)
 def test_committed_card_is_the_generated_one(name, tmp_path):
     push_to_hub.write(name, tmp_path)
-    for file in ('README.md', 'config.json', hub_module.BLOCK.name):
+    for file in ('README.md', 'config.json', 'block.png', 'block_se.png'):
         committed, written = ROOT / 'hf_cards' / name / file, tmp_path / file
         assert written.exists() == committed.exists() and (
             not written.exists() or written.read_bytes() == committed.read_bytes()), 'run python -m scripts.weights.push_to_hub'
@@ -92,7 +91,7 @@ def test_usage_runs_as_it_stands(name, tmp_path, monkeypatch, capsys):
     usage = re.search(r'```python\n(.*?)```', card_text(name), re.S)[1]
     assert usage.startswith('import timm_finet')
     monkeypatch.chdir(tmp_path)
-    shipped_pictures()[0][0].save('picture.png')
+    shipped_pictures()[0][0].save('image.png')
     exec(usage, {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and re.fullmatch(r'airplane \d+\.\d%', lines[0])

@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm.models import push_to_hf_hub
 
-from timm_finet import cli, fuse_fbn, hub as hub_module
+from timm_finet import card, cli, fuse_fbn
 from timm_finet.demo import shipped_pictures
 
 ARGS = dict(
@@ -77,7 +77,7 @@ def test_pushed_checkpoint_is_one_commit_with_all_that_belongs_to_it(hub, push, 
     repo = hub.repos['me/net']
     assert repo.private and len(repo.commits) == 2
     files = repo.files()
-    assert set(files) - {'block.png'} == {'README.md', 'config.json', 'model.safetensors', 'args.yaml', 'summary.csv'}
+    assert set(files) - {'block.png', 'block_se.png'} == {'README.md', 'config.json', 'model.safetensors', 'args.yaml', 'summary.csv'}
     assert files['summary.csv'] == checkpoint.with_name('summary.csv').read_bytes()
     args = yaml.safe_load(files['args.yaml'])
     assert args['epochs'] == 3 and not any('/home/me' in str(value) for value in args.values())
@@ -243,16 +243,16 @@ def test_weights_that_are_no_numbers_are_refused(value, message, push, model, tm
 def test_results_are_found_with_and_without_a_tag(name, row, found, tmp_path):
     (tmp_path / 'results.csv').write_text(f'model,top1,top5\n{row},51.25,90.5\n')
     if found:
-        assert [r['top1'] for r in hub_module.read_results(tmp_path / 'results.csv', name)] == ['51.25']
+        assert [r['top1'] for r in card.read_results(tmp_path / 'results.csv', name)] == ['51.25']
     else:
         with pytest.raises(ValueError, match=f'no row for {name!r}: it has {row}'):
-            hub_module.read_results(tmp_path / 'results.csv', name)
+            card.read_results(tmp_path / 'results.csv', name)
 
 
 def test_results_of_several_tags_are_not_guessed_at(tmp_path):
     (tmp_path / 'results.csv').write_text('model,top1,top5\nfinet_small.a,1,2\nfinet_small.b,3,4\n')
     with pytest.raises(ValueError, match='rows for finet_small.a, finet_small.b: which'):
-        hub_module.read_results(tmp_path / 'results.csv', 'finet_small')
+        card.read_results(tmp_path / 'results.csv', 'finet_small')
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def test_checkpoint_of_train_py_loads_its_ema(checkpoint, model):
 def test_cards_usage_runs_as_it_stands(hub, push, tmp_path, monkeypatch, capsys):
     push()
     monkeypatch.chdir(tmp_path)
-    shipped_pictures()[0][0].save('picture.png')
+    shipped_pictures()[0][0].save('image.png')
     exec(re.search(r'```python\n(.*?)```', hub.repos['me/net'].files()['README.md'].decode(), re.S)[1], {})
     assert len(capsys.readouterr().out.splitlines()) == 5
 

@@ -1,6 +1,6 @@
 """Draw a block of Finet as it is trained and as it is deployed, from the traced graphs of the two forms.
 
-    python -m scripts.paper.draw_block                 # writes results/block.png
+    python -m scripts.paper.draw_block                 # writes results/block.png and block_se.png
 
 Boxes in one column run one after the other; the right column is Squeeze-and-Excitation, which reads the block's input.
 """
@@ -17,7 +17,7 @@ from timm_finet.pairs import _Tracer
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-NAME = 'finet_large_se_g4'
+FILES = {'finet_large_g4': 'block.png', 'finet_large_se_g4': 'block_se.png'}
 COLORS = {'conv': '#cfe3f5', 'norm': '#fbd9b5', 'act': '#d7ead0', 'math': '#e8e8e8'}
 HEIGHT, GAP, WIDTH = 0.62, 0.38, 3.3
 
@@ -67,7 +67,7 @@ def draw(ax, block, title):
         for source in inputs:
             connect(ax, boxes[source], boxes[node], skip=len(inputs) > 1 and source.op == 'placeholder')
     ax.set_title(title, fontsize=10)
-    ax.set(xlim=(-0.7, 2 * WIDTH + 1))
+    ax.set(xlim=(-0.7, max(x for x, _ in boxes.values()) + WIDTH + 0.1))
     ax.axis('off')
     return min(bottoms)
 
@@ -88,17 +88,22 @@ def connect(ax, source, target, skip):
         ax.annotate('', (x1 + WIDTH, y1 + HEIGHT / 2), (x0 + WIDTH / 2, y1 + HEIGHT / 2), arrowprops=arrow)
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    block = timm.create_model(NAME).stages[0][1].eval()
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 6.4), layout='constrained')
+def draw_forms(name, file):
+    block = timm.create_model(name).stages[0][1].eval()
+    fig, axes = plt.subplots(1, 2, figsize=(5.5 if block.se is None else 9.5, 6.4), layout='constrained')
     bottoms = [
         draw(ax, form, f'{title}, {sum(p.numel() for p in form.parameters()):,} parameters')
         for ax, form, title in zip(axes, (block, fuse_fbn(block)), ('train form', 'fused'))]
     for ax in axes:
         ax.set_ylim(min(bottoms) - 0.2, 0)
-    fig.suptitle(f'{NAME}: a block of stride 1, {block.conv1.in_channels} channels', fontsize=11)
-    fig.savefig(RESULTS / 'block.png', dpi=130, facecolor='white')
+    fig.suptitle(f'{name}: a block of stride 1, {block.conv1.in_channels} channels', fontsize=11)
+    fig.savefig(file, dpi=130, facecolor='white')
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for name, file in FILES.items():
+        draw_forms(name, RESULTS / file)
 
 
 if __name__ == '__main__':

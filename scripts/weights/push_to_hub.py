@@ -14,7 +14,7 @@ import timm
 import yaml
 
 from scripts.report import RESULTS, read_rows
-from timm_finet import hub
+from timm_finet import card, hub
 
 CARDS = Path(__file__).parents[2] / 'hf_cards'
 
@@ -22,11 +22,11 @@ CARDS = Path(__file__).parents[2] / 'hf_cards'
 def write(name, folder):
     """The whole model repository of an embedded weight."""
     model = timm.create_model(name, pretrained=True).eval()
-    results = hub.read_results(RESULTS / 'weights.csv', name)
+    results = card.read_results(RESULTS / 'weights.csv', name)
     args = yaml.safe_load((RESULTS / f'{name}.yaml').read_text())
     log = RESULTS / f'{name}.csv'
     speed = [row for row in read_rows(RESULTS / 'weights_speed.csv') if row['model'] == name]
-    hub.save(model, folder, hub.make_card(model, name, name, results, args, log, speed), args, log)
+    hub.save(model, folder, card.make_card(model, name, name, results, args, log, speed), args, log)
 
 
 def main():
@@ -37,9 +37,9 @@ def main():
         with TemporaryDirectory() as folder:
             write(name, folder)
             (CARDS / name).mkdir(parents=True, exist_ok=True)
-            for file in ('README.md', 'config.json', hub.BLOCK.name):
-                if Path(folder, file).is_file():
-                    shutil.copy(Path(folder, file), CARDS / name)
+            for file in Path(folder).iterdir():
+                if file.name in ('README.md', 'config.json') or file.suffix == '.png':
+                    shutil.copy(file, CARDS / name)
             print(f'wrote hf_cards/{name}')
             if org:
                 print(hub.push(folder, f'{org}/{name}'))

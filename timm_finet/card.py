@@ -1,0 +1,223 @@
+"""Model cards: their text, and the figures that go into it."""
+import csv
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import timm
+import torch.nn as nn
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models._input import get_model_args
+
+from .checkpoint import DATASETS, UNKNOWN_DATASET
+from .fbn import FBNConv2d
+from .finet import Finet
+from .flops import count_flops
+from .rewrite import fuse_fbn
+
+__all__ = ['make_card', 'read_results']
+
+FIGURES = Path(__file__).parents[1] / 'scripts' / 'results'  # there in a checkout of the source alone
+RECIPE = (
+    'epochs', 'batch_size', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum', 'weight_decay', 'smoothing', 'drop',
+    'mixup', 'cutmix', 'aa', 'pretrained', 'model_ema', 'amp')
+
+BODY = '''
+# {name}
+
+{architecture} is an image classifier: {family} use Fine-grained Batch Normalization (FBN,
+[arXiv 2005.06828](https://arxiv.org/abs/2005.06828)) with G = {groups}. FBN splits a convolution's input into G groups,
+batch-normalises each group's partial sum and adds them up; for inference all of it folds into one plain convolution.
+These weights are in {form}.
+{block}
+| | train form | fused, for inference |
+|---|---|---|
+| parameters | {params[0]:,} | {params[1]:,} |
+| multiply-adds at {size} | {macs[0]:,} | {macs[1]:,} |
+
+A multiply-add counts as one; convolutions and linear layers, by fvcore (`timm_finet.flops`).
+
+## Usage
+
+```python
+import timm_finet  # registers the network with timm
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model('{source}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+image = Image.open('image.png').convert('RGB')
+with torch.inference_mode():
+    probabilities, classes = model(transform(image)[None]).softmax(1)[0].topk({top})
+names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
+for probability, index in zip(probabilities, classes):
+    print(f'{{names[index]}} {{probability:.1%}}')
+```
+{fuse}
+## Training
+
+{training}
+
+## Accuracy
+
+{accuracy}
+
+## Speed
+
+{speed}
+
+## Limits
+
+Trained on {dataset} at {size}: it knows these {num_classes} classes and no others, and is no better than its training
+images. One run gives one figure; other seeds will differ. {choice}The fused form cannot be trained further with batch
+statistics.
+
+## Licence and citation
+
+{licence}
+
+```bibtex
+@article{{luo2020finet,
+  title={{Finet: Using Fine-grained Batch Normalization to Train Light-weight Neural Networks}},
+  author={{Luo, Chunjie and Zhan, Jianfeng and Wang, Lei and Gao, Wanling}},
+  journal={{arXiv preprint arXiv:2005.06828}},
+  year={{2020}}
+}}
+```
+'''
+
+
+FIGURE = '''
+![A block in train and in fused form]({file})
+
+The figure shows {shown}; others of the family differ in width and in G.
+'''
+
+
+def read_results(file: str, name: str) -> List[Dict[str, str]]:
+    """The rows of a results file for one network: at least `model`, `top1` and `top5`, as timm's validate.py writes.
+
+    Where no row has that very name, a row with a tag stands for a name without one, and the other way round.
+
+    Raises:
+        ValueError: It lacks these columns, or such rows, or has rows of several tags.
+    """
+    with open(file, newline='') as lines:
+        rows = list(csv.DictReader(lines))
+    missing = {'model', 'top1', 'top5'} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"--results {file!r} lacks the columns {', '.join(sorted(missing))}.")
+    architecture, _, tag = name.partition('.')
+    alike = {name, architecture} if tag else {r['model'] for r in rows if r['model'].split('.')[0] == architecture}
+    found = [row for row in rows if row['model'] == name] or [row for row in rows if row['model'] in alike]
+    names = ', '.join(sorted({row['model'] for row in found or rows}))
+    if not found:
+        raise ValueError(f'--results {file!r} has no row for {name!r}: it has {names}.')
+    if ',' in names:
+        raise ValueError(f'--results {file!r} has rows for {names}: which is it? Give one of them as --model.')
+    return found
+
+
+def make_card(
+        model: nn.Module, name: str, source: str, results: Sequence[Dict[str, str]] = (),
+        args: Optional[Dict[str, Any]] = None, log: Optional[str] = None,
+        speed: Sequence[Dict[str, str]] = ()) -> ModelCard:
+    """The model card. Its figures come from the network and from the results and the log that are given.
+
+    Args:
+        model: In either form; its `pretrained_cfg` describes the weights.
+        name: Title of the card.
+        source: What `timm.create_model` loads: a name with a tag, or `hf-hub:ORG/NAME`.
+        results: Rows of a results file, one a form.
+        args: The training arguments.
+        log: Path of train.py's summary.csv.
+        speed: Rows of results/weights_speed.csv.
+    """
+    args, cfg = args or {}, model.pretrained_cfg
+    model_args = get_model_args(model)
+    twin = timm.create_model(cfg['architecture'], **{**model_args, 'fused': False}).eval()
+    counts = [count_flops(network, cfg['input_size']) for network in (twin, fuse_fbn(twin))]
+    groups = sorted({m.fbn_groups for m in twin.modules() if isinstance(m, FBNConv2d)})
+    hub_dataset, dataset, _ = DATASETS.get(cfg.get('tag') or args.get('dataset'), UNKNOWN_DATASET)
+    is_known = hub_dataset != UNKNOWN_DATASET[0]
+    if not is_known and cfg.get('description'):
+        dataset = cfg['description'].removeprefix('trained on ')
+    form = 'fused' if model_args['fused'] else 'train'
+
+    metrics = [row for row in results if row.get('form', form) == form]
+    if len(metrics) > 1:
+        raise ValueError(f'results has {len(metrics)} rows for {name} in {form} form: one is needed.')
+    evaluations = [
+        EvalResult(
+            task_type='image-classification', dataset_type=hub_dataset, dataset_name=dataset, dataset_split='test',
+            metric_type='accuracy', metric_name=title, metric_value=float(row[column]))
+        for row in metrics for column, title in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy'))]
+    data = ModelCardData(
+        model_name=name, library_name='timm', pipeline_tag='image-classification', license=cfg['license'],
+        tags=['image-classification', 'timm', 'finet', 'fine-grained-batch-normalization', 'arxiv:2005.06828'],
+        datasets=[hub_dataset] if is_known else None, eval_results=evaluations or None)
+
+    body = BODY.format(
+        name=name, source=source, architecture=cfg['architecture'], dataset=dataset, num_classes=model.num_classes,
+        groups=', '.join(map(str, groups)),
+        family=(
+            'a light-weight Finet, whose 1x1 convolutions' if isinstance(model, Finet)
+            else 'a ResNet, whose convolutions'),
+        form='train form' if form == 'train' else 'fused form, for inference', top=min(5, model.num_classes),
+        block=figure_section(model),
+        params=[count['params'] for count in counts], macs=[count['conv'] + count['linear'] for count in counts],
+        size='x'.join(map(str, cfg['input_size'])),
+        choice='' if not isinstance(model, Finet) else (
+            "The paper gives no code: its parameter counts are reproduced exactly, but where a block's second\nReLU "
+            'stands is a choice of this implementation (`act_place`). '),
+        fuse='' if form == 'fused' else (
+            '\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n'),
+        training=training_section(cfg, args, dataset, log), accuracy=accuracy_section(results, dataset, args),
+        speed=speed_section(speed),
+        licence=f"{cfg['license']}. Please cite the paper:")
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n{body}')
+
+
+def figure_section(model) -> str:
+    if not isinstance(model, Finet):
+        return ''
+    file, shown = ('block.png', 'finet_large_g4') if model.stages[0][0].se is None else ('block_se.png', 'finet_large_se_g4')
+    return FIGURE.format(file=file, shown=shown) if (FIGURES / file).is_file() else ''
+
+
+def training_section(cfg, args, dataset, log) -> str:
+    lines = [f'Data set: {dataset}. ' + (
+        "Arguments of timm's train.py, the rest of which is in [args.yaml](args.yaml):" if args
+        else 'The training arguments were not recorded.')]
+    settings = [key for key in RECIPE if args.get(key)]
+    if settings:
+        lines += ['', '| ' + ' | '.join(settings) + ' |', '|' + '---|' * len(settings),
+                  '| ' + ' | '.join(str(args[key]) for key in settings) + ' |']
+    if log:
+        with open(log, newline='') as rows:
+            last = list(csv.DictReader(rows))[-1]
+        lines += ['', f"Accuracy by epoch is in [summary.csv](summary.csv); it ends at epoch {last['epoch']} with "
+                      f"{last['eval_top1']}% top-1."]
+    for note in cfg.get('notes') or ():
+        lines += ['', note]
+    return '\n'.join(lines)
+
+
+def accuracy_section(results, dataset, args) -> str:
+    if not results:
+        return 'Not measured apart from the training log.'
+    lines = ['| form | top-1 | top-5 | measured by |', '|---|---|---|---|']
+    lines += [
+        f"| {row.get('form', '')} | {row['top1']} | {row['top5']} | `{row.get('command', 'validate.py of timm')}` |"
+        for row in results]
+    seed = f", seed {args['seed']}" if 'seed' in args else ''
+    return '\n'.join(lines + ['', f'Percent of the test set ({dataset}), weights of one run{seed}.'])
+
+
+def speed_section(rows) -> str:
+    if not rows:
+        return 'Not measured.'
+    lines = ['| form | images a second | ms, quartiles |', '|---|---|---|']
+    lines += [f"| {row['form']} | {row['images_per_second']} | {row['ms_low']} to {row['ms_high']} |" for row in rows]
+    lines += ['', 'Batch 1, {threads} thread of {device}, {runtime}, the forms in turns.'.format(**rows[0])]
+    return '\n'.join(lines)
