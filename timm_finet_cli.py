@@ -46,6 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         'args', nargs=argparse.REMAINDER, help="the script's own arguments; recipe:NAME stands for our YAML")
 
+    sub = commands.add_parser(
+        'finetune', help='fine-tune a network on your own images, a folder a class', allow_abbrev=False,
+        epilog="Other options, e.g. --epochs 5 or --config recipe:modern_finetune, are those of timm's train.py.")
+    sub.add_argument('folder', metavar='FOLDER', help='CLASS/*.jpg, or train/CLASS/*.jpg and validation/CLASS/*.jpg')
+    sub.add_argument('--weights', metavar='NAME.TAG', help='default: of photographs, else finet_small_g4.cifar10')
+    sub.add_argument('--output', metavar='FOLDER', help='a new one; default: output/finetune/FOLDER')
+
     sub = commands.add_parser('push', help='push a checkpoint, with its card, to the Hugging Face Hub')
     sub.add_argument(
         'checkpoint', metavar='CHECKPOINT', help="of timm's train.py (its EMA, where it has one), or a state dict")
@@ -67,7 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> None:
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == 'finetune':
+        args.options = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         from timm_finet.cli import run
         run(args)

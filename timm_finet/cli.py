@@ -4,7 +4,7 @@ import sys
 
 from timm_finet_cli import main
 
-from . import demo, export, flops, hub, launch, space
+from . import demo, export, finetune, flops, hub, launch, space
 
 __all__ = ['main', 'run']
 
@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
                 args.class_names, args.dry_run)
         elif args.command == 'export':
             export.export(args.name, args.to, args.output, args.int8, args.checkpoint, args.calibration)
+        elif args.command == 'finetune':
+            prepared = finetune.prepare(args.folder, args.weights, args.output, args.options)
         elif args.command == 'space':
             space.space()
         else:
@@ -31,3 +33,5 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(2)
     if args.command == 'run':
         launch.run(script)  # outside the net: what a script raises is its own
+    elif args.command == 'finetune':
+        finetune.train(*prepared)

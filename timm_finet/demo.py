@@ -6,7 +6,7 @@ from typing import List, Sequence, Tuple
 
 import timm
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
@@ -71,16 +71,19 @@ def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple
     return [(torch.cat(outputs), 1 / median(times)) for outputs, times in zip(logits, seconds)]
 
 
-def contact_sheet(pictures: Sequence[Image.Image], names: Sequence[str], right: Sequence[bool], file: str) -> None:
-    """Draw pictures with the names below them, in red where not right."""
-    size, label, columns = 64, 14, min(20, len(pictures))
+def contact_sheet(
+        pictures: Sequence[Image.Image], names: Sequence[str], right: Sequence[bool], file: str, size: int = 64,
+) -> None:
+    """Draw pictures, cut to squares, with the names below them, in red where not right."""
+    label, columns = 14 * (1 + names[0].count('\n')), min(1280 // size, len(pictures))
     rows = -(-len(pictures) // columns)
     sheet = Image.new('RGB', (columns * size, rows * (size + label)), 'white')
     draw = ImageDraw.Draw(sheet)
     for i, (picture, name, ok) in enumerate(zip(pictures, names, right)):
         x, y = i % columns * size, i // columns * (size + label)
-        sheet.paste(picture.resize((size, size), Image.Resampling.BICUBIC), (x, y))
-        draw.text((x + size // 2, y + size), name, fill='black' if ok else 'red', anchor='ma', font_size=10)
+        sheet.paste(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC), (x, y))
+        fill = 'black' if ok else 'red'
+        draw.text((x + size // 2, y + size), name, fill=fill, anchor='ma', align='center', font_size=10)
     with replace_file(file) as part:
         sheet.save(part, format='PNG')
 

@@ -1,0 +1,227 @@
+"""`timm-finet finetune` on folders of the shipped images."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from timm_finet import finetune
+from timm_finet.cli import main
+from timm_finet.data import shipped_pictures
+from timm_finet.finet import CIFAR10_CLASSES
+
+TRAIN = Path(os.environ.get('TIMM_SCRIPTS') or 'none', 'train.py')
+
+# Takes its arguments as timm's does. Its best checkpoint is what it starts from, weights that know CIFAR-10's classes.
+STAND_IN = """
+import argparse, sys, timm, torch, yaml
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument('--config')
+parser.add_argument('--device', default='cuda')
+parser.add_argument('--pretrained', action='store_true')
+for name in ('num-classes', 'img-size', 'input-size', 'epochs', 'batch-size', 'workers'):
+    parser.add_argument(f'--{name}', type=int)
+for name in ('data-dir', 'dataset', 'model', 'output', 'experiment', 'resume'):
+    parser.add_argument(f'--{name}', default='')
+config = sys.argv[sys.argv.index('--config') + 1]
+parser.set_defaults(**yaml.safe_load(Path(config).read_text()))
+args = parser.parse_args()
+model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes)
+folder = Path(args.output, args.experiment)
+folder.mkdir(parents=True, exist_ok=True)
+(folder / 'args.yaml').write_text('')
+assert args.epochs, 'no epochs'
+for name in ('last', 'model_best'):
+    torch.save(dict(state_dict=model.state_dict(), args=args), folder / f'{name}.pth.tar')
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    (tmp_path / 'scripts').mkdir()
+    (tmp_path / 'scripts' / 'train.py').write_text(STAND_IN)
+    monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path / 'scripts'))
+    monkeypatch.chdir(tmp_path)
+
+
+def write_classes(folder, count, classes=CIFAR10_CLASSES, first=0):
+    """Folders of `count` images a class."""
+    pictures, _ = shipped_pictures()
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(first, first + count):
+            pictures[40 * CIFAR10_CLASSES.index(name) + i].save(folder / name / f'{i}.png')
+    return folder
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, '-m', 'timm_finet', 'finetune', *map(str, args)], capture_output=True, text=True)
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
+
+
+@pytest.mark.skipif(not TRAIN.is_file(), reason="needs timm's train.py: set TIMM_SCRIPTS to a checkout of timm")
+def test_train_py_trains_and_its_best_accuracy_is_reported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    classes = CIFAR10_CLASSES[:3]
+    write_classes(tmp_path / 'mine' / 'train', 8, classes)
+    write_classes(tmp_path / 'mine' / 'val', 4, classes, first=8)
+    result = run('mine', '--epochs', 1, '--workers', 0)
+    assert result.returncode == 0, result.stderr
+    best = re.search(r'Best metric: ([\d.]+) ', result.stderr)[1]
+    assert f'{float(best):.2f}% of 12 validation images right' in result.stdout
+    assert '3 classes, 24 images to train on and 12 to validate on\n' in result.stdout
+    assert {'model_best.pth.tar', 'summary.csv', 'confusion.png'} <= set(files(tmp_path / 'output/finetune/mine'))
+
+
+def test_class_folders_are_split_judged_and_drawn_and_the_next_commands_work(stand_in, tmp_path, monkeypatch, capsys):
+    write_classes(tmp_path / 'my images', 20)
+    before = files(tmp_path / 'my images')
+    result = run('my images', '--output', 'out', '--epochs', 1, '--workers', 0)
+    assert result.returncode == 0, result.stderr
+    held = {path.parent.name: len(list(path.parent.iterdir())) for path in Path('out/images/validation').glob('*/*')}
+    assert held == dict.fromkeys(CIFAR10_CLASSES, 4)
+    assert len(list(Path('out/images/train').glob('*/*'))) == 160
+    assert all(path.is_symlink() and path.is_file() for path in Path('out/images').glob('*/*/*'))
+    assert files(tmp_path / 'my images') == before
+
+    top1 = float(re.search(r'model_best.pth.tar: ([\d.]+)% of 40 validation images right', result.stdout)[1])
+    assert 80 <= top1 < 100  # these weights' top-1 is 90%
+    with Image.open('out/mistakes.png') as sheet:
+        columns = min(11, round(40 * (1 - top1 / 100)))
+        assert sheet.size[0] == 112 * columns
+    with Image.open('out/confusion.png') as sheet:
+        assert sheet.width == sheet.height > 320 + 8  # cells of 32, a margin, and the names
+
+    export, push = (shlex.split(line)[1:] for line in result.stdout.splitlines() if line.startswith('timm-finet '))
+    main(export)
+    assert Path('out/finet_small_g4.onnx').stat().st_size > 1 << 20
+    assert 'right: ' in capsys.readouterr().out  # of the shipped images: the classes are in the checkpoint
+    main(push)
+    card = capsys.readouterr().out
+    assert '# finet_small_g4\n' in card and 'Would push to ORG/NAME:' in card
+
+
+def test_training_that_ends_early_leaves_nothing(stand_in, tmp_path):
+    write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
+    result = run('mine', '--output', 'out', '--epochs', 0)
+    assert result.returncode == 1 and 'no epochs' in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['mine', 'scripts']
+
+
+def test_split_is_of_each_class_and_always_alike():
+    classes = {name: [Path(name, str(i)) for i in range(count)] for name, count in (('a', 2), ('b', 9), ('c', 50))}
+    training, held = finetune.hold_out(classes)
+    assert {name: len(images) for name, images in held.items()} == {'a': 1, 'b': 1, 'c': 10}
+    assert all(sorted(training[name] + held[name]) == sorted(classes[name]) for name in classes)
+    assert (training, held) == finetune.hold_out(classes)
+
+
+def no_images(folder):
+    (folder / 'cat').mkdir()
+
+
+def one_image(folder):
+    write_classes(folder, 1, ['cat'])
+
+
+def outside(folder):
+    shipped_pictures()[0][0].save(folder / 'x.png')
+
+
+def unreadable(folder):
+    write_classes(folder, 2, ['cat'])
+    (folder / 'cat' / 'bad.jpg').write_text('no image')
+
+
+def other_classes(folder):
+    write_classes(folder / 'train', 2, ['ship', 'frog'])
+    write_classes(folder / 'validation', 2, ['ship', 'deer'])
+
+
+def full(folder):
+    (folder.parent / 'out').mkdir()
+    (folder.parent / 'out' / 'x').write_text('')
+
+
+BAD = dict(
+    missing=(None, ['none'], r"FOLDER='.*none' does not exist: give a folder with"),
+    no_folders=(None, ['empty'], r"FOLDER='.*empty' has 0 class folders: give one with two or more"),
+    no_images=(no_images, ['mine'], "FOLDER='.*mine' has no images in 'cat': add some"),
+    one_image=(one_image, ['mine'], "FOLDER='.*mine' has one image in 'cat': two are needed"),
+    outside=(outside, ['mine'], "FOLDER='.*mine' has .*x.png outside of a class folder: move it to FOLDER/CLASS"),
+    unreadable=(unreadable, ['mine'], "FOLDER='.*mine': .*bad.jpg is not an image .* Repair or remove it"),
+    other_classes=(other_classes, ['mine'], "FOLDER='.*mine' has 'deer' in one of train and validation alone"),
+    weights=(None, ['mine', '--weights', 'finet_large'], "--weights='finet_large' are unknown: use finet_small_g4"),
+    model=(None, ['mine', '--model=finet_large'], '--model is not for finetune: .* --weights'),
+    full=(full, ['mine'], "--output='out' is not empty: name another folder, or go on .* --resume out/last.pth.tar"),
+    recipe=(None, ['mine', '--config', 'recipe:none'], "'recipe:none' is unknown: use one of"),
+)
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_wrong_arguments_are_named_in_one_line_and_nothing_is_written(case, stand_in, tmp_path, capsys):
+    spoil, args, message = BAD[case]
+    write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
+    (tmp_path / 'empty').mkdir()
+    if spoil:
+        spoil(tmp_path / 'mine')
+    before = files(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(['finetune', *args, '--output', 'out'])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and len(err.splitlines()) == 1 and err.startswith('timm-finet finetune: '), err
+    assert re.search(message, err), err
+    assert files(tmp_path) == before and (case == 'full' or not Path('out').exists())
+
+
+def test_output_without_links_is_left_as_it_was(stand_in, tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError(1, 'Operation not permitted')
+    write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
+    monkeypatch.setattr(Path, 'symlink_to', refuse)
+    with pytest.raises(OSError, match=r"--output='out' cannot hold links to the images \(Operation not permitted\)"):
+        finetune.prepare('mine', None, 'out', [])
+    assert not Path('out').exists()
+
+
+def test_resumed_run_keeps_its_split(stand_in, tmp_path):
+    write_classes(tmp_path / 'mine', 10, CIFAR10_CLASSES[:2])
+    finetune.prepare('mine', None, 'out', [])
+    before = files(tmp_path / 'out')
+    Path('out/last.pth.tar').write_text('')
+    pictures, _ = shipped_pictures()
+    pictures[39].save(tmp_path / 'mine' / CIFAR10_CLASSES[0] / '39.png')
+    finetune.prepare('mine', None, 'out', ['--resume', 'out/last.pth.tar'])
+    assert files(tmp_path / 'out') == [*before, 'last.pth.tar']
+
+
+def test_class_named_train_is_a_class(stand_in, tmp_path):
+    write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
+    (tmp_path / 'mine' / CIFAR10_CLASSES[0]).rename(tmp_path / 'mine' / 'train')
+    training, validation = finetune.find_images(tmp_path / 'mine')
+    assert (sorted(training), validation) == ([CIFAR10_CLASSES[1], 'train'], None)
+
+
+def test_images_fewer_than_a_batch_make_one(stand_in, tmp_path):
+    """train.py drops a smaller batch, and with it the epoch."""
+    write_classes(tmp_path / 'mine', 5, CIFAR10_CLASSES[:2])
+    command, weights, output = finetune.prepare('mine', None, None, ['--epochs', '3'])
+    assert command[command.index('--batch-size') + 1] == '8' and command[-2:] == ['--experiment', 'mine']
+    assert (weights, output) == ('finet_small_g4.cifar10', Path('output/finetune/mine'))
+
+
+def test_weights_of_photographs_come_first(monkeypatch):
+    names = {'*.tiny_in200': ['finet_large.tiny_in200']}
+    monkeypatch.setattr(finetune, 'list_models', lambda pattern, **kwargs: names.get(pattern, []))
+    assert finetune.default_weights() == 'finet_large.tiny_in200'
+    names.clear()
+    assert finetune.default_weights() == 'finet_small_g4.cifar10'
