@@ -1,0 +1,45 @@
+#!/bin/sh
+# Fetch what the page needs and the repository does not hold: onnxruntime-web into ort/, a network into models/.
+#
+#   ./build.sh [NETWORK [IMAGES...]]
+#
+# NETWORK is finet_small_g4.cifar10 or any other name with weights. int8 is calibrated on IMAGES, files or folders of
+# the kind that it was trained on; the networks of CIFAR-10's classes need none, others without any get float32 alone.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+name=${1:-finet_small_g4.cifar10}
+[ $# -eq 0 ] || shift
+
+rm -rf "$here/ort" "$here/models"
+mkdir "$here/ort" "$here/models"
+
+npm pack --silent --pack-destination "$here/ort" onnxruntime-web@1.30.0
+tar -xzf "$here/ort/"*.tgz -C "$here/ort" --strip-components 2 \
+    package/dist/ort.wasm.bundle.min.mjs package/dist/ort-wasm-simd-threaded.wasm
+rm "$here/ort/"*.tgz
+
+timm-finet export "$name" --to onnx --output "$here/models/float32.onnx"
+timm-finet export "$name" --to onnx --int8 --output "$here/models/int8.onnx" ${1:+--calibration "$@"} ||
+    echo 'The page will offer float32 alone.'
+
+python - "$name" "$here/models" <<'END'
+import json
+import sys
+from pathlib import Path
+
+import timm
+import timm_finet  # noqa: F401 (registers the networks)
+from timm.data import resolve_data_config
+
+name, folder = sys.argv[1], Path(sys.argv[2])
+model = timm.create_model(name)
+config = resolve_data_config({}, model=model)
+_, height, width = config['input_size']
+if height != width or config['crop_mode'] != 'center' or config['interpolation'] not in ('bilinear', 'bicubic'):
+    sys.exit(f'transform.js knows square inputs, centre crops, bilinear and bicubic resizing; {name} has {config}.')
+config.update(
+    name=name,
+    labels=model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)],
+    megabytes={file.stem: round(file.stat().st_size / 1e6, 1) for file in sorted(folder.glob('*.onnx'))})
+(folder / 'model.json').write_text(json.dumps(config, indent=1))
+END
