@@ -41,7 +41,7 @@ async function load() {
   $('network').textContent = config.name;
   $('count').textContent = config.labels.length;
   $('classes').textContent = config.labels.join(', ');
-  for (const radio of document.forms.precision) {
+  for (const radio of document.forms.precision.elements.precision) {
     radio.disabled = !(radio.value in config.megabytes);
     if (!radio.disabled) radio.parentElement.append(` (${config.megabytes[radio.value]} MB)`);
   }
