@@ -15,9 +15,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f"%(prog)s {version('timm-finet')}")
     commands = parser.add_subparsers(dest='command', required=True)
 
-    sub = commands.add_parser('demo', help='classify pictures with an embedded network, before and after fusion')
+    sub = commands.add_parser('demo', help='classify images with an embedded network, before and after fusion')
     sub.add_argument(
-        'paths', nargs='*', metavar='PATH', help='own pictures or folders of them, instead of the shipped ones')
+        'paths', nargs='*', metavar='PATH', help='own images or folders of them, instead of the shipped ones')
     sub.add_argument('--output', default='finet_demo.png', help='contact sheet to write (default: %(default)s)')
 
     sub = commands.add_parser('flops', help='count multiply-adds and parameters of any network of timm or torchvision')
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     form.add_argument('--train-form', action='store_false', dest='fused', help='count the form that is trained')
     sub.add_argument('--csv', action='store_true', help='print CSV')
 
-    sub = commands.add_parser('export', help='write a fused network as an ONNX or ExecuTorch file, checked on pictures')
+    sub = commands.add_parser('export', help='write a fused network as an ONNX or ExecuTorch file, checked on images')
     sub.add_argument('name', metavar='NAME', help='a network of timm, e.g. finet_small_g4.cifar10')
     sub.add_argument('--to', required=True, choices=('onnx', 'executorch'))
     sub.add_argument('--int8', action='store_true', help='quantise weights and activations')
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         '--class-names', metavar='FILE', help='one a line; default: those of the data set, where it is still there')
     sub.add_argument('--dry-run', action='store_true', help='print the card and the files, push nothing')
 
-    commands.add_parser('space', help='serve a web page that classifies pictures, in train and in fused form')
+    commands.add_parser('space', help='serve a web page that classifies images, in train and in fused form')
 
     return parser
 

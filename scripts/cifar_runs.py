@@ -155,7 +155,8 @@ def command(run, args):
     """train.py's command line as it is started, with what does not make the experiment."""
     setting, seed = run
     home = folder(args.output, run)
-    line = [sys.executable, *(['-m', *torchrun(setting)] if setting.processes > 1 else []), '-m', 'timm_finet', 'run', 'train']
+    start = ['-m', *torchrun(setting)] if setting.processes > 1 else []
+    line = [sys.executable, *start, '-m', 'timm_finet', 'run', 'train']
     line += [arg.replace('OUTPUT', args.output) for arg in setting.args(seed)]
     line += ['--device-modules', *filter(None, ('timm_finet', 'scripts.train_facts', setting.module))]
     line += ['--data-dir', args.data_dir, '--output', args.output, '--experiment', home.name, '--checkpoint-hist', '1']

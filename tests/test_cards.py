@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from scripts.report import RESULTS, read_rows
 from scripts.weights import push_to_hub
 from timm_finet import fuse_fbn, hub
-from timm_finet.demo import shipped_pictures
+from timm_finet.demo import shipped_images
 from timm_finet.flops import count_flops
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_committed_card_is_the_generated_one(name, tmp_path):
     for file in ('README.md', 'config.json', 'block.png', 'block_se.png'):
         committed, written = ROOT / 'hf_cards' / name / file, tmp_path / file
         assert written.exists() == committed.exists() and (
-            not written.exists() or written.read_bytes() == committed.read_bytes()), 'run python -m scripts.weights.push_to_hub'
+            not written.exists() or written.read_bytes() == committed.read_bytes()), 'run scripts.weights.push_to_hub'
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -92,7 +92,7 @@ def test_usage_runs_as_it_stands(name, tmp_path, monkeypatch, capsys):
     usage = re.search(r'```python\n(.*?)```', card_text(name), re.S)[1]
     assert usage.startswith('import timm_finet')
     monkeypatch.chdir(tmp_path)
-    shipped_pictures()[0][0].save('image.png')
+    shipped_images()[0][0].save('image.png')
     exec(usage, {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and re.fullmatch(r'airplane \d+\.\d%', lines[0])

@@ -9,28 +9,28 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.utils import random_seed
 
-PICTURES = np.random.default_rng(0).integers(1, 256, (20, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
+IMAGES = np.random.default_rng(0).integers(1, 256, (20, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
 LABELS = np.arange(20, dtype=np.uint8) % 10
 
 
 @pytest.fixture(params=['archive', 'file', 'folder', 'torchvision'])
 def root(request, tmp_path, monkeypatch):
-    """Twenty training and twenty test pictures in every place that the dataset reads."""
+    """Twenty training and twenty test images in every place that the dataset reads."""
     if request.param in ('archive', 'file'):
         path = tmp_path / 'cifar10.npz'
-        np.savez(path, train=PICTURES, train_labels=LABELS, test=PICTURES, test_labels=LABELS)
+        np.savez(path, train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS)
         return tmp_path if request.param == 'archive' else path
     if request.param == 'folder':
         for split in ('train', 'validation'):
-            for i, (picture, label) in enumerate(zip(PICTURES, LABELS)):
+            for i, (image, label) in enumerate(zip(IMAGES, LABELS)):
                 (tmp_path / split / f'class{label}').mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(tmp_path / split / f'class{label}' / f'{i:02}.png')
+                Image.fromarray(image).save(tmp_path / split / f'class{label}' / f'{i:02}.png')
         return tmp_path
     from timm_finet.data import CIFAR10Pad2
     folder = tmp_path / CIFAR10Pad2.base_folder
     folder.mkdir()
     monkeypatch.setattr(CIFAR10Pad2, '_check_integrity', lambda self: True)
-    batch = dict(data=PICTURES.transpose(0, 3, 1, 2).reshape(20, -1), labels=LABELS.tolist())
+    batch = dict(data=IMAGES.transpose(0, 3, 1, 2).reshape(20, -1), labels=LABELS.tolist())
     monkeypatch.setattr(CIFAR10Pad2, 'train_list', [('train', '')])
     monkeypatch.setattr(CIFAR10Pad2, 'test_list', [('test', '')])
     monkeypatch.setattr(CIFAR10Pad2, '_load_meta', lambda self: None)
@@ -39,23 +39,23 @@ def root(request, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_source_gives_the_same_pictures(root):
+def test_every_source_gives_the_same_images(root):
     data = create_dataset('torch/cifar10_pad2', root=str(root), split='validation')
-    pairs = sorted((int(label), np.asarray(picture).tobytes()) for picture, label in data)
-    assert pairs == sorted((int(label), picture.tobytes()) for picture, label in zip(PICTURES, LABELS))
+    pairs = sorted((int(label), np.asarray(image).tobytes()) for image, label in data)
+    assert pairs == sorted((int(label), image.tobytes()) for image, label in zip(IMAGES, LABELS))
 
 
-def test_training_crops_are_shifts_of_the_zero_padded_picture(tmp_path):
-    np.savez(tmp_path / 'cifar10.npz', train=PICTURES, train_labels=LABELS, test=PICTURES, test_labels=LABELS)
+def test_training_crops_are_shifts_of_the_zero_padded_image(tmp_path):
+    np.savez(tmp_path / 'cifar10.npz', train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS)
     data = create_dataset('torch/cifar10_pad2', root=str(tmp_path), split='train')
-    padded = np.pad(PICTURES[3], ((2, 2), (2, 2), (0, 0)))
+    padded = np.pad(IMAGES[3], ((2, 2), (2, 2), (0, 0)))
     crops = {(y, x): padded[y:y + 32, x:x + 32].tobytes() for y in range(5) for x in range(5)}
     seen = {np.asarray(data[3][0]).tobytes() for _ in range(400)}
     assert seen == set(crops.values())
 
 
 def test_timms_loader_normalises_crops_and_flips(tmp_path):
-    np.savez(tmp_path / 'cifar10.npz', train=PICTURES, train_labels=LABELS, test=PICTURES, test_labels=LABELS)
+    np.savez(tmp_path / 'cifar10.npz', train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS)
     data = create_dataset('torch/cifar10_pad2', root=str(tmp_path), split='train')
     loader = create_loader(
         data, (3, 32, 32), 20, is_training=True, use_prefetcher=False, scale=(1, 1), ratio=(1, 1), hflip=1.,
@@ -63,10 +63,10 @@ def test_timms_loader_normalises_crops_and_flips(tmp_path):
         persistent_workers=False)
     batch, labels = next(iter(loader))
     pixels = (batch * 0.25 + 0.5).mul(255).round().numpy().astype(np.uint8).transpose(0, 2, 3, 1)[:, :, ::-1]
-    for picture, label in zip(pixels, labels):
-        sources = [np.pad(PICTURES[i], ((2, 2), (2, 2), (0, 0))) for i in np.flatnonzero(LABELS == label.item())]
+    for image, label in zip(pixels, labels):
+        sources = [np.pad(IMAGES[i], ((2, 2), (2, 2), (0, 0))) for i in np.flatnonzero(LABELS == label.item())]
         assert any(
-            np.array_equal(picture, s[y:y + 32, x:x + 32]) for s in sources for y in range(5) for x in range(5))
+            np.array_equal(image, s[y:y + 32, x:x + 32]) for s in sources for y in range(5) for x in range(5))
 
 
 def test_missing_data_names_the_ways_out(tmp_path):
@@ -74,7 +74,7 @@ def test_missing_data_names_the_ways_out(tmp_path):
         create_dataset('torch/cifar100_pad2', root=str(tmp_path), split='train')
 
 
-def test_shipped_sample_splits_the_pictures():
+def test_shipped_sample_splits_the_images():
     train, validation = (create_dataset('torch/cifar10_sample', split=split) for split in ('train', 'validation'))
     assert [np.bincount(data.targets).tolist() for data in (train, validation)] == [[30] * 10, [10] * 10]
     assert not {p.tobytes() for p in train.data[:, 2:-2, 2:-2]} & {p.tobytes() for p in validation.data}

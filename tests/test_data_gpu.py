@@ -1,17 +1,17 @@
-"""CIFAR held on the GPU, or on the CPU where there is none, against timm's own loader of the same pictures."""
+"""CIFAR held on the GPU, or on the CPU where there is none, against timm's own loader of the same images."""
 import numpy as np
 import pytest
 import torch
 from timm.data import create_dataset, create_loader
 from timm.utils import random_seed
 
-PICTURES = np.random.default_rng(0).integers(1, 256, (60, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
+IMAGES = np.random.default_rng(0).integers(1, 256, (60, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
 LABELS = np.arange(60) % 10
 
 
 @pytest.fixture
 def root(tmp_path):
-    np.savez(tmp_path / 'cifar10.npz', train=PICTURES, train_labels=LABELS, test=PICTURES, test_labels=LABELS)
+    np.savez(tmp_path / 'cifar10.npz', train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS)
     return str(tmp_path)
 
 
@@ -39,16 +39,16 @@ def test_evaluation_equals_timms_loader(root):
         assert (x.dtype, target.dtype) == (y.dtype, label.dtype) and x.is_contiguous()
 
 
-def test_every_picture_comes_once_an_epoch_in_another_order(root):
+def test_every_image_comes_once_an_epoch_in_another_order(root):
     _, batches = loader(root, batch_size=20, hflip=0., **RAW)
     epochs = []
     for _ in range(2):
         seen = []
         for x, target in batches:
-            for picture, label in zip(pixels(x), target):
-                inner = picture[4:28, 4:28]  # no padding reaches it
+            for image, label in zip(pixels(x), target):
+                inner = image[4:28, 4:28]  # no padding reaches it
                 match = [i for i in np.flatnonzero(LABELS == label.item()) if any(
-                    np.array_equal(inner, PICTURES[i][y:y + 24, x:x + 24]) for y in range(2, 7) for x in range(2, 7))]
+                    np.array_equal(inner, IMAGES[i][y:y + 24, x:x + 24]) for y in range(2, 7) for x in range(2, 7))]
                 assert len(match) == 1
                 seen += match
         assert sorted(seen) == list(range(60))
@@ -65,8 +65,8 @@ def test_last_batch_is_dropped_as_timm_does(root):
 def test_crops_and_flips_are_uniform(root):
     _, batches = loader(root, batch_size=60, **RAW)
     variants = {}
-    for i, picture in enumerate(PICTURES):
-        padded = np.pad(picture, ((2, 2), (2, 2), (0, 0)))
+    for i, image in enumerate(IMAGES):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
         for y in range(5):
             for x in range(5):
                 crop = padded[y:y + 32, x:x + 32]
@@ -75,8 +75,8 @@ def test_crops_and_flips_are_uniform(root):
     counts = np.zeros((60, 5, 5, 2))
     for _ in range(50):
         ((x, target),) = batches
-        for picture, label in zip(pixels(x), target):
-            found = variants[picture.tobytes()]  # nothing else may come
+        for image, label in zip(pixels(x), target):
+            found = variants[image.tobytes()]  # nothing else may come
             assert LABELS[found[0]] == label.item()
             counts[found] += 1
     assert (counts.sum((1, 2, 3)) == 50).all()

@@ -17,7 +17,7 @@ def run(*args, cwd):
         [sys.executable, '-m', 'timm_finet', 'demo', *map(str, args)], cwd=cwd, capture_output=True, text=True)
 
 
-def test_shipped_pictures_are_classified_fused_and_drawn(tmp_path):
+def test_shipped_images_are_classified_fused_and_drawn(tmp_path):
     result = run(cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     train, fused = re.findall(r'(?:train form|fused) +([\d.]+)% +([\d,]+) +([\d,]+) +(\d+)', result.stdout)
@@ -30,12 +30,12 @@ def test_shipped_pictures_are_classified_fused_and_drawn(tmp_path):
         assert sheet.size == (1280, 1560)
 
 
-def test_own_pictures_and_folders(tmp_path):
+def test_own_images_and_folders(tmp_path):
     folder = tmp_path / 'mine'
     folder.mkdir()
-    pictures, _ = demo.shipped_pictures()
-    pictures[0].resize((300, 200)).save(folder / 'plane.jpg')
-    pictures[399].convert('L').save(tmp_path / 'gray.png')
+    images, _ = demo.shipped_images()
+    images[0].resize((300, 200)).save(folder / 'plane.jpg')
+    images[399].convert('L').save(tmp_path / 'gray.png')
     result = run(folder, tmp_path / 'gray.png', '--output', tmp_path / 'out.png', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r'^\w+ \d+%$', result.stdout, re.M)) == 2 and (tmp_path / 'out.png').is_file()
@@ -43,8 +43,8 @@ def test_own_pictures_and_folders(tmp_path):
 
 @pytest.mark.parametrize('name, message', [
     ('no.png', 'does not exist'), ('text.png', 'not an image'), ('empty', 'empty folder')])
-def test_bad_pictures_give_one_line_and_no_file(name, message, tmp_path):
-    (tmp_path / 'text.png').write_text('no picture')
+def test_bad_images_give_one_line_and_no_file(name, message, tmp_path):
+    (tmp_path / 'text.png').write_text('no image')
     (tmp_path / 'empty').mkdir()
     result = run(tmp_path / name, cwd=tmp_path)
     assert result.returncode == 2

@@ -12,7 +12,7 @@ import torch
 
 from timm_finet import export, fuse_fbn
 from timm_finet.cli import main
-from timm_finet.data import TRAINING_PICTURES, shipped_pictures
+from timm_finet.data import TRAINING_IMAGES, shipped_images
 
 NAME = 'finet_small_g4.cifar10'
 RUNTIMES = [
@@ -123,7 +123,7 @@ def test_network_of_other_classes_is_not_scored_on_the_shipped_images(
     refused(
         ['finet_small_g4', '--to', 'onnx', '--int8', '--checkpoint', file],
         'calibration: give images that finet_small_g4')
-    for i, tile in enumerate(shipped_pictures()[0][::10]):
+    for i, tile in enumerate(shipped_images()[0][::10]):
         (tmp_path / 'train' / str(i % 3)).mkdir(parents=True, exist_ok=True)
         tile.save(tmp_path / 'train' / str(i % 3) / f'{i}.png')
     seen = exported('--checkpoint', file, '--int8', '--calibration', tmp_path / 'train')
@@ -135,7 +135,7 @@ def test_calibration_takes_some_of_a_whole_training_set(trained, exported, tmp_p
     file, _ = trained(dataset='')
     for name in 'abcde':
         (tmp_path / 'train' / name).mkdir(parents=True)
-        shipped_pictures()[0][0].save(tmp_path / 'train' / name / '0.png')
+        shipped_images()[0][0].save(tmp_path / 'train' / name / '0.png')
     monkeypatch.setattr(export, 'CALIBRATION', 3)
     assert len(exported('--checkpoint', file, '--int8', '--calibration', tmp_path / 'train')['calibration']) == 3
 
@@ -160,8 +160,8 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch, refused):
     assert not list(tmp_path.iterdir())
 
 
-def test_calibration_pictures_are_not_those_that_accuracy_is_measured_on():
-    training, test = ({p.tobytes() for p in shipped_pictures(*args)[0]} for args in ((TRAINING_PICTURES,), ()))
+def test_calibration_images_are_not_those_that_accuracy_is_measured_on():
+    training, test = ({p.tobytes() for p in shipped_images(*args)[0]} for args in ((TRAINING_IMAGES,), ()))
     assert len(training) == 100 and len(test) == 400 and not training & test
 
 
@@ -171,7 +171,7 @@ def test_file_that_disagrees_is_not_written(error, tmp_path, monkeypatch, refuse
     model = fuse_fbn(timm.create_model(NAME, pretrained=True).eval())
     monkeypatch.setitem(export.WRITE, 'onnx', lambda model, x, file, calibration: open(file, 'w').close())
     monkeypatch.setitem(export.LOAD, 'onnx', lambda file: lambda x: change(model(x)))
-    monkeypatch.setattr(export, 'shipped_pictures', lambda: [part[:20] for part in shipped_pictures()])
+    monkeypatch.setattr(export, 'shipped_images', lambda: [part[:20] for part in shipped_images()])
     old = tmp_path / 'model.onnx'
     old.write_text('kept')
     refused([NAME, '--to', 'onnx', '--output', old], 'is not written, it disagrees: 100% equal top-1')

@@ -8,7 +8,7 @@ from timm.layers import create_feature_extractor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_finet import FBNConv2d, finet, fuse_fbn
-from timm_finet.data import shipped_pictures
+from timm_finet.data import shipped_images
 
 NAMES = [
     f'finet_{size}{se}{groups}'
@@ -113,9 +113,9 @@ def test_embedded_weights_reach_their_accuracy(form):
     if form == 'fused':
         model = fuse_fbn(model)
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    pictures, labels = shipped_pictures()
+    images, labels = shipped_images()
     with torch.inference_mode():
-        guesses = model(torch.stack([transform(p) for p in pictures])).argmax(1)
+        guesses = model(torch.stack([transform(p) for p in images])).argmax(1)
     assert (guesses == torch.tensor(labels)).double().mean() >= 0.88
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_finet import finetune
 from timm_finet.cli import main
-from timm_finet.data import shipped_pictures
+from timm_finet.data import shipped_images
 from timm_finet.finet import CIFAR10_CLASSES
 
 TRAIN = Path(os.environ.get('TIMM_SCRIPTS') or 'none', 'train.py')
@@ -51,11 +51,11 @@ def stand_in(tmp_path, monkeypatch):
 
 def write_classes(folder, count, classes=CIFAR10_CLASSES, first=0):
     """Folders of `count` images a class."""
-    pictures, _ = shipped_pictures()
+    images, _ = shipped_images()
     for name in classes:
         (folder / name).mkdir(parents=True)
         for i in range(first, first + count):
-            pictures[40 * CIFAR10_CLASSES.index(name) + i].save(folder / name / f'{i}.png')
+            images[40 * CIFAR10_CLASSES.index(name) + i].save(folder / name / f'{i}.png')
     return folder
 
 
@@ -134,7 +134,7 @@ def one_image(folder):
 
 
 def outside(folder):
-    shipped_pictures()[0][0].save(folder / 'x.png')
+    shipped_images()[0][0].save(folder / 'x.png')
 
 
 def unreadable(folder):
@@ -198,8 +198,8 @@ def test_resumed_run_keeps_its_split(stand_in, tmp_path):
     finetune.prepare('mine', None, 'out', [])
     before = files(tmp_path / 'out')
     Path('out/last.pth.tar').write_text('')
-    pictures, _ = shipped_pictures()
-    pictures[39].save(tmp_path / 'mine' / CIFAR10_CLASSES[0] / '39.png')
+    images, _ = shipped_images()
+    images[39].save(tmp_path / 'mine' / CIFAR10_CLASSES[0] / '39.png')
     finetune.prepare('mine', None, 'out', ['--resume', 'out/last.pth.tar'])
     assert files(tmp_path / 'out') == [*before, 'last.pth.tar']
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.models import push_to_hf_hub
 
 from timm_finet import card, cli, fuse_fbn
-from timm_finet.demo import shipped_pictures
+from timm_finet.demo import shipped_images
 
 ARGS = dict(
     model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48],
@@ -77,7 +77,8 @@ def test_pushed_checkpoint_is_one_commit_with_all_that_belongs_to_it(hub, push, 
     repo = hub.repos['me/net']
     assert repo.private and len(repo.commits) == 2
     files = repo.files()
-    assert set(files) - {'block.png', 'block_se.png'} == {'README.md', 'config.json', 'model.safetensors', 'args.yaml', 'summary.csv'}
+    assert set(files) - {'block.png', 'block_se.png'} == {
+        'README.md', 'config.json', 'model.safetensors', 'args.yaml', 'summary.csv'}
     assert files['summary.csv'] == checkpoint.with_name('summary.csv').read_bytes()
     args = yaml.safe_load(files['args.yaml'])
     assert args['epochs'] == 3 and not any('/home/me' in str(value) for value in args.values())
@@ -260,7 +261,7 @@ def own(tmp_path):
     """A checkpoint of a folder with three classes."""
     for name in ('cat', 'ant', 'bee'):
         (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
-        shipped_pictures()[0][0].save(tmp_path / 'data' / 'train' / name / '0.png')
+        shipped_images()[0][0].save(tmp_path / 'data' / 'train' / name / '0.png')
     args = dict(
         model='finet_small_g2', dataset='', data_dir=str(tmp_path / 'data'), train_split='train', class_map='',
         pretrained=False)
@@ -317,7 +318,7 @@ def test_checkpoint_of_train_py_loads_its_ema(checkpoint, model):
 def test_cards_usage_runs_as_it_stands(hub, push, tmp_path, monkeypatch, capsys):
     push()
     monkeypatch.chdir(tmp_path)
-    shipped_pictures()[0][0].save('image.png')
+    shipped_images()[0][0].save('image.png')
     exec(re.search(r'```python\n(.*?)```', hub.repos['me/net'].files()['README.md'].decode(), re.S)[1], {})
     assert len(capsys.readouterr().out.splitlines()) == 5
 

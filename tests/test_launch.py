@@ -14,7 +14,7 @@ import torch
 
 from timm_finet import launch
 from timm_finet.cli import main
-from timm_finet.data import shipped_pictures
+from timm_finet.data import shipped_images
 
 SCRIPT = '''
 import sys, timm
@@ -158,7 +158,7 @@ def train(script):
 def classes(script):
     for name in 'abcd':
         (script.parent / 'data' / 'train' / name).mkdir(parents=True)
-        shipped_pictures()[0][0].save(script.parent / 'data' / 'train' / name / '0.png')
+        shipped_images()[0][0].save(script.parent / 'data' / 'train' / name / '0.png')
 
 
 def test_training_stops_at_a_loss_that_is_nan(train):

@@ -6,7 +6,7 @@ import torch
 from scripts.bench.numerics import measure
 
 ROWS = {row['input']: row for row in measure()}
-HARD = 'first picture constant'  # equal products, summed
+HARD = 'first image constant'  # equal products, summed
 LIMITS = [('output', 4), ('grad_x', 4), ('grad_weight', 4), ('grad_gamma', 5)]
 
 

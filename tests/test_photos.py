@@ -24,7 +24,7 @@ from timm_finet import launch
 GOLDFISH, BULLFROG = 'n01443537', 'n01641577'
 
 
-def picture(level, mode='RGB'):
+def image(level, mode='RGB'):
     file = io.BytesIO()
     Image.new(mode, (64, 64), level if mode == 'L' else (level, 0, 0)).save(file, 'JPEG')
     return file.getvalue()
@@ -37,15 +37,15 @@ def level(image):
 
 @pytest.fixture
 def source(tmp_path):
-    """Tiny-ImageNet's layout: two classes of three and two pictures, the first of them gray."""
+    """Tiny-ImageNet's layout: two classes of three and two images, the first of them gray."""
     files = {
-        f'train/{GOLDFISH}/images/{GOLDFISH}_10.JPEG': picture(90),
-        f'train/{GOLDFISH}/images/{GOLDFISH}_2.JPEG': picture(60),
-        f'train/{GOLDFISH}/images/{GOLDFISH}_1.JPEG': picture(30, 'L'), f'train/{GOLDFISH}/{GOLDFISH}_boxes.txt': b'',
-        f'train/{BULLFROG}/images/{BULLFROG}_0.JPEG': picture(200),
-        f'train/{BULLFROG}/images/{BULLFROG}_1.JPEG': picture(230),
-        'val/images/val_0.JPEG': picture(210), 'val/images/val_1.JPEG': picture(120),
-        'test/images/test_0.JPEG': picture(0),
+        f'train/{GOLDFISH}/images/{GOLDFISH}_10.JPEG': image(90),
+        f'train/{GOLDFISH}/images/{GOLDFISH}_2.JPEG': image(60),
+        f'train/{GOLDFISH}/images/{GOLDFISH}_1.JPEG': image(30, 'L'), f'train/{GOLDFISH}/{GOLDFISH}_boxes.txt': b'',
+        f'train/{BULLFROG}/images/{BULLFROG}_0.JPEG': image(200),
+        f'train/{BULLFROG}/images/{BULLFROG}_1.JPEG': image(230),
+        'val/images/val_0.JPEG': image(210), 'val/images/val_1.JPEG': image(120),
+        'test/images/test_0.JPEG': image(0),
         'val/val_annotations.txt': f'val_0.JPEG\t{BULLFROG}\t0\t0\nval_1.JPEG\t{GOLDFISH}\t0\t0\n'.encode()}
     for path, data in files.items():
         path = tmp_path / 'source' / 'tiny' / path
@@ -63,7 +63,7 @@ def read(folder, split):
     return create_dataset('', root=str(folder), split=f'{split}.tar')
 
 
-def test_timm_reads_pictures_and_labels_back(source, tmp_path, monkeypatch):
+def test_timm_reads_images_and_labels_back(source, tmp_path, monkeypatch):
     pack(monkeypatch, source, tmp_path / 'pack')
     train, validation = (read(tmp_path / 'pack', split) for split in ('train', 'validation'))
     found = [(image.mode, image.size, target, level(image)) for image, target in train]
@@ -80,7 +80,7 @@ def test_counts_are_those_of_the_pack(source, tmp_path, monkeypatch):
     pack(monkeypatch, source, tmp_path / 'pack')
     with (tmp_path / 'pack' / 'pack.csv').open(newline='') as file:
         train, validation = csv.DictReader(file)
-    assert (train['pictures'], train['classes'], train['per_class']) == ('5', '2', '2 to 3')
+    assert (train['images'], train['classes'], train['per_class']) == ('5', '2', '2 to 3')
     assert (train['sizes'], train['modes']) == ('64x64:5', 'RGB:4 L:1')
     dataset = read(tmp_path / 'pack', 'validation')
     lines = ''.join(
@@ -94,7 +94,7 @@ def test_bare_repository_gives_the_same_tars_as_its_folder(source, tmp_path, mon
         subprocess.run(['git', '-C', str(source), '-c', 'user.name=a', '-c', 'user.email=a@b', *args], check=True)
     git('init', '--quiet')
     git('add', '.')
-    git('commit', '--quiet', '-m', 'pictures')
+    git('commit', '--quiet', '-m', 'images')
     subprocess.run(['git', 'clone', '--quiet', '--bare', str(source), str(tmp_path / 'bare')], check=True)
     pack(monkeypatch, source / 'tiny', tmp_path / 'folder')
     pack(monkeypatch, tmp_path / 'bare', tmp_path / 'repository')
@@ -103,18 +103,18 @@ def test_bare_repository_gives_the_same_tars_as_its_folder(source, tmp_path, mon
         assert folder.read_bytes() == repository.read_bytes()
 
 
-def test_limits_take_the_first_pictures_of_the_first_classes(source, tmp_path, monkeypatch):
+def test_limits_take_the_first_images_of_the_first_classes(source, tmp_path, monkeypatch):
     pack(monkeypatch, source, tmp_path / 'pack', '--classes', 1, '--per-class', 2)
     assert read(tmp_path / 'pack', 'train').filenames() == [f'{GOLDFISH}/{GOLDFISH}_{i}.JPEG' for i in (1, 2)]
     assert read(tmp_path / 'pack', 'validation').filenames() == [f'{GOLDFISH}/val_1.JPEG']
 
 
-def test_broken_picture_is_named_and_leaves_no_tar(source, tmp_path, monkeypatch, capsys):
+def test_broken_image_is_named_and_leaves_no_tar(source, tmp_path, monkeypatch, capsys):
     broken = source / 'tiny' / 'train' / BULLFROG / 'images' / f'{BULLFROG}_1.JPEG'
     broken.write_bytes(broken.read_bytes()[:300])
     with pytest.raises(SystemExit) as stop:
         pack(monkeypatch, source, tmp_path / 'pack')
-    assert stop.value.code == 2 and f'{BULLFROG}_1.JPEG is not a picture' in capsys.readouterr().err
+    assert stop.value.code == 2 and f'{BULLFROG}_1.JPEG is not an image' in capsys.readouterr().err
     assert not list((tmp_path / 'pack').iterdir())
 
 

@@ -104,7 +104,7 @@ def test_new_tag_just_works_and_in1k_comes_before_others(register, trained, rand
         same(timm.create_model('finet_large_se_g4.toys', pretrained=True), trained)
 
 
-def test_small_pictures_tag_of_a_resnet_builds_the_small_stem(register, randomise):
+def test_small_images_tag_of_a_resnet_builds_the_small_stem(register, randomise):
     model = randomise(timm.create_model('resnet18_fbn', num_classes=6, small_input=True)).eval()
     register('resnet18_fbn.toys', model, file='embedded', first_conv='conv1', classifier='fc')
     same(timm.create_model('resnet18_fbn.toys', pretrained=True), model)

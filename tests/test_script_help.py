@@ -23,7 +23,7 @@ def changes():
 
 def test_files_without_a_main_block_do_nothing_but_define():
     others = set(FILES) - set(COMMANDS)
-    assert {file.name for file in others} == {'cifar_runs.py', 'report.py', 'shufflenet.py', 'tied_affine.py', 'train_facts.py'}
+    assert {file.stem for file in others} == {'cifar_runs', 'report', 'shufflenet', 'tied_affine', 'train_facts'}
 
 
 def test_every_script_has_its_line_in_the_overview():

@@ -23,9 +23,9 @@ def test_forms_are_one_function_at_any_groups(fbn_groups):
     assert widths == [fbn_groups * layers[-1].out_channels]  # the partial sums were there
 
 
-def test_a_picture_gets_five_classes_and_a_time_by_each_form():
-    picture = space.shipped_pictures()[0][0]
-    train, train_time, fused, fused_time = space.classify(picture.convert('RGBA').resize((300, 200)), NAME, 4)
+def test_a_image_gets_five_classes_and_a_time_by_each_form():
+    image = space.shipped_images()[0][0]
+    train, train_time, fused, fused_time = space.classify(image.convert('RGBA').resize((300, 200)), NAME, 4)
     assert list(train) == list(fused) and len(train) == 5 and next(iter(train)) == 'airplane'
     assert train_time.endswith(' ms') and float(fused_time.split()[0]) > 0
 

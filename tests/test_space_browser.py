@@ -23,13 +23,12 @@ if not (FOLDER / 'models' / 'model.json').is_file():
     pytest.skip('needs hf_cards/space_browser/build.sh to have run', allow_module_level=True)
 
 import numpy as np  # noqa: E402
-import timm  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from timm.data import create_transform  # noqa: E402
 
 from timm_finet import export  # noqa: E402
-from timm_finet.data import shipped_pictures  # noqa: E402
+from timm_finet.data import shipped_images  # noqa: E402
 
 CONFIG = json.loads((FOLDER / 'models' / 'model.json').read_text())
 TRANSFORM = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -96,7 +95,7 @@ def images(tmp_path_factory):
     """Image files with the fused network's probabilities in PyTorch: PNG files of 32 px, and a photograph as JPEG."""
     folder = tmp_path_factory.mktemp('images')
     files = []
-    for i, tile in enumerate(shipped_pictures()[0][::20]):
+    for i, tile in enumerate(shipped_images()[0][::20]):
         files.append(folder / f'{i}.png')
         tile.save(files[-1])
     try:

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
 from timm_finet import fuse_fbn
-from timm_finet.data import TRAINING_PICTURES, shipped_pictures
+from timm_finet.data import TRAINING_IMAGES, shipped_images
 from timm_finet.finet import CIFAR10_CLASSES
 from timm_finet.hub import push, save_for_hf
 
 NAME = 'finet_small_g4.cifar10'
-IMAGES = shipped_pictures()[0][::40]
+IMAGES = shipped_images()[0][::40]
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def inputs_of(model):
 
 @torch.inference_mode()
 def logits(model, x):
-    out = deepcopy(model).eval()(x)  # a copy, as weights lie unaligned in a mapped file, where torch sums in another order
+    # A copy, as weights lie unaligned in a mapped file, where torch sums in another order.
+    out = deepcopy(model).eval()(x)
     return getattr(out, 'logits', out)
 
 
@@ -60,7 +61,8 @@ def test_pipeline_names_the_classes(folder):
     model = timm.create_model(NAME, pretrained=True)
     save_for_hf(model, folder, safe_serialization=True)
     probabilities, classes = logits(model, inputs_of(model)).softmax(1).max(1)
-    for answer, probability, index in zip(pipeline('image-classification', model=folder)(IMAGES), probabilities, classes):
+    answers = pipeline('image-classification', model=folder)(IMAGES)
+    for answer, probability, index in zip(answers, probabilities, classes):
         assert answer[0]['label'] == CIFAR10_CLASSES[index]
         assert answer[0]['score'] == pytest.approx(probability.item(), abs=1e-5)
 
@@ -80,7 +82,7 @@ def test_network_tuned_by_the_trainer_is_fused_and_saved(folder, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(
         folder, num_labels=2, id2label=names, ignore_mismatched_sizes=True)
     processor, before = AutoImageProcessor.from_pretrained(folder), deepcopy(model.state_dict())
-    images, labels = shipped_pictures(TRAINING_PICTURES)
+    images, labels = shipped_images(TRAINING_IMAGES)
     data = [dict(pixel_values=x, labels=int(2 <= y <= 7)) for x, y in zip(processor(images)['pixel_values'], labels)]
     Trainer(model, TrainingArguments(
         str(tmp_path / 'run'), max_steps=3, per_device_train_batch_size=20, learning_rate=1e-3, save_strategy='no',

@@ -181,7 +181,9 @@ def make_card(
 def figure_section(model) -> str:
     if not isinstance(model, Finet):
         return ''
-    file, shown = ('block.png', 'finet_large_g4') if model.stages[0][0].se is None else ('block_se.png', 'finet_large_se_g4')
+    file, shown = 'block_se.png', 'finet_large_se_g4'
+    if model.stages[0][0].se is None:
+        file, shown = 'block.png', 'finet_large_g4'
     return FIGURE.format(file=file, shown=shown) if (FIGURES / file).is_file() else ''
 
 

@@ -28,7 +28,7 @@ DATASETS = {
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
     'tiny_in200': ('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', None),
 }
-UNKNOWN_DATASET = ('imagefolder', 'the owner\'s pictures', None)
+UNKNOWN_DATASET = ('imagefolder', 'the owner\'s images', None)
 FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them
 
 

@@ -17,16 +17,16 @@ from timm.utils.distributed import is_distributed_env
 from torch.utils.data import get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-__all__ = ['CIFAR10Pad2', 'CIFAR100Pad2', 'CIFAR10Sample', 'shipped_pictures']
+__all__ = ['CIFAR10Pad2', 'CIFAR100Pad2', 'CIFAR10Sample', 'shipped_images']
 
 PAD = 2
 # Tiles of 32 px, class by class: 40 a class, and 10 a class
-PICTURES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
-TRAINING_PICTURES = Path(__file__).parent / 'weights' / 'cifar10_train.webp'
+IMAGES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
+TRAINING_IMAGES = Path(__file__).parent / 'weights' / 'cifar10_train.webp'
 
 
-def shipped_pictures(file: Path = PICTURES) -> Tuple[List[Image.Image], List[int]]:
-    """The 400 shipped CIFAR-10 test pictures, or the 100 of the training set, and their labels."""
+def shipped_images(file: Path = IMAGES) -> Tuple[List[Image.Image], List[int]]:
+    """The 400 shipped CIFAR-10 test images, or the 100 of the training set, and their labels."""
     with Image.open(file) as sprite:
         sprite = sprite.convert('RGB')
     tiles = [
@@ -39,8 +39,8 @@ class _Pad2:
 
     Args:
         root: A folder that holds torchvision's download; or `<name>.npz` (arrays `train`, `train_labels`, `test`,
-            `test_labels`; pictures `(n, 32, 32, 3)` uint8) or such a file itself; or the folders `train` and
-            `validation` with one folder of 32 px pictures a class.
+            `test_labels`; images `(n, 32, 32, 3)` uint8) or such a file itself; or the folders `train` and
+            `validation` with one folder of 32 px images a class.
 
     Raises:
         FileNotFoundError: None of the three is there.
@@ -66,7 +66,7 @@ class _Pad2:
                 self.set_epoch = self._set_epoch
 
     def _read(self, root, train):
-        """Pictures and labels, or None if torchvision shall look for its download."""
+        """Images and labels, or None if torchvision shall look for its download."""
         root = os.fspath(root or '.')
         archive = root if root.endswith('.npz') else os.path.join(root, f'{self.name}.npz')
         folder = os.path.join(root, 'train' if train else 'validation')
@@ -76,12 +76,12 @@ class _Pad2:
                 return arrays[split], arrays[f'{split}_labels']
         if os.path.isdir(folder):
             files = ImageFolder(folder)
-            return np.stack([np.asarray(picture) for picture, _ in files]), files.targets
+            return np.stack([np.asarray(image) for image, _ in files]), files.targets
 
     def _set_epoch(self, epoch):
         """Start every random number anew, from the seed and the epoch: a resumed run then repeats an unbroken one.
 
-        timm's train.py calls it before each epoch. In loader workers the first picture of an epoch does the same.
+        timm's train.py calls it before each epoch. In loader workers the first image of an epoch does the same.
         """
         self._start(epoch, 0)
         if self.epoch >= 0 and self.has_workers:
@@ -92,7 +92,7 @@ class _Pad2:
         random_seed(int(np.random.SeedSequence((self.seed, epoch, process)).generate_state(1)[0]))
 
     def __getitem__(self, index):
-        picture, target = self.data[index], self.targets[index]
+        image, target = self.data[index], self.targets[index]
         if self.train:
             worker = get_worker_info()
             if worker is None:
@@ -101,13 +101,13 @@ class _Pad2:
                 self.seeded = self.epoch.item()
                 self._start(self.seeded, worker.id + 1)
             top, left = random.randint(0, 2 * PAD), random.randint(0, 2 * PAD)
-            picture = picture[top:top + 32, left:left + 32]
-        picture = Image.fromarray(picture)
+            image = image[top:top + 32, left:left + 32]
+        image = Image.fromarray(image)
         if self.transform is not None:
-            picture = self.transform(picture)
+            image = self.transform(image)
         if self.target_transform is not None:
             target = self.target_transform(target)
-        return picture, target
+        return image, target
 
 
 class CIFAR10Pad2(_Pad2, CIFAR10):
@@ -119,15 +119,15 @@ class CIFAR100Pad2(_Pad2, CIFAR100):
 
 
 class CIFAR10Sample(CIFAR10Pad2):
-    """The shipped pictures, without a download: of each class thirty to train and ten to validate on."""
+    """The shipped images, without a download: of each class thirty to train and ten to validate on."""
 
     def __init__(self, root=None, *args, **kwargs):
         super().__init__(root, *args, **kwargs)
 
     def _read(self, root, train):
-        pictures, labels = shipped_pictures()
+        images, labels = shipped_images()
         mine = [i for i in range(len(labels)) if (i % 40 < 30) == train]
-        return np.stack([np.asarray(pictures[i]) for i in mine]), [labels[i] for i in mine]
+        return np.stack([np.asarray(images[i]) for i in mine]), [labels[i] for i in mine]
 
 
 # A private dict of timm's, pinned by a test: there is no public way to name a new dataset for its scripts.

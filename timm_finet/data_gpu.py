@@ -18,14 +18,14 @@ __all__ = ['CIFAR10GPU', 'CIFAR100GPU']
 
 
 class Batch(tuple):
-    """Pictures and labels that need no collation."""
+    """Images and labels that need no collation."""
 
 
 default_collate_fn_map[Batch] = lambda batch, *, collate_fn_map=None: tuple(batch[0])  # torch's own way to extend it
 
 
 def changes_nothing(transform):
-    """Whether timm's transform leaves a 32 px picture as it is."""
+    """Whether timm's transform leaves a 32 px image as it is."""
     if isinstance(transform, RandomResizedCropAndInterpolation):
         return tuple(transform.size) == (32, 32) and {*transform.scale, *transform.ratio} == {1}
     if isinstance(transform, ColorJitter):
@@ -36,7 +36,7 @@ def changes_nothing(transform):
 
 
 class _OnGPU:
-    """Does to whole batches on the device what the transforms that timm hands the dataset do to one picture.
+    """Does to whole batches on the device what the transforms that timm hands the dataset do to one image.
 
     Shapes and values are those of timm's loader: float32 `(N, 3, 32, 32)`, normalised. Without a GPU it works on the
     CPU.
@@ -46,7 +46,7 @@ class _OnGPU:
             crop, flip and normalisation.
     """
 
-    pictures = None
+    images = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -54,24 +54,24 @@ class _OnGPU:
 
     def _set_up(self):
         if get_worker_info() is not None:
-            raise ValueError('Pictures that lie on the GPU need no loader workers: --workers 0.')
+            raise ValueError('Images that lie on the GPU need no loader workers: --workers 0.')
         transforms = [t for t in self.transform.transforms if not changes_nothing(t)]
         self.flip = sum(t.p for t in transforms if isinstance(t, RandomHorizontalFlip))
         normalize = next((t for t in transforms if isinstance(t, Normalize)), None)
         if normalize is None:
             raise ValueError(
-                'Pictures that lie on the GPU need no prefetcher, and are normalised there: --no-prefetcher.')
+                'Images that lie on the GPU need no prefetcher, and are normalised there: --no-prefetcher.')
         others = [type(t).__name__ for t in transforms if not isinstance(t, (RandomHorizontalFlip, Normalize))]
         if others:
             raise ValueError(f"{', '.join(others)}: not done on the GPU; switch it off, or use torch/{self.name}_pad2.")
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
         self.mean, self.std = (torch.as_tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
         self.labels = torch.tensor(self.targets, device=device)
-        self.pictures = torch.from_numpy(self.data).to(device)
+        self.images = torch.from_numpy(self.data).to(device)
         self.side = torch.arange(32, device=device)
 
     def __getitems__(self, indices):
-        if self.pictures is None:
+        if self.images is None:
             self._set_up()
         draws = torch.zeros(4, len(indices), dtype=torch.int64)
         draws[0] = torch.tensor(indices)
@@ -81,7 +81,7 @@ class _OnGPU:
         index, top, left, flip = draws.to(self.side.device)[:, :, None]
         rows = top + self.side
         columns = left + torch.where(flip == 1, 31 - self.side, self.side)
-        batch = self.pictures[index[:, :, None], rows[:, :, None], columns[:, None]]
+        batch = self.images[index[:, :, None], rows[:, :, None], columns[:, None]]
         batch = batch.permute(0, 3, 1, 2).float().contiguous()
         return [Batch((batch.div_(255).sub_(self.mean).div_(self.std), self.labels[index[:, 0]]))]
 

@@ -1,4 +1,4 @@
-"""`timm-finet demo`: classify pictures with an embedded network, before and after fusion, and draw what it saw."""
+"""`timm-finet demo`: classify images with an embedded network, before and after fusion, and draw what it saw."""
 import time
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
-from .data import shipped_pictures
+from .data import shipped_images
 from .flops import count_flops
 from .output import check_output, replace_file
 from .rewrite import fuse_fbn
@@ -21,7 +21,7 @@ MODEL = 'finet_small_g4.cifar10'
 BATCH = 50
 
 
-def find_pictures(paths: Sequence[str]) -> List[Path]:
+def find_images(paths: Sequence[str]) -> List[Path]:
     """Image files, and all files in folders and the folders in these, but for hidden ones.
 
     Raises:
@@ -36,30 +36,30 @@ def find_pictures(paths: Sequence[str]) -> List[Path]:
     return files
 
 
-def read_pictures(files: Sequence[Path]) -> List[Image.Image]:
+def read_images(files: Sequence[Path]) -> List[Image.Image]:
     """Read image files.
 
     Raises:
         ValueError: A file is no image, or has too many pixels.
         FileNotFoundError: There is no such file.
     """
-    pictures = []
+    images = []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                pictures.append(picture.convert('RGB'))
+            with Image.open(file) as image:
+                images.append(image.convert('RGB'))
         except FileNotFoundError as error:
             raise FileNotFoundError(f'{file} does not exist: give images, or folders that hold some.') from error
         except Image.DecompressionBombError as error:
             raise ValueError(f'{file} has more pixels than Pillow takes for safe: give a smaller image.') from error
         except (SyntaxError, OSError) as error:  # UnidentifiedImageError is an OSError
             raise ValueError(f'{file} is not an image that Pillow can read.') from error
-    return pictures
+    return images
 
 
 @torch.inference_mode()
 def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple[torch.Tensor, float]]:
-    """Each network's logits for `x` `(n, 3, H, W)` and its pictures a second: median over batches, taken in turns."""
+    """Each network's logits for `x` `(n, 3, H, W)` and its images a second: median over batches, taken in turns."""
     logits, seconds = [[] for _ in networks], [[] for _ in networks]
     for network in networks:
         network(x[:BATCH])  # warm-up
@@ -72,16 +72,16 @@ def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple
 
 
 def contact_sheet(
-        pictures: Sequence[Image.Image], names: Sequence[str], right: Sequence[bool], file: str, size: int = 64,
+        images: Sequence[Image.Image], names: Sequence[str], right: Sequence[bool], file: str, size: int = 64,
 ) -> None:
-    """Draw pictures, cut to squares, with the names below them, in red where not right."""
-    label, columns = 14 * (1 + names[0].count('\n')), min(1280 // size, len(pictures))
-    rows = -(-len(pictures) // columns)
+    """Draw images, cut to squares, with the names below them, in red where not right."""
+    label, columns = 14 * (1 + names[0].count('\n')), min(1280 // size, len(images))
+    rows = -(-len(images) // columns)
     sheet = Image.new('RGB', (columns * size, rows * (size + label)), 'white')
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, name, ok) in enumerate(zip(pictures, names, right)):
+    for i, (image, name, ok) in enumerate(zip(images, names, right)):
         x, y = i % columns * size, i // columns * (size + label)
-        sheet.paste(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC), (x, y))
+        sheet.paste(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC), (x, y))
         fill = 'black' if ok else 'red'
         draw.text((x + size // 2, y + size), name, fill=fill, anchor='ma', align='center', font_size=10)
     with replace_file(file) as part:
@@ -89,17 +89,17 @@ def contact_sheet(
 
 
 def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> None:
-    """Classify the shipped pictures or those at `paths`, print what it took, and write a contact sheet."""
+    """Classify the shipped images or those at `paths`, print what it took, and write a contact sheet."""
     check_output(output)
     model = timm.create_model(MODEL, pretrained=True).eval()
     transform = create_transform(**resolve_data_config(model=model))
-    pictures, labels = (read_pictures(find_pictures(paths)), None) if paths else shipped_pictures()
-    x = torch.stack([transform(picture) for picture in pictures])
+    images, labels = (read_images(find_images(paths)), None) if paths else shipped_images()
+    x = torch.stack([transform(image) for image in images])
 
-    print(f'{MODEL} on {len(pictures)} pictures, {torch.get_num_threads()} threads')
+    print(f'{MODEL} on {len(images)} images, {torch.get_num_threads()} threads')
     networks = (model, fuse_fbn(model))
     results = classify(networks, x)
-    print('form        top-1  parameters  multiply-adds  pictures/s')
+    print('form        top-1  parameters  multiply-adds  images/s')
     for form, network, (logits, speed) in zip(('train form', 'fused'), networks, results):
         top1 = '-' if labels is None else f'{(logits.argmax(1) == torch.tensor(labels)).double().mean().item():.2%}'
         counts = count_flops(network)
@@ -113,5 +113,5 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> None:
     if labels is None:
         for name, probability in zip(names, probabilities):
             print(f'{name} {probability:.0%}')
-    contact_sheet(pictures, names, [labels is None or g == labels[i] for i, g in enumerate(guesses)], output)
+    contact_sheet(images, names, [labels is None or g == labels[i] for i, g in enumerate(guesses)], output)
     print(f'wrote {output}')

@@ -13,8 +13,8 @@ from timm.data import create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 
 from .checkpoint import load_checkpoint
-from .data import TRAINING_PICTURES, shipped_pictures
-from .demo import find_pictures, read_pictures
+from .data import TRAINING_IMAGES, shipped_images
+from .demo import find_images, read_images
 from .finet import CIFAR10_CLASSES
 from .flops import find_names
 from .output import check_output, replace_file
@@ -28,7 +28,7 @@ PACKAGES = {'onnx': 'onnx onnxscript onnxruntime', 'executorch': 'executorch tor
 CALIBRATION = 400  # of a whole training set as many images: more move int8's ranges little
 
 # What a file must reach against the fused network in PyTorch, on the shipped test images, to be written.
-# First the share of pictures with the same top-1; rounding to int8 turns close calls.
+# First the share of images with the same top-1; rounding to int8 turns close calls.
 LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}
 LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; float32 alone
 
@@ -48,7 +48,7 @@ def needs(to: str):
 
 
 def to_onnx(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None) -> None:
-    """Write a fused `model` for inputs shaped like `x`; int8 where there are `calibration` pictures `(n, 3, H, W)`."""
+    """Write a fused `model` for inputs shaped like `x`; int8 where there are `calibration` images `(n, 3, H, W)`."""
     with needs('onnx'):
         import onnx  # noqa: F401 (torch's own message for a missing package is long)
         import onnxruntime  # noqa: F401
@@ -65,10 +65,10 @@ def quantise_onnx(file: str, calibration: torch.Tensor) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        pictures = iter(calibration.split(1))
+        images = iter(calibration.split(1))
 
         def get_next(self):
-            x = next(self.pictures, None)
+            x = next(self.images, None)
             return None if x is None else {'input': x.numpy()}
 
     quant_pre_process(file, file)
@@ -134,20 +134,20 @@ def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
 
 @torch.no_grad()
 def compare(model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    """Logits of the fused network and of the file, for pictures `x` `(n, 3, H, W)`."""
+    """Logits of the fused network and of the file, for images `x` `(n, 3, H, W)`."""
     return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(1)])
 
 
 def export(
         name: str, to: str, output: Optional[str] = None, int8: bool = False, checkpoint: Optional[str] = None,
         calibration: Sequence[str] = ()) -> None:
-    """Write a network for one picture at a time, unless the file disagrees with PyTorch; print what was found.
+    """Write a network for one image at a time, unless the file disagrees with PyTorch; print what was found.
 
     Args:
         name: A network of timm, ours among them.
         to: 'onnx' or 'executorch'.
         output: The file to write, by default the network's name in the current folder.
-        int8: Post-training quantisation, weights per channel, calibrated on pictures.
+        int8: Post-training quantisation, weights per channel, calibrated on images.
         checkpoint: Weights, in train or fused form, instead of the pretrained ones; of train.py, with its input's size
             and the rest as its arguments say.
         calibration: Images or folders of them, also with a folder a class, `CALIBRATION` of which are used; by default
@@ -172,18 +172,18 @@ def export(
     config = resolve_data_config({}, model=model)
     transform = create_transform(**config)
 
-    def batch(pictures):
-        return torch.stack([transform(picture) for picture in pictures])
+    def batch(images):
+        return torch.stack([transform(image) for image in images])
 
-    (pictures, labels), of = shipped_pictures(), 'test images of CIFAR-10'
+    (images, labels), of = shipped_images(), 'test images of CIFAR-10'
     calibrating = None
     if calibration:
-        files = find_pictures(calibration)
+        files = find_images(calibration)
         files = files[::-(-len(files) // CALIBRATION)]  # of every class alike, as they are in order
-        calibrating = batch(read_pictures(files))
+        calibrating = batch(read_images(files))
     elif int8:
-        calibrating = batch(shipped_pictures(TRAINING_PICTURES)[0])
-    x = batch(pictures)
+        calibrating = batch(shipped_images(TRAINING_IMAGES)[0])
+    x = batch(images)
     if int8 and classes != CIFAR10_CLASSES:  # on images of classes that it does not know int8 would be judged by chance
         x, of = calibrating, 'calibration images'
     with replace_file(output) as part:

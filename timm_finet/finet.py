@@ -128,7 +128,7 @@ class Finet(nn.Module):
         act_place: Where a block's second ReLU stands: after the 'depthwise' or second 'pointwise' convolution, or on
             the block's 'output'. The paper's Figure 2 does not survive and the parameter counts fit all three; the
             default trained best on CIFAR-100.
-        small_input: Stem for 32 px pictures: stride 1 and no max-pool (section 5.3).
+        small_input: Stem for 32 px images: stride 1 and no max-pool (section 5.3).
         drop_rate: Dropout on the inputs of both fully connected layers.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
 

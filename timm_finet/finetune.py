@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import launch
 from .checkpoint import MODULES, load_checkpoint
-from .demo import contact_sheet, read_pictures
+from .demo import contact_sheet, read_images
 from .output import replace_file
 
 __all__ = ['draw_confusion', 'prepare', 'train']
@@ -84,7 +84,7 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
     with tqdm(files, 'try images', unit='image', leave=False, disable=None) as bar:
         for file in bar:
             try:
-                read_pictures([file])
+                read_images([file])
             except (OSError, ValueError) as error:
                 raise ValueError(f'{folder}: {error} Repair or remove it.') from error
     return training, validation
@@ -192,8 +192,8 @@ def report(output: Path, weights: str) -> None:
     if wrong:
         files = dataset.filenames(absolute=True)
         titles = [f'{names[guesses[i]]:.16} {sure[i]:.0%}\nnot {names[labels[i]]:.16}' for i in wrong]
-        pictures = read_pictures([files[i] for i in wrong])
-        contact_sheet(pictures, titles, [False] * len(wrong), str(output / 'mistakes.png'), size=112)
+        images = read_images([files[i] for i in wrong])
+        contact_sheet(images, titles, [False] * len(wrong), str(output / 'mistakes.png'), size=112)
         print(f"wrote {output / 'mistakes.png'}")
 
     name = weights.split('.')[0]

@@ -23,7 +23,7 @@ TORCHVISION = 'torchvision:'  # before names of torchvision's
 
 
 def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Dict[str, Any]:
-    """Count one picture's forward pass.
+    """Count one image's forward pass.
 
     Args:
         model: Any network; it is counted in eval mode, in the form it is in. Fuse it first for the deploy form.

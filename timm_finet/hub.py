@@ -4,7 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional
 
 import timm
 import torch.nn as nn
@@ -43,7 +43,7 @@ def save_for_hf(model: nn.Module, folder: str, **kwargs: Any) -> None:
     timm.models.save_for_hf(model, folder, **kwargs)
     file = Path(folder) / 'config.json'
     config = json.loads(file.read_text())
-    config.get('model_args', {}).pop('num_classes', None)  # transformers passes it by itself; both read it from the root
+    config.get('model_args', {}).pop('num_classes', None)  # transformers passes it by itself, out of the root
     names = config['pretrained_cfg'].get('label_names')
     if names:  # in keys of its own, as transformers saves a `label_names` unchanged after tuning to other classes
         config['id2label'] = dict(enumerate(names))

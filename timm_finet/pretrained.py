@@ -26,7 +26,7 @@ def build_model(
 
     A tag's weights are the embedded file, else the Hub's, and must have the recorded sha256. Without a tag they are
     `in1k`, else, with a warning, the first tag registered with weights. A source of the caller's own stays: `hf-hub:`,
-    `local-dir:`, or one in the cfg or its overlay. Networks for pictures up to 32 px get the small-input stem, and
+    `local-dir:`, or one in the cfg or its overlay. Networks for images up to 32 px get the small-input stem, and
     those named in `trained_with` ('architecture.tag') the arguments there; weights load with what they were trained
     with and nothing else. Every network records such arguments and its form, and timm's `save_for_hf` writes them.
 

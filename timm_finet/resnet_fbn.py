@@ -20,7 +20,7 @@ class ResNetFBN(ResNet):
         block, layers, **kwargs: As for timm's ResNet.
         fbn_groups: FBN groups of every convolution behind the stem; 1 is plain BN.
         affine: FBN's gamma and beta.
-        small_input: Stem for 32 px pictures: 3x3, stride 1 and no max-pool (section 5.3).
+        small_input: Stem for 32 px images: 3x3, stride 1 and no max-pool (section 5.3).
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
     """
 

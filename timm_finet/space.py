@@ -1,4 +1,4 @@
-"""`timm-finet space`: a web page that classifies a picture, in train form at any G and fused, and times both."""
+"""`timm-finet space`: a web page that classifies an image, in train form at any G and fused, and times both."""
 import os
 import time
 from functools import lru_cache
@@ -11,7 +11,7 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from .demo import shipped_pictures
+from .demo import shipped_images
 from .fbn import FBNConv2d
 from .rewrite import fuse_fbn
 
@@ -22,11 +22,11 @@ ROUNDS = 20
 TEXT = '''
 # Finet
 
-A picture in, its likeliest classes out, by one trained network in two forms with the same outputs. **Train form**: each
+An image in, its likeliest classes out, by one trained network in two forms with the same outputs. **Train form**: each
 1x1 convolution makes G partial sums, batch-normalises every one and adds them up, as the paper (arXiv 2005.06828)
 writes it. **Fused**: all of it folded into one plain convolution. At another G than the trained one these are still the
 trained weights, split into another number of partial sums, not a network trained with that G; layers whose channels G
-does not divide stay as trained. A network knows the classes that it was trained on, and takes every picture for one of
+does not divide stay as trained. A network knows the classes that it was trained on, and takes every image for one of
 them.
 '''
 
@@ -58,11 +58,11 @@ def forms(name: str, fbn_groups: int) -> Tuple[nn.Module, nn.Module]:
 
 
 @torch.inference_mode()
-def classify(picture: Image.Image, name: str, fbn_groups: int) -> List[Union[dict, str]]:
+def classify(image: Image.Image, name: str, fbn_groups: int) -> List[Union[dict, str]]:
     """The five likeliest classes by each form, with its milliseconds: median of `ROUNDS`, the forms in turns."""
     networks = forms(name, fbn_groups)
     cfg = networks[0].pretrained_cfg
-    x = create_transform(**resolve_data_config(pretrained_cfg=cfg))(picture.convert('RGB'))[None]
+    x = create_transform(**resolve_data_config(pretrained_cfg=cfg))(image.convert('RGB'))[None]
     seconds = ([], [])
     for _ in range(ROUNDS + 1):
         for network, times in zip(networks, seconds):
@@ -86,16 +86,16 @@ def app():
     except ImportError as error:
         raise RuntimeError("gradio is missing: pip install gradio.") from error
 
-    def answer(picture, name, fbn_groups):
-        if picture is None:
+    def answer(image, name, fbn_groups):
+        if image is None:
             raise gr.Error('Give an image first.', print_exception=False)
-        return classify(picture, name, fbn_groups)
+        return classify(image, name, fbn_groups)
 
     def read(payload):
         try:
-            return gr.Image.preprocess(picture, payload)
+            return gr.Image.preprocess(image, payload)
         except (SyntaxError, OSError, Image.DecompressionBombError, gr.Error) as error:
-            # As read_pictures, and gradio's own for an SVG: each would print a traceback.
+            # As read_images, and gradio's own for an SVG: each would print a traceback.
             message = 'This file is not an image that can be read, or has too many pixels.'
             raise gr.Error(message, print_exception=False) from error
 
@@ -104,17 +104,17 @@ def app():
         gr.Markdown(TEXT)
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(type='pil', label='Picture', height=280, sources=['upload', 'clipboard'])
-                picture.preprocess = read
+                image = gr.Image(type='pil', label='Image', height=280, sources=['upload', 'clipboard'])
+                image.preprocess = read
                 name = gr.Dropdown(names, value=names[0], label='Network')
                 fbn_groups = gr.Radio(GROUPS, value=4, label='G, partial sums in the train form')
                 button = gr.Button('Classify', variant='primary')
             outputs = []
             for title in ('Train form', 'Fused'):
                 with gr.Column():
-                    outputs += [gr.Label(label=title), gr.Textbox(label=f'{title}: time for this picture')]
-        inputs = [picture, name, fbn_groups]
-        gr.Examples([[tile] for tile in shipped_pictures()[0][::40]], [picture], label='Test pictures of CIFAR-10')
+                    outputs += [gr.Label(label=title), gr.Textbox(label=f'{title}: time for this image')]
+        inputs = [image, name, fbn_groups]
+        gr.Examples([[tile] for tile in shipped_images()[0][::40]], [image], label='Test images of CIFAR-10')
         button.click(answer, inputs, outputs)
         gr.Markdown(
             f'Times are medians of {ROUNDS} runs on {torch.get_num_threads()} CPU threads, the two forms in turns.')

@@ -1,10 +1,11 @@
-"""Pictures a second of the CIFAR loader of `recipe:cifar10` in one worker, beside the networks' own training speed.
+"""Images a second of the CIFAR loader of `recipe:cifar10` in one worker, beside the networks' own training speed.
 
     python -m scripts.bench.bench_loader
 
-The loader is timm's, as train.py makes it from the recipe, over 12,800 random pictures. A network's step is forward, cross
-entropy, backward and SGD at the recipe's batch size. Loader and networks take turns in one thread. A loader worker is one
-process with such a thread, so sixteen of them are extrapolated, not measured. Writes results/bench_loader.csv.
+The loader is timm's, as train.py makes it from the recipe, over 12,800 random images. A network's step is forward,
+cross entropy, backward and SGD at the recipe's batch size. Loader and networks take turns in one thread. A loader
+worker is one process with such a thread, so sixteen of them are extrapolated, not measured. Writes
+results/bench_loader.csv.
 """
 import argparse
 import csv
@@ -30,7 +31,7 @@ from timm_finet.launch import find_recipe
 RESULTS = Path(__file__).parents[1] / 'results' / 'bench_loader.csv'
 RECIPES = ('cifar10', 'modern')
 MODELS = ('finet_small_g4', 'finet_large_g8')
-PICTURES, ROUNDS, STEPS, SEED = 12800, 7, 2, 0
+IMAGES, ROUNDS, STEPS, SEED = 12800, 7, 2, 0
 
 
 def loader(recipe, folder):
@@ -42,7 +43,7 @@ def loader(recipe, folder):
 
 
 def epoch(batches):
-    """Pictures a second of what a worker does: read, augment and collate. Normalising is the training process's part."""
+    """Images a second of what a worker does: read, augment and collate. Normalising is the training process's part."""
     start = time.perf_counter()
     count = sum(len(labels) for _, labels in batches.loader)
     return count / (time.perf_counter() - start)
@@ -70,8 +71,8 @@ def main():
     torch.set_num_threads(1)
     rng = np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory() as folder:
-        pictures, labels = rng.integers(0, 256, (PICTURES, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, PICTURES)
-        np.savez(Path(folder, 'cifar10.npz'), train=pictures, train_labels=labels)
+        images, labels = rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, IMAGES)
+        np.savez(Path(folder, 'cifar10.npz'), train=images, train_labels=labels)
         subjects = {f'loader of recipe:{recipe}': lambda b=loader(recipe, folder): epoch(b) for recipe in RECIPES}
     subjects.update({f'training step of {name}': trainer(name) for name in MODELS})
     rates = {subject: [] for subject in subjects}
@@ -79,13 +80,13 @@ def main():
         for subject, run in subjects.items():
             rates[subject].append(run())
     rows = [dict(
-        subject=subject, pictures_per_second=round(median(found[1:])), lowest=round(min(found[1:])),
+        subject=subject, images_per_second=round(median(found[1:])), lowest=round(min(found[1:])),
         highest=round(max(found[1:])), threads=1, workers='in the process', rounds=ROUNDS, seed=SEED,
         command='python -m scripts.bench.bench_loader', torch=torch.__version__, torchvision=torchvision.__version__,
         timm=timm.__version__, numpy=np.__version__, processor=cpu_name(), date=date.today(),
     ) for subject, found in rates.items()]
     for row in rows:
-        print(f"{row['subject']:<36} {row['pictures_per_second']:>8,} ({row['lowest']:,} to {row['highest']:,})")
+        print(f"{row['subject']:<36} {row['images_per_second']:>8,} ({row['lowest']:,} to {row['highest']:,})")
     with RESULTS.open('w', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
         writer.writeheader()

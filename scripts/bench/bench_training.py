@@ -1,6 +1,7 @@
 """What FBN costs in training: time and peak memory of one step against plain BN, the networks taken in turns.
 
-    python -m scripts.bench.bench_training                          # CPU, one thread; on a GPU: --device cuda --channels-last
+    python -m scripts.bench.bench_training                          # CPU,
+    one thread; on a GPU: --device cuda --channels-last
     python -m scripts.bench.bench_training --models finet_large --groups 4 --layers
     python -m scripts.bench.bench_training --plot
 
@@ -129,7 +130,8 @@ def bench(name, size, dtype, args):
             batch=args.batch_size, groups=groups, form=form, ms=round(mid * 1e3, 1),
             ms_min=round(min(times[groups, form]) * 1e3, 1), ms_max=round(max(times[groups, form]) * 1e3, 1),
             peak_mb=round(peaks[groups, form] / 2 ** 20, 1), time_vs_bn=round(mid / bn, 3),
-            memory_vs_bn=round(peaks[groups, form] / peaks[groups, 'bn'], 3), rounds=args.rounds, seed=SEED, device=device,
+            memory_vs_bn=round(peaks[groups, form] / peaks[groups, 'bn'], 3), rounds=args.rounds, seed=SEED,
+            device=device,
             threads=torch.get_num_threads(), compiled=args.compile, torch=torch.__version__, timm=timm.__version__,
             date=date.today(), command=shlex.join(sys.argv))
 
@@ -140,7 +142,8 @@ def bench_layers(name, size, dtype, args):
     model = build(name, args.groups[0], 'reference', args, size)
     for layer in (m for m in model.modules() if isinstance(m, ReferenceFBNConv2d)):
         layer.register_forward_pre_hook(lambda layer, inputs: shapes.setdefault(
-            (layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], inputs[0].shape[-1]), []).append(1))
+            (layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], inputs[0].shape[-1]),
+            []).append(1))
     with torch.no_grad():
         model(torch.zeros(2, 3, size, size, device=args.device))
     print(f'{name}, G = {args.groups[0]}, batch {args.batch_size}, {dtype}: ms forward + backward\n'
@@ -183,24 +186,27 @@ def merge(rows):
 
 
 def table(rows):
-    """Against plain BN: this package's form and the reference form, at G = 2, 4, 8; and what plain BN itself gains here."""
+    """Against plain BN: this package's form and the reference form at G = 2, 4, 8; and what plain BN itself gains."""
     def ratios(rows, form, column, over=None):
         found = {r['groups']: float(r[column]) for r in rows if r['form'] == form}
         base = {r['groups']: float(r[column]) for r in rows if r['form'] == over}
         return ' / '.join(
-            f'{found[g] / base.get(g, 1):.2f}' if g in found and (not over or g in base) else '-' for g in ('2', '4', '8'))
+            f'{found[g] / base.get(g, 1):.2f}' if g in found and (not over or g in base) else '-'
+            for g in ('2', '4', '8'))
 
     kinds = {}
     for row in rows:
         kinds.setdefault(tuple(row[k] for k in KEY if k not in ('groups', 'form')), []).append(row)
     cells = []
     for (name, size, dtype, layout, batch, _, _, compiled), rows in sorted(kinds.items()):
-        cells.append([f"{name}, {size} px, batch {batch}, {dtype}{', channels_last' if layout == 'channels_last' else ''}"
+        cells.append([f"{name}, {size} px, batch {batch}, {dtype}"
+                      f"{', channels_last' if layout == 'channels_last' else ''}"
                       f"{', compiled' if compiled == 'True' else ''}",
                       ratios(rows, 'moment', 'time_vs_bn'), ratios(rows, 'moment', 'ms', over='plain'),
                       ratios(rows, 'reference', 'time_vs_bn'),
                       ratios(rows, 'moment', 'memory_vs_bn'), ratios(rows, 'reference', 'memory_vs_bn')])
-    head = ['G = 2 / 4 / 8', 'time vs BN', "vs this package's BN", 'reference form', 'peak memory vs BN', 'reference form']
+    head = [
+        'G = 2 / 4 / 8', 'time vs BN', "vs this package's BN", 'reference form', 'peak memory vs BN', 'reference form']
     return markdown(head, cells)
 
 
@@ -208,7 +214,7 @@ def headline(rows):
     """finet_large at G = 4, channels_last, over plain BN: the README's table."""
     chosen = {
         (r['size'], r['dtype'], r['form']): r for r in rows
-        if r['model'] == 'finet_large' and r['groups'] == '4' and r['layout'] == 'channels_last' and r['compiled'] == 'False'}
+        if (r['model'], r['groups'], r['layout'], r['compiled']) == ('finet_large', '4', 'channels_last', 'False')}
     cells = []
     for size, dtype in (('32', 'bfloat16'), ('32', 'float32'), ('224', 'bfloat16'), ('224', 'float32')):
         moment, reference, plain = (chosen[size, dtype, form] for form in ('moment', 'reference', 'plain'))
@@ -230,11 +236,12 @@ LINES = {  # form: name, color, marker, line
 
 
 def plot(models):
-    """Time and memory in channels_last against G, the forms as lines: a row a dtype, a column a network and its input."""
+    """Time and memory in channels_last against G, a form a line: a row a dtype, a column a network and its input."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = [r for r in read_rows(FILE) if r['model'] in models and r['layout'] == 'channels_last' and r['compiled'] == 'False']
+    rows = [r for r in read_rows(FILE)
+            if r['model'] in models and r['layout'] == 'channels_last' and r['compiled'] == 'False']
     panels = sorted({(r['model'], int(r['size']), int(r['batch'])) for r in rows if r['groups'] == '8'})
     dtypes = ('float32', 'bfloat16')
     for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
@@ -243,7 +250,8 @@ def plot(models):
             squeeze=False, layout='constrained')
         for dtype, line in zip(dtypes, axes):
             for (name, size, batch), ax in zip(panels, line):
-                chosen = [r for r in rows if (r['model'], int(r['size']), int(r['batch']), r['dtype']) == (name, size, batch, dtype)]
+                chosen = [r for r in rows if (r['model'], int(r['size']), int(r['batch']), r['dtype']) == (
+                    name, size, batch, dtype)]
                 for form, (label, color, marker, style) in LINES.items():
                     points = sorted((int(r['groups']), float(r[column])) for r in chosen if r['form'] == form)
                     if points:
@@ -275,7 +283,8 @@ def main():
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--layers', action='store_true', help='time each kind of FBN layer alone instead')
-    parser.add_argument('--table', action='store_true', help="make the plots and the documents' tables from the results file and stop")
+    parser.add_argument(
+        '--table', action='store_true', help="make the plots and the documents' tables from the results file and stop")
     args = parser.parse_args()
     if args.table:
         write_block('bench_training', table(read_rows(FILE)))
@@ -293,7 +302,8 @@ def main():
                 rows = list(bench(name, size, dtype, args))
                 for r in rows:
                     print(f"{name} {size} px {dtype} {r['layout']} batch {r['batch']} G={r['groups']} {r['form']:>9}: "
-                          f"{r['ms']:9.1f} ms ({r['time_vs_bn']:.2f}x)  {r['peak_mb']:8.1f} MB ({r['memory_vs_bn']:.2f}x)",
+                          f"{r['ms']:9.1f} ms ({r['time_vs_bn']:.2f}x)  "
+                          f"{r['peak_mb']:8.1f} MB ({r['memory_vs_bn']:.2f}x)",
                           flush=True)
                 merge(rows)
 

@@ -2,9 +2,9 @@
 
     python -m scripts.bench.numerics
 
-For each input the largest relative error of the batch variance, and the root mean square errors of the output and of the
-gradients of input, weight and gamma, in units of each one's own root mean square (the output's: its deviation). `layers`
-takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
+For each input the largest relative error of the batch variance, and the root mean square errors of the output and of
+the gradients of input, weight and gamma, in units of each one's own root mean square (the output's: its deviation).
+`layers` takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
 """
 import argparse
 import shlex
@@ -17,7 +17,7 @@ import torch
 
 from scripts.report import RESULTS, cpu_name, write_rows
 from timm_finet import FBNConv2d
-from timm_finet.data import shipped_pictures
+from timm_finet.data import shipped_images
 from timm_finet.demo import MODEL
 from timm_finet.fbn import ReferenceFBNConv2d
 
@@ -34,7 +34,7 @@ def inputs():
     for ratio in (0, 3, 100):
         yield f'16 channels, mean {ratio}', FBNConv2d(16, 32, fbn_groups=4), torch.randn(32, 16, 16, 16) + ratio
     yield 'half of the channels constant', layer, torch.where(torch.arange(64)[:, None, None] % 2 == 0, 3., noise)
-    yield 'first picture constant', layer, torch.cat((torch.full((1, 64, 16, 16), 5.), noise[1:]))
+    yield 'first image constant', layer, torch.cat((torch.full((1, 64, 16, 16), 5.), noise[1:]))
     yield 'up to 60000 (float16 range)', layer, noise.clamp(-4, 4) * 15000
     yield 'down to 1e-4', layer, noise * 1e-4
     yield 'two positions', layer, torch.randn(2, 64, 1, 1)
@@ -46,7 +46,7 @@ def inputs():
             handles.append(module.register_forward_pre_hook(
                 lambda m, x, name=name: seen.append((f'layers, {name}', m, x[0]))))
     with torch.no_grad():
-        model(torch.stack([transform(p) for p in shipped_pictures()[0]]))
+        model(torch.stack([transform(p) for p in shipped_images()[0]]))
     for handle in handles:
         handle.remove()
     yield from seen
@@ -90,7 +90,8 @@ def main():
     print(f"{'error, times that of the reference form':<40}" + ''.join(f'{what:>22}' for what in WHAT))
     for row in rows:
         print(f"{row['input']:<40}" + ''.join(
-            f"{row[f'fbn_{what}']:13.1e} {row[f'fbn_{what}'] / max(row[f'reference_{what}'], 1e-30):8.2f}" for what in WHAT))
+            f"{row[f'fbn_{what}']:13.1e} {row[f'fbn_{what}'] / max(row[f'reference_{what}'], 1e-30):8.2f}"
+            for what in WHAT))
     facts = dict(seed=SEED, device=cpu_name(), torch=torch.__version__, date=date.today(), command=shlex.join(sys.argv))
     write_rows(FILE, [{k: f'{v:.2e}' if isinstance(v, float) else v for k, v in row.items()} | facts for row in rows])
 

@@ -3,8 +3,9 @@
     python -m scripts.bench.try_switches           # some minutes on two idle cores
     python -m scripts.bench.try_switches --table   # docs/training.md's tables from the results files
 
-Writes results/switches.csv: how three epochs ended with each switch. Writes results/processes.csv: one process against two
-of half the batch and `--sync-bn`, on 100 pictures in one batch, without augmentation and dropout, so that both see the same.
+Writes results/switches.csv: how three epochs ended with each switch. Writes results/processes.csv: one process against
+two of half the batch and `--sync-bn`, on 100 images in one batch, without augmentation and dropout, so that both see
+the same.
 """
 import argparse
 import csv
@@ -26,7 +27,8 @@ RESULTS = Path(__file__).parents[1] / 'results'
 EPOCHS = 3
 SWITCHES = (
     '', '--model-ema', '--grad-accum-steps 2', '--grad-checkpointing', '--channels-last', '--amp --amp-dtype bfloat16',
-    '--torchcompile', '--model-ema --grad-accum-steps 2 --grad-checkpointing --channels-last --amp --amp-dtype bfloat16')
+    '--torchcompile',
+    '--model-ema --grad-accum-steps 2 --grad-checkpointing --channels-last --amp --amp-dtype bfloat16')
 RUNS = [(1, 20, ''), (2, 10, '--dist-bn reduce'), *((2, 10, f'--sync-bn {switch}'.strip()) for switch in SWITCHES)]
 SAME = '--train-split validation --no-aug --drop 0 --lr 0.001'
 PAIR = [(1, 100, SAME), (1, 100, f'{SAME} --channels-last'), (2, 50, f'{SAME} --sync-bn')]
@@ -38,7 +40,8 @@ def train(processes, batch, switches, folder):
             *shlex.split(switches)]
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     done = subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), '-m', 'timm_finet', *args, '--output', folder, '--experiment', 'run'],
+        [sys.executable, *(torchrun if processes > 1 else []), '-m', 'timm_finet', *args,
+         '--output', folder, '--experiment', 'run'],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     command = f'torchrun --standalone --nproc_per_node={processes} -m timm_finet' if processes > 1 else 'timm-finet'
     summary = Path(folder, 'run', 'summary.csv')
@@ -68,7 +71,8 @@ def measure():
         last = rows[-1] if rows else {}
         switches.append(dict(
             processes=processes, switches=switch or 'none', exit_status=status, epochs=len(rows),
-            train_loss=last.get('train_loss', ''), eval_top1=last.get('eval_top1', ''), command=command, **environment()))
+            train_loss=last.get('train_loss', ''), eval_top1=last.get('eval_top1', ''), command=command,
+            **environment()))
         print(switches[-1], flush=True)
         write('switches.csv', switches)
     pairs = []
@@ -77,7 +81,8 @@ def measure():
             command, status, rows = train(processes, batch, switch, folder)
         pairs += [dict(
             processes=processes, batch_a_process=batch, layout='channels_last' if 'last' in switch else 'contiguous',
-            epoch=int(row['epoch']), train_loss=row['train_loss'], eval_loss=row['eval_loss'], eval_top1=row['eval_top1'],
+            epoch=int(row['epoch']), train_loss=row['train_loss'], eval_loss=row['eval_loss'],
+            eval_top1=row['eval_top1'],
             command=command, **environment()) for row in rows]
     write('processes.csv', pairs)
 

@@ -12,7 +12,7 @@ order of worth, `--jobs` at a time; cut off, by `--minutes` or otherwise, it goe
 started again with the same OUT. `--dry-run` prints the commands. What stands after `--` is handed on to train.py; as
 that makes another experiment, it needs a `--results` of its own, and its tables are printed:
 
-    python -m scripts.paper.cifar_tables cifar10 --only g1_g8 --data-dir DATA --output OUT --results probe.csv -- --epochs 3
+    python -m scripts.paper.cifar_tables cifar10 --only g1_g8 --data-dir DATA --output OUT --results p.csv -- --epochs 3
 """
 import argparse
 import math

@@ -62,7 +62,8 @@ def draw(ax, block, title):
         bottoms[lane] = top - HEIGHT
         x = lane * (WIDTH + 0.9)
         boxes[node] = x, bottoms[lane]
-        ax.add_patch(plt.Rectangle((x, bottoms[lane]), WIDTH, HEIGHT, facecolor=COLORS[text[1]], edgecolor='#444444', lw=0.8))
+        ax.add_patch(plt.Rectangle(
+            (x, bottoms[lane]), WIDTH, HEIGHT, facecolor=COLORS[text[1]], edgecolor='#444444', lw=0.8))
         ax.text(x + WIDTH / 2, bottoms[lane] + HEIGHT / 2, text[0], ha='center', va='center', fontsize=8, color='black')
         for source in inputs:
             connect(ax, boxes[source], boxes[node], skip=len(inputs) > 1 and source.op == 'placeholder')

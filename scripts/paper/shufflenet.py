@@ -16,7 +16,8 @@ class ShuffleNetV2(models.ShuffleNetV2):
         self.fc = nn.Sequential(nn.Dropout(drop_rate), self.fc)
 
 
-default_cfgs = generate_default_cfgs({name: {'num_classes': 1000} for name in ('shufflenet_v2_x0_5', 'shufflenet_v2_x1_5')})
+default_cfgs = generate_default_cfgs({
+    name: {'num_classes': 1000} for name in ('shufflenet_v2_x0_5', 'shufflenet_v2_x1_5')})
 
 
 @register_model

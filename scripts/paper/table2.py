@@ -1,4 +1,4 @@
-"""Table 2 again: multiply-adds and parameters of Finet and of the networks it is compared with, beside the paper's figures.
+"""Table 2 again: multiply-adds and parameters of Finet and of those it is compared with, beside the paper's figures.
 
     python -m scripts.paper.table2
     python -m scripts.paper.table2 --table    # docs/table2.md and results/table2.png, from the results file
@@ -104,7 +104,8 @@ def count(name):
 def table(rows):
     cells = [
         (f"`{row['model'].removeprefix('torchvision:')}`", row['paper_million_madds'], f"{int(row['madds']):,}",
-         row['paper_million_params'], f"{int(row['params_train']):,}", f"{int(row['params_fused']):,}", row['paper_top1'],
+         row['paper_million_params'], f"{int(row['params_train']):,}", f"{int(row['params_fused']):,}",
+         row['paper_top1'],
          row['note'])
         for row in rows]
     head = ('', "multiply-adds: paper's, M", 'ours', "parameters: paper's, M", 'ours, train form', 'ours, fused',
@@ -117,7 +118,8 @@ def models(rows):
     names = ('finet_small_g4', 'finet_small_se_g4', 'finet_large_g4', 'finet_large_se_g4', 'mobilenetv3_large_100')
     chosen = [row for name in names for row in rows if row['model'] == name]
     return markdown(['', 'parameters, fused', 'multiply-adds', "the paper's top-1 on ImageNet"], [
-        (f"`{row['model']}`", f"{int(row['params_fused']):,}", f"{int(row['madds']):,}", row['paper_top1']) for row in chosen])
+        (f"`{row['model']}`", f"{int(row['params_fused']):,}", f"{int(row['madds']):,}", row['paper_top1'])
+        for row in chosen])
 
 
 def series_of(name):

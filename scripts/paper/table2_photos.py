@@ -2,10 +2,11 @@
 
     python -m scripts.paper.table2_photos --data-dir PACK [--models finet_small mobilenetv2_035] [--seeds 0 1]
 
-PACK is written by scripts/weights/photos.py. The runs that the results lack are started; cut off, by `--minutes` or otherwise, they go
-on when started again with the same `--output`. Every finished run adds a line to results/table2_photos.csv, out of which the
-table of docs/photographs.md is written, without `--data-dir` that alone. Options that are not ours go to train.py, which makes another
-experiment: it needs a `--results` of its own, and its table is printed.
+PACK is written by scripts/weights/photos.py. The runs that the results lack are started; cut off, by `--minutes` or
+otherwise, they go on when started again with the same `--output`. Every finished run adds a line to
+results/table2_photos.csv, out of which the table of docs/photographs.md is written, without `--data-dir` that alone.
+Options that are not ours go to train.py, which makes another experiment: it needs a `--results` of its own, and its
+table is printed.
 """
 import argparse
 import shlex
@@ -52,9 +53,11 @@ def arguments(description, results):
     """What cifar_runs.train takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--data-dir')
-    parser.add_argument('--output', default=f'output/{results.stem}', help='folder for checkpoints and logs, kept until all is done')
+    parser.add_argument(
+        '--output', default=f'output/{results.stem}', help='folder for checkpoints and logs, kept until all is done')
     parser.add_argument('--jobs', type=int, default=1, help='runs at once (default: %(default)s)')
-    parser.add_argument('--minutes', type=float, default=float('inf'), help='time after which runs are cut (default: none)')
+    parser.add_argument(
+        '--minutes', type=float, default=float('inf'), help='time after which runs are cut (default: none)')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
     parser.add_argument('--results', type=Path, default=results)
@@ -64,7 +67,8 @@ def arguments(description, results):
 def parse(parser, results):
     args, args.extra = parser.parse_known_args()
     if args.extra and args.results == results:
-        parser.error(f'{shlex.join(args.extra)!r} for train.py makes another experiment: name a file for it by --results.')
+        parser.error(
+            f'{shlex.join(args.extra)!r} for train.py makes another experiment: name a file for it by --results.')
     return args
 
 
@@ -97,11 +101,13 @@ def table(rows):
         if mine:
             params, macs = count(name)
             cells.append([
-                f'`{name}`', f'{params:,}', f'{macs:,}', pm(*mean_deviation([float(row['seconds_an_epoch']) for row in mine])),
+                f'`{name}`', f'{params:,}', f'{macs:,}',
+                pm(*mean_deviation([float(row['seconds_an_epoch']) for row in mine])),
                 pm(*mean_deviation(top1(mine))), pm(*mean_deviation(top1(mine, 'top1_best'))),
                 ', '.join(row['seed'] for row in mine), f'{figure:.1f}'])
     return markdown(
-        ['', 'parameters', f'multiply-adds at {SIZE} px', 'seconds an epoch', 'top-1, last epoch', 'best epoch', 'seeds',
+        ['', 'parameters', f'multiply-adds at {SIZE} px', 'seconds an epoch', 'top-1, last epoch', 'best epoch',
+         'seeds',
          "paper's top-1 on ImageNet"], cells)
 
 

@@ -1,11 +1,11 @@
-"""Table 4 again: pictures a second at batch 1 and 224 px, in five runtimes, the networks taken in turns.
+"""Table 4 again: images a second at batch 1 and 224 px, in five runtimes, the networks taken in turns.
 
     OMP_NUM_THREADS=1 python -m scripts.paper.table4 onnxruntime --threads 1
     python -m scripts.paper.table4 --table    # docs/table4.md and results/table4.png, from the results file
 
-Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; weights are random. ONNX files are those of
-`timm-finet export`, for OpenVINO too. A round runs each network ten times and takes the median; ratios are taken within a
-round. Rows are merged into results/table4.csv. Needs the extras export and executorch, and openvino.
+Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; weights are random. ONNX files are those
+of `timm-finet export`, for OpenVINO too. A round runs each network ten times and takes the median; ratios are taken
+within a round. Rows are merged into results/table4.csv. Needs the extras export and executorch, and openvino.
 """
 import argparse
 import shlex
@@ -25,7 +25,7 @@ from timm_finet import fuse_fbn
 from timm_finet.export import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.flops import create
 
-# Pictures a second on a Galaxy S10e with PyTorch Mobile, from the paper's Table 4.
+# Images a second on a Galaxy S10e with PyTorch Mobile, from the paper's Table 4.
 PAPER = {
     'torchvision:shufflenet_v2_x1_5': 7.35,
     'finet_large': 7.80,
@@ -89,7 +89,7 @@ def load_openvino(file, threads, **options):
 
 
 def measure(runtime, threads, rounds, folder):
-    """Seconds a picture by network, one median a round."""
+    """Seconds an image by network, one median a round."""
     torch.set_num_threads(threads)
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(SEED))
     runs = {name: load(runtime, name, x, threads, folder) for name in PAPER}
@@ -119,7 +119,8 @@ def rows_of(runtime, threads, rounds, times):
             images_per_second=round(1 / median(seconds), 1),
             **spread('vs_shufflenet', [base / t for base, t in zip(times[BASE], seconds)], 3),
             **spread('vs_finet_large', [base / t for base, t in zip(times['finet_large'], seconds)], 3),
-            paper_vs_shufflenet=round(PAPER[name] / PAPER[BASE], 3), rounds=rounds, runs=RUNS, seed=SEED, device=cpu_name(),
+            paper_vs_shufflenet=round(PAPER[name] / PAPER[BASE], 3), rounds=rounds, runs=RUNS, seed=SEED,
+            device=cpu_name(),
             torch=version('torch'), runtime_version=version(RUNTIMES[runtime][1]), timm=version('timm'),
             torchvision=version('torchvision'), date=date.today(), command=shlex.join(sys.argv))
 
@@ -152,13 +153,14 @@ def table(rows):
 
 
 def plot(rows):
-    """Milliseconds a picture, bars by runtime, a panel for each number of threads."""
+    """Milliseconds an image, bars by runtime, a panel for each number of threads."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     colors = ('#999999', '#1b7fbd', '#0b4a73', '#f2b37c', '#d95f02', '#8c510a')
     threads = sorted({row['threads'] for row in rows})
-    fig, axes = plt.subplots(len(threads), 1, figsize=(9, 3 * len(threads)), squeeze=False, sharex=True, layout='constrained')
+    fig, axes = plt.subplots(
+        len(threads), 1, figsize=(9, 3 * len(threads)), squeeze=False, sharex=True, layout='constrained')
     for ax, count in zip(axes[:, 0], threads):
         for i, (name, color) in enumerate(zip(PAPER, colors)):
             mine = [row for row in rows if row['threads'] == count and row['model'] == name]

@@ -1,8 +1,9 @@
-"""Where the time of Table 4 goes: milliseconds a picture by kind of operator, one thread, by each runtime's own profiler.
+"""Where the time of Table 4 goes: milliseconds an image by kind of operator, one thread, by the runtimes' profilers.
 
     OMP_NUM_THREADS=1 python -m scripts.paper.table4_operators
 
-Writes results/table4_operators.csv and the table of docs/table4.md. Profilers cost time themselves, most of all in eager mode.
+Writes results/table4_operators.csv and the table of docs/table4.md. Profilers cost time themselves, most of all in
+eager mode.
 """
 import argparse
 import json
@@ -109,7 +110,8 @@ def measure(runtime, name):
         for operator_kind, ms in globals()[runtime](fused(name), x, folder):
             totals[operator_kind] += ms
     return dict(
-        runtime=runtime, model=name, **{k: round(ms, 3) for k, ms in totals.items()}, runs=RUNS, threads=1, device=cpu_name(),
+        runtime=runtime, model=name, **{k: round(ms, 3) for k, ms in totals.items()}, runs=RUNS, threads=1,
+        device=cpu_name(),
         torch=version('torch'), runtime_version=version(RUNTIMES[runtime][1]), timm=version('timm'), date=date.today(),
         command=shlex.join(sys.argv))
 

@@ -1,5 +1,7 @@
-"""Make the shipped pictures, lossless sprites, class by class: the first 40 of each class of CIFAR-10's test set, on which
-`timm-finet demo` and `export` check networks, and the first 10 of its training set, on which `export --int8` calibrates.
+"""Make the shipped images, lossless sprites, class by class.
+
+They are the first 40 of each class of CIFAR-10's test set, on which `timm-finet demo` and `export` check networks, and
+the first 10 of its training set, on which `export --int8` calibrates.
 
     python -m scripts.weights.demo_images cifar10.npz
 """
@@ -19,9 +21,9 @@ def main():
     args = parser.parse_args()
     with np.load(args.data) as arrays:
         for split, each in (('test', 40), ('train', 10)):
-            pictures = np.concatenate([arrays[split][arrays[f'{split}_labels'] == c][:each] for c in range(10)])
-            side = isqrt(len(pictures))
-            sprite = pictures.reshape(side, side, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(side * 32, side * 32, 3)
+            images = np.concatenate([arrays[split][arrays[f'{split}_labels'] == c][:each] for c in range(10)])
+            side = isqrt(len(images))
+            sprite = images.reshape(side, side, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(side * 32, side * 32, 3)
             Image.fromarray(sprite).save(WEIGHTS / f'cifar10_{split}.webp', lossless=True, quality=100, method=6)
 
 

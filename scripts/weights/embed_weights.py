@@ -29,7 +29,8 @@ TITLES = {'tiny_in200': 'Tiny-ImageNet-200', 'mini_in100': 'mini-ImageNet-100'}
 
 
 def halve(state):
-    return {key: value.half() if value.is_floating_point() and value.ndim > 1 else value for key, value in state.items()}
+    return {
+        key: value.half() if value.is_floating_point() and value.ndim > 1 else value for key, value in state.items()}
 
 
 def validate(file, model, data_dir, args, *options):
@@ -40,7 +41,8 @@ def validate(file, model, data_dir, args, *options):
         command = [
             'run', 'validate', '--model', model, '--checkpoint', str(file), '--data-dir', str(data_dir),
             '--dataset', dataset, '--split', split, '--num-classes', str(args['num_classes']),
-            '--input-size', *map(str, args['input_size']), '--mean', *map(str, args['mean']), '--std', *map(str, args['std']),
+            '--input-size', *map(str, args['input_size']), '--mean', *map(str, args['mean']), '--std',
+            *map(str, args['std']),
             '--crop-pct', str(args['crop_pct']), '--interpolation', args['interpolation'],
             '--model-kwargs', *(f'{key}={value}' for key, value in (args['model_kwargs'] or {}).items()),
             '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--results-format', 'json',
@@ -97,8 +99,10 @@ def main():
     print('Register it, in front of the untrained tags:')
     label_names = f"tuple((WEIGHTS / '{tag}.txt').read_text().splitlines())" if names else '...'
     print(
-        f"    '{opts.name}': _cfg(file=str(WEIGHTS / '{opts.name}.safetensors'), description='trained on {TITLES.get(tag, tag)}',\n"
-        f"        num_classes={args['num_classes']}, input_size={tuple(args['input_size'])}, pool_size={tuple(x // 32 for x in args['input_size'][1:])},\n"
+        f"    '{opts.name}': _cfg(\n        file=str(WEIGHTS / '{opts.name}.safetensors'),\n"
+        f"        description='trained on {TITLES.get(tag, tag)}',\n"
+        f"        num_classes={args['num_classes']}, input_size={tuple(args['input_size'])}, "
+        f"pool_size={tuple(x // 32 for x in args['input_size'][1:])},\n"
         f"        crop_pct={args['crop_pct']}, interpolation='{args['interpolation']}', label_names={label_names}),")
 
 

@@ -2,7 +2,7 @@
 
     python -m scripts.weights.int8 cifar10.npz
 
-The files are those of `timm-finet export`, calibrated on the 100 shipped training pictures. Writes results/int8.csv and
+The files are those of `timm-finet export`, calibrated on the 100 shipped training images. Writes results/int8.csv and
 the table of docs/export.md.
 """
 import argparse
@@ -29,7 +29,7 @@ FILE = RESULTS / 'int8.csv'
 def measure(data, folder):
     model = export.build(NAME)
     data = CIFAR10Pad2(data, train=False, transform=create_transform(**resolve_data_config({}, model=model)))
-    x = torch.stack([picture for picture, _ in tqdm(data)])
+    x = torch.stack([image for image, _ in tqdm(data)])
     targets = torch.tensor(data.targets)
     for to in export.SUFFIXES:
         for int8 in (False, True):

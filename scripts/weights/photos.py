@@ -1,14 +1,14 @@
-"""Pack photographs into one tar a split, which timm reads as it lies, and check every picture on the way.
+"""Pack photographs into one tar a split, which timm reads as it lies, and check every image on the way.
 
     python -m scripts.weights.photos SOURCE PACK                           # --classes 5 --per-class 20 for a tiny one
     timm-finet run train --data-dir PACK --train-split train.tar --val-split validation.tar ...
 
-SOURCE, a folder or a bare git repository, holds the folders `train` and `val` at any depth, with a folder of pictures a
+SOURCE, a folder or a bare git repository, holds the folders `train` and `val` at any depth, with a folder of images a
 class: ImageNet's own layout and mini-ImageNet-100's. Tiny-ImageNet-200 is taken as its archive unpacks, with the
 validation labels in `val/val_annotations.txt`.
 
-PACK gets train.tar, validation.tar (pictures byte by byte as they were, in a folder a class), classes.txt (the folders, in
-the order of the class indices, and their names where they are ImageNet's synsets) and pack.csv (the counts).
+PACK gets train.tar, validation.tar (images byte by byte as they were, in a folder a class), classes.txt (the folders,
+in the order of the class indices, and their names where they are ImageNet's synsets) and pack.csv (the counts).
 """
 import argparse
 import hashlib
@@ -53,8 +53,8 @@ def open_source(source):
     return commit, list(blobs), read
 
 
-def find_pictures(paths, read):
-    """Of each split, the path of every picture by its place in the pack, `CLASS/NAME`, in the order timm reads them."""
+def find_images(paths, read):
+    """Of each split, the path of every image by its place in the pack, `CLASS/NAME`, in the order timm reads them."""
     found, labels = {split: {} for split in SPLITS.values()}, {}
     for path in paths:
         if path.endswith('val/val_annotations.txt'):
@@ -67,14 +67,15 @@ def find_pictures(paths, read):
             if place in found[SPLITS[split]]:
                 raise ValueError(f'{path} and {found[SPLITS[split]][place]} have the same class and name.')
             found[SPLITS[split]][place] = path
-    return {split: dict(sorted(pictures.items(), key=lambda item: natural_key(item[0]))) for split, pictures in found.items()}
+    return {
+        split: dict(sorted(images.items(), key=lambda item: natural_key(item[0]))) for split, images in found.items()}
 
 
-def limit(pictures, classes, per_class):
-    """The first pictures of the first classes."""
+def limit(images, classes, per_class):
+    """The first images of the first classes."""
     counts = Counter()
     kept = {}
-    for place, path in pictures.items():
+    for place, path in images.items():
         name = place.split('/')[0]
         if counts[name] < per_class and (name in counts or len(counts) < classes):
             counts[name] += 1
@@ -82,21 +83,21 @@ def limit(pictures, classes, per_class):
     return kept
 
 
-def pack(pictures, read, file):
+def pack(images, read, file):
     """Write a split's tar and return its counts."""
     modes, sizes, names = Counter(), Counter(), hashlib.sha256()
     part = file.with_suffix('.part')
     try:
         with tarfile.open(part, 'w', format=tarfile.USTAR_FORMAT) as tar:
-            for place, path in tqdm(pictures.items(), desc=file.stem, unit='picture'):
+            for place, path in tqdm(images.items(), desc=file.stem, unit='image'):
                 data = read(path)
                 try:
-                    with Image.open(io.BytesIO(data)) as picture:
-                        picture.load()
-                        modes[picture.mode] += 1
-                        sizes['x'.join(map(str, picture.size))] += 1
+                    with Image.open(io.BytesIO(data)) as image:
+                        image.load()
+                        modes[image.mode] += 1
+                        sizes['x'.join(map(str, image.size))] += 1
                 except (OSError, SyntaxError) as error:
-                    raise ValueError(f'{path} is not a picture that Pillow can read: {error}') from error
+                    raise ValueError(f'{path} is not an image that Pillow can read: {error}') from error
                 names.update(f'{hashlib.sha256(data).hexdigest()}  {place}\n'.encode())
                 info = tarfile.TarInfo(place)
                 info.size = len(data)
@@ -104,9 +105,9 @@ def pack(pictures, read, file):
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-    per_class = Counter(place.split('/')[0] for place in pictures)
+    per_class = Counter(place.split('/')[0] for place in images)
     return {
-        'pictures': len(pictures), 'classes': len(per_class),
+        'images': len(images), 'classes': len(per_class),
         'per_class': ' to '.join(map(str, sorted({min(per_class.values()), max(per_class.values())}))),
         'sizes': ' '.join(f'{size}:{n}' for size, n in sizes.most_common()),
         'modes': ' '.join(f'{mode}:{n}' for mode, n in modes.most_common()), 'sha256_of_list': names.hexdigest()}
@@ -117,14 +118,16 @@ def main():
     parser.add_argument('source', type=Path)
     parser.add_argument('pack', type=Path)
     parser.add_argument('--classes', type=int, default=10**9, metavar='N', help='the first N alone')
-    parser.add_argument('--per-class', type=int, default=10**9, metavar='N', help='the first N pictures of each, in both splits')
+    parser.add_argument(
+        '--per-class', type=int, default=10**9, metavar='N', help='the first N images of each, in both splits')
     args = parser.parse_args()
     try:
         version, paths, read = open_source(args.source)
-        splits = {split: limit(found, args.classes, args.per_class) for split, found in find_pictures(paths, read).items()}
+        found = find_images(paths, read)
+        splits = {split: limit(images, args.classes, args.per_class) for split, images in found.items()}
         folders, others = ({place.split('/')[0] for place in found} for found in splits.values())
         if not folders:
-            raise ValueError(f'SOURCE={args.source} holds no folder `train` with a folder of pictures a class.')
+            raise ValueError(f'SOURCE={args.source} holds no folder `train` with a folder of images a class.')
         if folders != others:
             raise ValueError(
                 f'SOURCE={args.source} must hold the same classes in train and val; in one alone: '

@@ -1,7 +1,7 @@
 """Validation accuracy against epochs, the paper's Figure 4, from any number of timm's summary.csv files.
 
     python -m scripts.weights.plot_training output/train/*/summary.csv
-    python -m scripts.weights.plot_training G=1:a/summary.csv G=8:b/summary.csv --output figure4.png --title 'Finet on CIFAR-10'
+    python -m scripts.weights.plot_training G=1:a/summary.csv G=8:b/summary.csv --output figure4.png --title Finet
 
 A curve is named by what stands before the colon, else by the run's folder. Needs matplotlib (the extra `plots`).
 """
@@ -30,7 +30,8 @@ def plot(runs, output, column='eval_top1', title=''):
     for run in runs:
         name, _, file = run.rpartition(':')
         epochs, values = read(file, column)
-        ax.plot([epoch + 1 for epoch in epochs], values, label=f'{name or Path(file).absolute().parent.name} ({values[-1]:.2f})')
+        name = name or Path(file).absolute().parent.name
+        ax.plot([epoch + 1 for epoch in epochs], values, label=f'{name} ({values[-1]:.2f})')
     ax.set(xlabel='epoch', ylabel={'eval_top1': 'validation accuracy (%)'}.get(column, column), title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)

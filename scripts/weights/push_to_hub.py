@@ -3,7 +3,8 @@
     python -m scripts.weights.push_to_hub        # hf_cards/<name>.<tag>/ alone
     python -m scripts.weights.push_to_hub ORG    # then ORG/<name>.<tag> on the Hub, which wants `hf auth login`
 
-A card's figures come from the network and from results/: weights.csv, weights_speed.csv, and each name's log and arguments.
+A card's figures come from the network and from results/: weights.csv, weights_speed.csv, and each name's log and
+arguments.
 """
 import argparse
 import shutil

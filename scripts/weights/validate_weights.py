@@ -36,7 +36,8 @@ def measure(data):
                 command = [
                     'run', 'validate', '--model', name, '--pretrained', *DATASETS[name.split('.')[1]],
                     '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--workers', '1',
-                    '--results-format', 'json', '--results-file', report.name, *(['--reparam'] if form == 'fused' else [])]
+                    '--results-format', 'json', '--results-file', report.name,
+                    *(['--reparam'] if form == 'fused' else [])]
                 local = [arg.replace('DATA', data) for arg in command]
                 subprocess.run([sys.executable, '-m', 'timm_finet', *local], check=True)
                 result = json.loads(Path(report.name).read_text())
@@ -51,10 +52,12 @@ def table(rows, speeds):
     """Accuracy in both forms, size and speed of the fused form."""
     cells = []
     for name in dict.fromkeys(row['model'] for row in rows):
-        train, fused = (next(row for row in rows if row['model'] == name and row['form'] == form) for form in ('train', 'fused'))
+        train, fused = (
+            next(row for row in rows if row['model'] == name and row['form'] == form) for form in ('train', 'fused'))
         cfg = timm.get_pretrained_cfg(name)
         counts = count_flops(fuse_fbn(timm.create_model(name, num_classes=cfg.num_classes).eval()), cfg.input_size)
-        speed = next((row['images_per_second'] for row in speeds if row['model'] == name and row['form'] == 'fused'), '')
+        speed = next(
+            (row['images_per_second'] for row in speeds if (row['model'], row['form']) == (name, 'fused')), '')
         top1 = train['top1'] if train['top1'] == fused['top1'] else f"{train['top1']} ({fused['top1']} fused)"
         cells.append([
             f'`{name}`', f'{cfg.num_classes}, {cfg.input_size[-1]} px', top1, f"{counts['params']:,}",

@@ -1,9 +1,9 @@
-"""Pictures a second of every embedded weight at batch 1, in train form and fused, in turns.
+"""Images a second of every embedded weight at batch 1, in train form and fused, in turns.
 
     OMP_NUM_THREADS=1 python -m scripts.weights.weights_speed
 
-In eval mode the train form folds its weights anew for every picture. A round runs each form ten times and takes the median.
-Writes results/weights_speed.csv, then run scripts/weights/push_to_hub.py for the cards.
+In eval mode the train form folds its weights anew for every image. A round runs each form ten times and takes the
+median. Writes results/weights_speed.csv, then run scripts/weights/push_to_hub.py for the cards.
 """
 import argparse
 import shlex
@@ -49,7 +49,8 @@ def main():
         for form, times in measure(name).items():
             low, _, high = quantiles(times, n=4)
             rows.append(dict(
-                model=name, form=form, runtime='PyTorch eager', threads=1, images_per_second=round(1e3 / median(times), 1),
+                model=name, form=form, runtime='PyTorch eager', threads=1,
+                images_per_second=round(1e3 / median(times), 1),
                 ms=round(median(times), 3), ms_low=round(low, 3), ms_high=round(high, 3), rounds=ROUNDS, runs=RUNS,
                 device=cpu_name(), torch=version('torch'), timm=version('timm'), date=date.today(),
                 command=shlex.join(['python', *sys.argv])))

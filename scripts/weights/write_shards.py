@@ -1,4 +1,4 @@
-"""The shipped CIFAR-10 pictures as WebDataset shards, to try timm's readers of sharded and streamed data on.
+"""The shipped CIFAR-10 images as WebDataset shards, to try timm's readers of sharded and streamed data on.
 
     python -m scripts.weights.write_shards FOLDER
 """
@@ -8,7 +8,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from timm_finet.data import shipped_pictures
+from timm_finet.data import shipped_images
 
 SHARDS = {'train': 2, 'validation': 2}
 
@@ -24,7 +24,7 @@ def main():
     parser.add_argument('folder', type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, labels = shipped_pictures()
+    images, labels = shipped_images()
     splits = {}
     for split, shards in SHARDS.items():
         mine = [i for i in range(len(labels)) if (i % 40 < 30) == (split == 'train')]
@@ -33,7 +33,7 @@ def main():
             with tarfile.open(folder / name, 'w') as tar:
                 for i in mine[shard::shards]:
                     png = io.BytesIO()
-                    pictures[i].save(png, 'PNG')
+                    images[i].save(png, 'PNG')
                     add(tar, f'{i:06}.png', png.getvalue())
                     add(tar, f'{i:06}.cls', str(labels[i]).encode())
         lengths = [len(mine[shard::shards]) for shard in range(shards)]
