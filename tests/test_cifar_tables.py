@@ -310,7 +310,7 @@ def test_bad_arguments_are_named(argv, message, monkeypatch, capsys):
 
 
 def test_facts_are_printed_at_the_end(tmp_path):
-    (tmp_path / 'train.py').write_text('import train_facts')
+    (tmp_path / 'train.py').write_text('import scripts.train_facts')
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     result = subprocess.run([sys.executable, tmp_path / 'train.py'], capture_output=True, text=True, env=environment)
     facts = json.loads(result.stdout.removeprefix('facts: '))
