@@ -289,15 +289,19 @@ def test_full_disk_is_refused_before_training(tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='mallopt is glibc\'s')
 def test_training_keeps_freed_buffers():
-    """A large tensor that takes the place of a freed one must not be faulted in page by page again."""
+    """A large buffer that takes the place of a freed one must not be faulted in page by page again."""
     code = """if True:
-        import resource, torch
+        import ctypes, resource
         from timm_finet.patches import keep_buffers
         keep_buffers()
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
 
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(4_000_000)
+            buffer = libc.malloc(ctypes.c_size_t(16_000_000))
+            ctypes.memset(buffer, 1, 16_000_000)
+            libc.free(ctypes.c_void_p(buffer))
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         first = faults()
         faults()  # the heap may have to grow twice
