@@ -5,8 +5,6 @@ timm.
 """
 import os
 import random
-from pathlib import Path
-from typing import List, Tuple
 
 import numpy as np
 import torch
@@ -17,21 +15,11 @@ from timm.utils.distributed import is_distributed_env
 from torch.utils.data import get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-__all__ = ['CIFAR10Pad2', 'CIFAR100Pad2', 'CIFAR10Sample', 'shipped_images']
+from .images import shipped_images
+
+__all__ = ['CIFAR10Pad2', 'CIFAR100Pad2', 'CIFAR10Sample']
 
 PAD = 2
-# Tiles of 32 px, class by class: 40 a class, and 10 a class
-IMAGES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
-TRAINING_IMAGES = Path(__file__).parent / 'weights' / 'cifar10_train.webp'
-
-
-def shipped_images(file: Path = IMAGES) -> Tuple[List[Image.Image], List[int]]:
-    """The 400 shipped CIFAR-10 test images, or the 100 of the training set, and their labels."""
-    with Image.open(file) as sprite:
-        sprite = sprite.convert('RGB')
-    tiles = [
-        sprite.crop((x, y, x + 32, y + 32)) for y in range(0, sprite.height, 32) for x in range(0, sprite.width, 32)]
-    return tiles, [10 * i // len(tiles) for i in range(len(tiles))]
 
 
 class _Pad2:

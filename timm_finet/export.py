@@ -13,10 +13,9 @@ from timm.data import create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 
 from .checkpoint import load_checkpoint
-from .data import TRAINING_IMAGES, shipped_images
-from .demo import find_images, read_images
 from .finet import CIFAR10_CLASSES
-from .flops import find_names
+from .images import TRAINING_IMAGES, find_images, read_images, shipped_images
+from .names import find_names
 from .output import check_output, replace_file
 from .rewrite import fuse_fbn
 

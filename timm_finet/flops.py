@@ -1,16 +1,16 @@
 """Multiply-adds by fvcore, and `timm-finet flops`. One multiply-add is one FLOP, as in the paper."""
 import csv
-import difflib
 import sys
 import warnings
 from math import prod
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import timm
 import torch.nn as nn
 import torchvision
 from timm.utils import reparameterize_model
 
+from .names import MODULES, TORCHVISION, find_names
 from .rewrite import fuse_fbn
 
 with warnings.catch_warnings():
@@ -18,8 +18,6 @@ with warnings.catch_warnings():
     from fvcore.nn import FlopCountAnalysis
 
 __all__ = ['count_flops']
-
-TORCHVISION = 'torchvision:'  # before names of torchvision's
 
 
 def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Dict[str, Any]:
@@ -69,35 +67,6 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
     }
 
 
-def find_names(patterns: Sequence[str]) -> List[str]:
-    """Names of networks, wildcards resolved: timm's, ours among them, and torchvision's behind `torchvision:`.
-
-    Raises:
-        ValueError: A name is unknown, or a pattern fits none.
-    """
-    known = timm.list_models() + [f'{TORCHVISION}{n}' for n in torchvision.models.list_models(torchvision.models)]
-    names = []
-    for pattern in patterns:
-        if '*' in pattern or '?' in pattern:
-            if pattern.startswith(TORCHVISION):
-                found = torchvision.models.list_models(torchvision.models, include=pattern.removeprefix(TORCHVISION))
-                names += [f'{TORCHVISION}{name}' for name in found]
-            else:
-                found = timm.list_models(pattern)
-                names += found
-        else:
-            found = pattern in known or timm.models.is_model(pattern)  # which looks past a tag
-            names.append(pattern)
-        if not found:
-            raise ValueError(f'NAME={pattern!r} is unknown: {hint(pattern, known)}')
-    return list(dict.fromkeys(names))
-
-
-def hint(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 3)
-    return f"did you mean {', '.join(near)}?" if near else 'use a name of timm.list_models()'
-
-
 def create(name: str) -> nn.Module:
     if name.startswith(TORCHVISION):
         return torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
@@ -131,7 +100,7 @@ def flops(
     Raises:
         ValueError: An unknown name, or an `input_size` that does not fit.
     """
-    names = find_names(names) if names else timm.list_models(module=['finet', 'resnet_fbn'])
+    names = find_names(names) if names else timm.list_models(module=MODULES)
     rows = []
     for name in names:
         try:

@@ -15,7 +15,8 @@ from timm.models import is_model_in_modules, list_models
 from timm.models._input import get_model_args
 
 from .card import FIGURES, make_card, read_results
-from .checkpoint import MODULES, load_checkpoint, one_line
+from .checkpoint import load_checkpoint, one_line
+from .names import MODULES
 from .rewrite import fuse_fbn
 
 __all__ = ['push', 'push_checkpoint', 'save', 'save_for_hf']

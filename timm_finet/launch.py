@@ -15,7 +15,7 @@ from timm.models import is_model
 
 from . import patches
 from .checkpoint import CIFAR100, DATASETS, FOLDERS, class_names, one_line
-from .flops import hint
+from .names import hint
 
 __all__ = ['resolve', 'run']
 

@@ -12,6 +12,8 @@ from timm.models import (
     PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, list_models, resolve_pretrained_cfg)
 from timm.models._input import update_model_args
 
+from .names import MODULES
+
 __all__ = ['build_model']
 
 WEIGHTS = Path(__file__).parent / 'weights'  # SHA256SUMS in it records the weights on the Hub as well
@@ -66,7 +68,7 @@ def build_model(
 
 def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> PretrainedCfg:
     if not tags:
-        names = ', '.join(list_models(module=['finet', 'resnet_fbn'], pretrained=True))
+        names = ', '.join(list_models(module=MODULES, pretrained=True))
         raise RuntimeError(f'{variant} has no pretrained weights. These exist: {names}. Use one, or pretrained=False.')
     if tag and tag not in tags:
         raise RuntimeError(

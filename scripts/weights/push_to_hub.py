@@ -16,6 +16,7 @@ import yaml
 
 from scripts.report import RESULTS, read_rows
 from timm_finet import card, hub
+from timm_finet.names import MODULES
 
 CARDS = Path(__file__).parents[2] / 'hf_cards'
 
@@ -34,7 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('org', nargs='?', help='user or organisation on the Hub')
     org = parser.parse_args().org
-    for name in timm.list_models(module=hub.MODULES, pretrained=True):
+    for name in timm.list_models(module=MODULES, pretrained=True):
         with TemporaryDirectory() as folder:
             write(name, folder)
             (CARDS / name).mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from timm_finet.data import shipped_images
+from timm_finet.images import shipped_images
 
 SHARDS = {'train': 2, 'validation': 2}
 
