@@ -15,7 +15,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f"%(prog)s {version('timm-finet')}")
     commands = parser.add_subparsers(dest='command', required=True)
 
-    sub = commands.add_parser('demo', help='classify images with an embedded network, before and after fusion')
+    sub = commands.add_parser('demo', help='classify images with embedded weights, before and after fusion')
     sub.add_argument(
         'paths', nargs='*', metavar='PATH', help='own images or folders of them, instead of the shipped ones')
     sub.add_argument('--output', default='finet_demo.png', help='contact sheet to write (default: %(default)s)')
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         'finetune', help='fine-tune a network on your own images, a folder a class', allow_abbrev=False,
         epilog="Other options, e.g. --epochs 5 or --config recipe:modern_finetune, are those of timm's train.py.")
     sub.add_argument('folder', metavar='FOLDER', help='CLASS/*.jpg, or train/CLASS/*.jpg and validation/CLASS/*.jpg')
-    sub.add_argument('--weights', metavar='NAME.TAG', help='default: of photographs, else finet_small_g4.cifar10')
+    sub.add_argument('--weights', metavar='NAME.TAG', help='default: finet_large_se_g4.tiny_in200')
     sub.add_argument('--output', metavar='FOLDER', help='a new one; default: output/finetune/FOLDER')
 
     sub = commands.add_parser('push', help='push a checkpoint, with its card, to the Hugging Face Hub')

@@ -45,7 +45,7 @@ import torch
 from PIL import Image
 
 model = timm.create_model('{source}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model, use_test_size=True))
 image = Image.open('image.png').convert('RGB')
 with torch.inference_mode():
     probabilities, classes = model(transform(image)[None]).softmax(1)[0].topk({top})
@@ -138,10 +138,10 @@ def make_card(
     twin = timm.create_model(cfg['architecture'], **{**model_args, 'fused': False}).eval()
     counts = [count_flops(network, cfg['input_size']) for network in (twin, fuse_fbn(twin))]
     groups = sorted({m.fbn_groups for m in twin.modules() if isinstance(m, FBNConv2d)})
-    hub_dataset, dataset, _ = DATASETS.get(cfg.get('tag') or args.get('dataset'), UNKNOWN_DATASET)
-    is_known = hub_dataset != UNKNOWN_DATASET[0]
+    dataset = DATASETS.get(cfg.get('tag') or args.get('dataset'), UNKNOWN_DATASET)
+    is_known = dataset.hub != UNKNOWN_DATASET.hub
     if not is_known and cfg.get('description'):
-        dataset = cfg['description'].removeprefix('trained on ')
+        dataset = dataset._replace(title=cfg['description'].removeprefix('trained on '))
     form = 'fused' if model_args['fused'] else 'train'
 
     metrics = [row for row in results if row.get('form', form) == form]
@@ -149,17 +149,17 @@ def make_card(
         raise ValueError(f'results has {len(metrics)} rows for {name} in {form} form: one is needed.')
     evaluations = [
         EvalResult(
-            task_type='image-classification', dataset_type=hub_dataset, dataset_name=dataset, dataset_split='test',
-            metric_type='accuracy', metric_name=title, metric_value=float(row[column]))
+            task_type='image-classification', dataset_type=dataset.hub, dataset_name=dataset.title,
+            dataset_split=dataset.split, metric_type='accuracy', metric_name=title, metric_value=float(row[column]))
         for row in metrics for column, title in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy'))]
     data = ModelCardData(
         model_name=name, library_name='timm', pipeline_tag='image-classification', license=cfg['license'],
         tags=['image-classification', 'timm', 'finet', 'fine-grained-batch-normalization', 'arxiv:2005.06828'],
-        datasets=[hub_dataset] if is_known else None, eval_results=evaluations or None)
+        datasets=[dataset.hub] if is_known else None, eval_results=evaluations or None)
 
     body = BODY.format(
-        name=name, source=source, architecture=cfg['architecture'], dataset=dataset, num_classes=model.num_classes,
-        groups=', '.join(map(str, groups)),
+        name=name, source=source, architecture=cfg['architecture'], dataset=dataset.title,
+        num_classes=model.num_classes, groups=', '.join(map(str, groups)),
         family=(
             'a light-weight Finet, whose 1x1 convolutions' if isinstance(model, Finet)
             else 'a ResNet, whose convolutions'),
@@ -172,7 +172,7 @@ def make_card(
             'stands is a choice of this implementation (`act_place`). '),
         fuse='' if form == 'fused' else (
             '\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n'),
-        training=training_section(cfg, args, dataset, log), accuracy=accuracy_section(results, dataset, args),
+        training=training_section(cfg, args, dataset.title, log), accuracy=accuracy_section(results, dataset, args),
         speed=speed_section(speed),
         licence=f"{cfg['license']}. Please cite the paper:")
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{body}')
@@ -208,12 +208,13 @@ def training_section(cfg, args, dataset, log) -> str:
 def accuracy_section(results, dataset, args) -> str:
     if not results:
         return 'Not measured apart from the training log.'
-    lines = ['| form | top-1 | top-5 | measured by |', '|---|---|---|---|']
+    lines = ['| form | input, px | top-1 | top-5 | measured by |', '|---|---|---|---|---|']
     lines += [
-        f"| {row.get('form', '')} | {row['top1']} | {row['top5']} | `{row.get('command', 'validate.py of timm')}` |"
+        f"| {row.get('form', '')} | {row.get('img_size', '')} | {row['top1']} | {row['top5']} | "
+        f"`{row.get('command', 'validate.py of timm')}` |"
         for row in results]
     seed = f", seed {args['seed']}" if 'seed' in args else ''
-    return '\n'.join(lines + ['', f'Percent of the test set ({dataset}), weights of one run{seed}.'])
+    return '\n'.join(lines + ['', f'Percent of the {dataset.split} set ({dataset.title}), weights of one run{seed}.'])
 
 
 def speed_section(rows) -> str:
@@ -221,5 +222,6 @@ def speed_section(rows) -> str:
         return 'Not measured.'
     lines = ['| form | images a second | ms, quartiles |', '|---|---|---|']
     lines += [f"| {row['form']} | {row['images_per_second']} | {row['ms_low']} to {row['ms_high']} |" for row in rows]
-    lines += ['', 'Batch 1, {threads} thread of {device}, {runtime}, the forms in turns.'.format(**rows[0])]
+    setting = 'Batch 1, {img_size} px, {threads} thread of {device}, {runtime}, the forms in turns.'
+    lines += ['', setting.format(**rows[0])]
     return '\n'.join(lines)

@@ -1,6 +1,6 @@
 """A checkpoint of timm's train.py as the network that was trained: built, fed and named as its arguments say."""
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
@@ -11,24 +11,32 @@ from timm.models import is_model, is_model_in_modules, load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .finet import CIFAR10_CLASSES
+from .names import MODULES
 from .pretrained import UNTRAINED
 from .rewrite import fuse_fbn
 
 __all__ = ['class_names', 'load_checkpoint']
 
-MODULES = ['finet', 'resnet_fbn']
 
-# By tag, and by train.py's --dataset: the Hub's name, the usual name, the classes.
-CIFAR10, CIFAR100 = ('uoft-cs/cifar10', 'CIFAR-10', CIFAR10_CLASSES), ('uoft-cs/cifar100', 'CIFAR-100', None)
-IMAGENET = ('ILSVRC/imagenet-1k', 'ImageNet-1k', None)
-DATASETS = {
+class Dataset(NamedTuple):
+    hub: str  # its name there
+    title: str
+    classes: Optional[Tuple[str, ...]] = None
+    split: str = 'validation'  # that networks are judged by
+
+
+CIFAR10 = Dataset('uoft-cs/cifar10', 'CIFAR-10', CIFAR10_CLASSES, 'test')
+CIFAR100 = Dataset('uoft-cs/cifar100', 'CIFAR-100', split='test')
+IMAGENET = Dataset('ILSVRC/imagenet-1k', 'ImageNet-1k')
+DATASETS = {  # by tag, and by train.py's --dataset
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
-    'torch/cifar10_sample': ('imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
+    'torch/cifar10_sample': Dataset(
+        'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
-    'tiny_in200': ('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', None),
+    'tiny_in200': Dataset('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200'),
 }
-UNKNOWN_DATASET = ('imagefolder', 'the owner\'s images', None)
+UNKNOWN_DATASET = Dataset('imagefolder', "the owner's images")
 FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them
 
 
@@ -120,7 +128,7 @@ def class_names(args: Dict[str, Any]) -> Optional[List[str]]:
     """
     dataset, root = args.get('dataset') or '', args.get('data_dir') or args.get('data')
     if dataset not in FOLDERS:
-        return DATASETS.get(dataset, UNKNOWN_DATASET)[2]
+        return DATASETS.get(dataset, UNKNOWN_DATASET).classes
     if not root or not Path(root).exists():
         return None
     data = create_dataset(dataset, root, args.get('train_split') or 'train', class_map=args.get('class_map') or None)
@@ -143,8 +151,8 @@ def describe(model: nn.Module, args: Dict[str, Any]) -> None:
     cfg.update(
         data, num_classes=model.num_classes, label_names=names if names and len(names) == model.num_classes else None)
     if args:
-        _, title, _ = DATASETS.get(args.get('dataset'), UNKNOWN_DATASET)
-        cfg.update(tag=None, notes=None, description=f'trained on {title}')
+        dataset = DATASETS.get(args.get('dataset'), UNKNOWN_DATASET)
+        cfg.update(tag=None, notes=None, test_input_size=None, description=f'trained on {dataset.title}')
     elif cfg['tag'] == UNTRAINED:
         cfg['tag'] = None
     model.pretrained_cfg = model.default_cfg = cfg

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import launch
-from .checkpoint import MODULES, load_checkpoint
-from .demo import contact_sheet, read_images
+from .checkpoint import load_checkpoint
+from .demo import PHOTOGRAPHS
+from .images import contact_sheet, read_images
+from .names import MODULES
 from .output import replace_file
 
 __all__ = ['draw_confusion', 'prepare', 'train']
@@ -25,11 +27,6 @@ HELD_OUT = 5  # one image in as many is for validation, where the folder does no
 SET_HERE = ('--class-map', '--data-dir', '--dataset', '--experiment', '--model')
 
 Classes = Dict[str, List[Path]]
-
-
-def default_weights() -> str:
-    """Weights of photographs where there are any, else of CIFAR-10."""
-    return next(iter(list_models('*.tiny_in200', module=MODULES, pretrained=True)), 'finet_small_g4.cifar10')
 
 
 def find_classes(root: Path) -> Classes:
@@ -116,7 +113,7 @@ def prepare(
     Raises:
         ValueError, OSError: Something is wrong with them; nothing is left behind.
     """
-    known, weights = list_models(module=MODULES, pretrained=True), weights or default_weights()
+    known, weights = list_models(module=MODULES, pretrained=True), weights or PHOTOGRAPHS
     if weights not in known:
         raise ValueError(f"--weights={weights!r} are unknown: use {', '.join(known)}.")
     names = [option.split('=')[0] for option in options]

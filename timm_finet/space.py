@@ -11,8 +11,10 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from .demo import shipped_images
+from .demo import PHOTOGRAPHS, SHIPPED
 from .fbn import FBNConv2d
+from .images import shipped_images
+from .names import MODULES
 from .rewrite import fuse_fbn
 
 __all__ = ['app', 'space']
@@ -62,7 +64,7 @@ def classify(image: Image.Image, name: str, fbn_groups: int) -> List[Union[dict,
     """The five likeliest classes by each form, with its milliseconds: median of `ROUNDS`, the forms in turns."""
     networks = forms(name, fbn_groups)
     cfg = networks[0].pretrained_cfg
-    x = create_transform(**resolve_data_config(pretrained_cfg=cfg))(image.convert('RGB'))[None]
+    x = create_transform(**resolve_data_config(pretrained_cfg=cfg, use_test_size=True))(image.convert('RGB'))[None]
     seconds = ([], [])
     for _ in range(ROUNDS + 1):
         for network, times in zip(networks, seconds):
@@ -99,14 +101,14 @@ def app():
             message = 'This file is not an image that can be read, or has too many pixels.'
             raise gr.Error(message, print_exception=False) from error
 
-    names = timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True)
+    names = timm.list_models(module=MODULES, pretrained=True)
     with gr.Blocks(title='Finet', analytics_enabled=False) as page:
         gr.Markdown(TEXT)
         with gr.Row():
             with gr.Column():
                 image = gr.Image(type='pil', label='Image', height=280, sources=['upload', 'clipboard'])
                 image.preprocess = read
-                name = gr.Dropdown(names, value=names[0], label='Network')
+                name = gr.Dropdown(names, value=PHOTOGRAPHS, label='Network')
                 fbn_groups = gr.Radio(GROUPS, value=4, label='G, partial sums in the train form')
                 button = gr.Button('Classify', variant='primary')
             outputs = []
@@ -114,7 +116,8 @@ def app():
                 with gr.Column():
                     outputs += [gr.Label(label=title), gr.Textbox(label=f'{title}: time for this image')]
         inputs = [image, name, fbn_groups]
-        gr.Examples([[tile] for tile in shipped_images()[0][::40]], [image], label='Test images of CIFAR-10')
+        examples = [[tile, SHIPPED] for tile in shipped_images()[0][::40]]
+        gr.Examples(examples, [image, name], label='Test images of CIFAR-10')
         button.click(answer, inputs, outputs)
         gr.Markdown(
             f'Times are medians of {ROUNDS} runs on {torch.get_num_threads()} CPU threads, the two forms in turns.')

@@ -17,8 +17,8 @@ import torch
 
 from scripts.report import RESULTS, cpu_name, write_rows
 from timm_finet import FBNConv2d
-from timm_finet.data import shipped_images
-from timm_finet.demo import MODEL
+from timm_finet.images import shipped_images
+from timm_finet.demo import SHIPPED
 from timm_finet.fbn import ReferenceFBNConv2d
 
 FILE = RESULTS / 'numerics.csv'
@@ -38,7 +38,7 @@ def inputs():
     yield 'up to 60000 (float16 range)', layer, noise.clamp(-4, 4) * 15000
     yield 'down to 1e-4', layer, noise * 1e-4
     yield 'two positions', layer, torch.randn(2, 64, 1, 1)
-    model = timm.create_model(MODEL, pretrained=True).eval()
+    model = timm.create_model(SHIPPED, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     seen, handles = [], []
     for name, module in model.named_modules():

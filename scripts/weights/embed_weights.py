@@ -5,23 +5,28 @@
 Its EMA is taken where it has one. Matrices and kernels become float16, statistics and other vectors stay as they are.
 timm's validate.py compares both on the validation set that train.py used, the second in train and in fused form. Then
 timm_finet/weights gets the file and its line in SHA256SUMS, and TAG.txt with the names of the classes out of
-PACK/classes.txt. What is left is the tag's line in the network's default_cfgs, which is printed.
+PACK/classes.txt; results/MODEL.TAG.yaml and .csv get the run's arguments and its accuracy by epoch, for the card. What
+is left is the tag's line in the network's default_cfgs, which is printed.
 """
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from timm.models import load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from timm_finet.finet import WEIGHTS
+from scripts.report import RESULTS
+from timm_finet.hub import LOCAL_ARGS
+from timm_finet.pretrained import WEIGHTS
 
 MOVES = 0.05  # points
 ROOM = 60_000_000  # bytes, all embedded weights together
@@ -70,6 +75,13 @@ def embed(state, name, names, weights=WEIGHTS):
         (weights / f"{name.split('.')[1]}.txt").write_text('\n'.join(names) + '\n')
 
 
+def record(checkpoint, name, args, results=RESULTS):
+    """The run's arguments, but for this machine's paths, and its log."""
+    args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
+    (results / f'{name}.yaml').write_text(yaml.safe_dump(args))
+    shutil.copyfile(checkpoint.with_name('summary.csv'), results / f'{name}.csv')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('checkpoint', type=Path)
@@ -94,6 +106,7 @@ def main():
     names = [line.split('\t')[1] for line in classes.read_text().splitlines()] if classes.is_file() else []
     try:
         embed(half, opts.name, names)
+        record(opts.checkpoint, opts.name, args)
     except ValueError as error:
         parser.exit(2, f'embed_weights.py: {error}\n')
     print('Register it, in front of the untrained tags:')

@@ -19,6 +19,7 @@ import torch
 
 from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet import count_flops, fuse_fbn
+from timm_finet.names import MODULES
 
 FILE = RESULTS / 'weights.csv'
 DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
@@ -30,7 +31,7 @@ DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
 
 
 def measure(data):
-    for name in timm.list_models(module=['finet', 'resnet_fbn'], pretrained=True):
+    for name in timm.list_models(module=MODULES, pretrained=True):
         for form in ('train', 'fused'):
             with tempfile.NamedTemporaryFile(suffix='.json') as report:
                 command = [
@@ -43,7 +44,8 @@ def measure(data):
                 result = json.loads(Path(report.name).read_text())
             command = [arg for arg in command if arg not in ('--results-file', report.name, '--results-format', 'json')]
             yield dict(
-                model=name, form=form, top1=result['top1'], top5=result['top5'], params_millions=result['param_count'],
+                model=name, form=form, top1=result['top1'], top5=result['top5'], img_size=result['img_size'],
+                params_millions=result['param_count'],
                 command=shlex.join(['timm-finet', *command]), torch=torch.__version__, timm=timm.__version__,
                 machine=platform.machine(), date=date.today())
 
@@ -55,12 +57,13 @@ def table(rows, speeds):
         train, fused = (
             next(row for row in rows if row['model'] == name and row['form'] == form) for form in ('train', 'fused'))
         cfg = timm.get_pretrained_cfg(name)
-        counts = count_flops(fuse_fbn(timm.create_model(name, num_classes=cfg.num_classes).eval()), cfg.input_size)
+        size = int(fused['img_size'])
+        counts = count_flops(fuse_fbn(timm.create_model(name, num_classes=cfg.num_classes).eval()), (3, size, size))
         speed = next(
             (row['images_per_second'] for row in speeds if (row['model'], row['form']) == (name, 'fused')), '')
         top1 = train['top1'] if train['top1'] == fused['top1'] else f"{train['top1']} ({fused['top1']} fused)"
         cells.append([
-            f'`{name}`', f'{cfg.num_classes}, {cfg.input_size[-1]} px', top1, f"{counts['params']:,}",
+            f'`{name}`', f'{cfg.num_classes}, {size} px', top1, f"{counts['params']:,}",
             f"{counts['conv'] + counts['linear']:,}", speed])
     return markdown(['', 'classes, input', 'top-1', 'parameters', 'multiply-adds', 'images/s'], cells)
 
