@@ -1,6 +1,10 @@
+import argparse
 import atexit
 import os
+import re
 import shutil
+import signal
+import sys
 import tempfile
 
 import pytest
@@ -14,7 +18,10 @@ atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 os.environ.update(
     HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_TOKEN=WRITER, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
 
-import timm_finet  # noqa: E402, F401 (registers the models)
+import timm.utils  # noqa: E402
+
+from timm_finet import patches  # noqa: E402
+from timm_finet.cli import main  # noqa: E402 (registers the models)
 
 
 @pytest.fixture
@@ -23,6 +30,44 @@ def hub():
     HUB.reset()
     shutil.rmtree(os.path.join(HF_HOME, 'hub'), ignore_errors=True)
     return HUB
+
+
+@pytest.fixture
+def cli(capsys):
+    """`timm-finet` in this process: a function of its arguments that returns exit status, output and errors."""
+    def run(*args):
+        try:
+            status = main([str(arg) for arg in args]) or 0
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return (1, out, f'{err}{status}\n') if isinstance(status, str) else (status, out, err)
+    return run
+
+
+@pytest.fixture
+def scripts_run_here(monkeypatch):
+    """Puts back at the end what `timm-finet run` changes in timm and torch, which else ends with its process."""
+    for owner, names in (
+            (timm.utils, ['reparameterize_model']), (timm.utils.model, ['reparameterize_model']),
+            (timm.utils.AverageMeter, ['update']), (timm.utils.CheckpointSaver, ['_save']), (torch, ['save']),
+            (torch.nn.parallel.DistributedDataParallel, ['__init__', '_passing_sync_batchnorm_handle']),
+            (torch.nn.SyncBatchNorm, ['forward']), (sys, ['argv']), (argparse.ArgumentParser, ['parse_args'])):
+        for name in names:
+            monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(patches, 'keep_buffers', lambda: None)  # nothing undoes it
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def refused(cli):
+    """A function of a command's arguments: it ends with status 2 and one line that fits `message`."""
+    def check(args, message):
+        status, _, err = cli(*args)
+        assert status == 2 and err.count('\n') == 1 and re.search(message, err), err
+    return check
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ from huggingface_hub import ModelCard
 
 from scripts.report import RESULTS, read_rows
 from scripts.weights import push_to_hub
-from timm_finet import fuse_fbn, hub
-from timm_finet.demo import shipped_images
-from timm_finet.flops import count_flops
+from timm_finet import count_flops, fuse_fbn
+from timm_finet.images import shipped_images
+from timm_finet.names import MODULES
 
 ROOT = Path(__file__).parents[1]
-NAMES = timm.list_models(module=hub.MODULES, pretrained=True)
+NAMES = timm.list_models(module=MODULES, pretrained=True)
 
 
 def card_text(name):
@@ -77,7 +77,11 @@ def test_metadata_and_config_agree(name):
     assert all(dataset.count('/') == 1 for dataset in data.datasets or ())
     assert 'transformers' not in data.tags and data.license == config['pretrained_cfg']['license']
     assert [result.metric_name for result in data.eval_results] == ['Top-1 accuracy', 'Top-5 accuracy']
-    assert config['model_args']['small_input'] and len(config['pretrained_cfg']['label_names']) == config['num_classes']
+    cfg = config['pretrained_cfg']
+    assert config['model_args']['small_input'] == (cfg['input_size'][-1] <= 32)
+    assert len(cfg['label_names']) == config['num_classes']
+    assert {result.dataset_split for result in data.eval_results} == {
+        'test' if cfg['tag'].startswith('cifar') else 'validation'}
 
 
 def test_space_names_every_weight_that_it_serves_and_their_data():
@@ -95,4 +99,5 @@ def test_usage_runs_as_it_stands(name, tmp_path, monkeypatch, capsys):
     shipped_images()[0][0].save('image.png')
     exec(usage, {})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and re.fullmatch(r'airplane \d+\.\d%', lines[0])
+    first = 'airplane' if 'cifar10' in name else r'[\w -]+'
+    assert len(lines) == 5 and re.fullmatch(rf'{first} \d+\.\d%', lines[0])

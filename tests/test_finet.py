@@ -8,7 +8,7 @@ from timm.layers import create_feature_extractor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_finet import FBNConv2d, finet, fuse_fbn
-from timm_finet.data import shipped_images
+from timm_finet.images import shipped_images
 
 NAMES = [
     f'finet_{size}{se}{groups}'

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from timm_finet import finetune
-from timm_finet.cli import main
-from timm_finet.data import shipped_images
+from timm_finet.images import shipped_images
 from timm_finet.finet import CIFAR10_CLASSES
 
+WEIGHTS = 'finet_small_g4.cifar10'
 TRAIN = Path(os.environ.get('TIMM_SCRIPTS') or 'none', 'train.py')
 
 # Takes its arguments as timm's does. Its best checkpoint is what it starts from, weights that know CIFAR-10's classes.
@@ -42,7 +42,7 @@ for name in ('last', 'model_best'):
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
+def stand_in(tmp_path, monkeypatch, scripts_run_here):
     (tmp_path / 'scripts').mkdir()
     (tmp_path / 'scripts' / 'train.py').write_text(STAND_IN)
     monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path / 'scripts'))
@@ -59,22 +59,18 @@ def write_classes(folder, count, classes=CIFAR10_CLASSES, first=0):
     return folder
 
 
-def run(*args):
-    return subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'finetune', *map(str, args)], capture_output=True, text=True)
-
-
 def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
 
 
 @pytest.mark.skipif(not TRAIN.is_file(), reason="needs timm's train.py: set TIMM_SCRIPTS to a checkout of timm")
-def test_train_py_trains_and_its_best_accuracy_is_reported(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_train_py_trains_and_its_best_accuracy_is_reported(tmp_path):
     classes = CIFAR10_CLASSES[:3]
     write_classes(tmp_path / 'mine' / 'train', 8, classes)
     write_classes(tmp_path / 'mine' / 'val', 4, classes, first=8)
-    result = run('mine', '--epochs', 1, '--workers', 0)
+    command = ['finetune', 'mine', '--weights', WEIGHTS, '--epochs', '1', '--workers', '0']
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_finet', *command], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     best = re.search(r'Best metric: ([\d.]+) ', result.stderr)[1]
     assert f'{float(best):.2f}% of 12 validation images right' in result.stdout
@@ -82,18 +78,19 @@ def test_train_py_trains_and_its_best_accuracy_is_reported(tmp_path, monkeypatch
     assert {'model_best.pth.tar', 'summary.csv', 'confusion.png'} <= set(files(tmp_path / 'output/finetune/mine'))
 
 
-def test_class_folders_are_split_judged_and_drawn_and_the_next_commands_work(stand_in, tmp_path, monkeypatch, capsys):
+def test_class_folders_are_split_judged_and_drawn_and_the_next_commands_work(stand_in, cli, tmp_path):
     write_classes(tmp_path / 'my images', 20)
     before = files(tmp_path / 'my images')
-    result = run('my images', '--output', 'out', '--epochs', 1, '--workers', 0)
-    assert result.returncode == 0, result.stderr
+    status, out, err = cli(
+        'finetune', 'my images', '--weights', WEIGHTS, '--output', 'out', '--epochs', 1, '--workers', 0)
+    assert status == 0, err
     held = {path.parent.name: len(list(path.parent.iterdir())) for path in Path('out/images/validation').glob('*/*')}
     assert held == dict.fromkeys(CIFAR10_CLASSES, 4)
     assert len(list(Path('out/images/train').glob('*/*'))) == 160
     assert all(path.is_symlink() and path.is_file() for path in Path('out/images').glob('*/*/*'))
     assert files(tmp_path / 'my images') == before
 
-    top1 = float(re.search(r'model_best.pth.tar: ([\d.]+)% of 40 validation images right', result.stdout)[1])
+    top1 = float(re.search(r'model_best.pth.tar: ([\d.]+)% of 40 validation images right', out)[1])
     assert 80 <= top1 < 100  # these weights' top-1 is 90%
     with Image.open('out/mistakes.png') as sheet:
         columns = min(11, round(40 * (1 - top1 / 100)))
@@ -101,19 +98,17 @@ def test_class_folders_are_split_judged_and_drawn_and_the_next_commands_work(sta
     with Image.open('out/confusion.png') as sheet:
         assert sheet.width == sheet.height > 320 + 8  # cells of 32, a margin, and the names
 
-    export, push = (shlex.split(line)[1:] for line in result.stdout.splitlines() if line.startswith('timm-finet '))
-    main(export)
+    export, push = (shlex.split(line)[1:] for line in out.splitlines() if line.startswith('timm-finet '))
+    assert 'right: ' in cli(*export)[1]  # of the shipped images: the classes are in the checkpoint
     assert Path('out/finet_small_g4.onnx').stat().st_size > 1 << 20
-    assert 'right: ' in capsys.readouterr().out  # of the shipped images: the classes are in the checkpoint
-    main(push)
-    card = capsys.readouterr().out
+    card = cli(*push)[1]
     assert '# finet_small_g4\n' in card and 'Would push to ORG/NAME:' in card
 
 
-def test_training_that_ends_early_leaves_nothing(stand_in, tmp_path):
+def test_training_that_ends_early_leaves_nothing(stand_in, cli, tmp_path):
     write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
-    result = run('mine', '--output', 'out', '--epochs', 0)
-    assert result.returncode == 1 and 'no epochs' in result.stderr
+    with pytest.raises(AssertionError, match='no epochs'):  # of the script
+        cli('finetune', 'mine', '--weights', WEIGHTS, '--output', 'out', '--epochs', 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['mine', 'scripts']
 
 
@@ -160,7 +155,7 @@ BAD = dict(
     outside=(outside, ['mine'], "FOLDER='.*mine' has .*x.png outside of a class folder: move it to FOLDER/CLASS"),
     unreadable=(unreadable, ['mine'], "FOLDER='.*mine': .*bad.jpg is not an image .* Repair or remove it"),
     other_classes=(other_classes, ['mine'], "FOLDER='.*mine' has 'deer' in one of train and validation alone"),
-    weights=(None, ['mine', '--weights', 'finet_large'], "--weights='finet_large' are unknown: use finet_small_g4"),
+    weights=(None, ['mine', '--weights', 'finet_large'], "--weights='finet_large' are unknown: use finet_large_se_g4"),
     model=(None, ['mine', '--model=finet_large'], '--model is not for finetune: .* --weights'),
     full=(full, ['mine'], "--output='out' is not empty: name another folder, or go on .* --resume out/last.pth.tar"),
     recipe=(None, ['mine', '--config', 'recipe:none'], "'recipe:none' is unknown: use one of"),
@@ -168,18 +163,14 @@ BAD = dict(
 
 
 @pytest.mark.parametrize('case', BAD)
-def test_wrong_arguments_are_named_in_one_line_and_nothing_is_written(case, stand_in, tmp_path, capsys):
+def test_wrong_arguments_are_named_in_one_line_and_nothing_is_written(case, stand_in, refused, tmp_path):
     spoil, args, message = BAD[case]
     write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
     (tmp_path / 'empty').mkdir()
     if spoil:
         spoil(tmp_path / 'mine')
     before = files(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        main(['finetune', *args, '--output', 'out'])
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and len(err.splitlines()) == 1 and err.startswith('timm-finet finetune: '), err
-    assert re.search(message, err), err
+    refused(['finetune', *args, '--output', 'out'], f'^timm-finet finetune: .*{message}')
     assert files(tmp_path) == before and (case == 'full' or not Path('out').exists())
 
 
@@ -216,12 +207,4 @@ def test_images_fewer_than_a_batch_make_one(stand_in, tmp_path):
     write_classes(tmp_path / 'mine', 5, CIFAR10_CLASSES[:2])
     command, weights, output = finetune.prepare('mine', None, None, ['--epochs', '3'])
     assert command[command.index('--batch-size') + 1] == '8' and command[-2:] == ['--experiment', 'mine']
-    assert (weights, output) == ('finet_small_g4.cifar10', Path('output/finetune/mine'))
-
-
-def test_weights_of_photographs_come_first(monkeypatch):
-    names = {'*.tiny_in200': ['finet_large.tiny_in200']}
-    monkeypatch.setattr(finetune, 'list_models', lambda pattern, **kwargs: names.get(pattern, []))
-    assert finetune.default_weights() == 'finet_large.tiny_in200'
-    names.clear()
-    assert finetune.default_weights() == 'finet_small_g4.cifar10'
+    assert (weights, output) == ('finet_large_se_g4.tiny_in200', Path('output/finetune/mine'))

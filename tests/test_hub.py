@@ -17,8 +17,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm.models import push_to_hf_hub
 
-from timm_finet import card, cli, fuse_fbn
-from timm_finet.demo import shipped_images
+from timm_finet import card, fuse_fbn
+from timm_finet.images import shipped_images
 
 ARGS = dict(
     model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48],
@@ -51,16 +51,10 @@ def checkpoint(model, tmp_path):
 
 
 @pytest.fixture
-def push(checkpoint, capsys):
+def push(checkpoint, cli):
     """`timm-finet push` in this process: its exit status and what it printed."""
     def run(*args, path=checkpoint, model='finet_small_g2', repo='me/net'):
-        try:
-            cli.main(['push', str(path), '--model', model, '--repo-id', repo, *map(str, args)])
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        return cli('push', path, '--model', model, '--repo-id', repo, *args)
     return run
 
 

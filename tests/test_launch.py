@@ -1,7 +1,6 @@
 """`timm-finet run`: timm's scripts with our models."""
 import http.server
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import timm
 import torch
 
 from timm_finet import launch
-from timm_finet.cli import main
-from timm_finet.data import shipped_images
+from timm_finet.images import shipped_images
 
 SCRIPT = '''
 import sys, timm
@@ -26,22 +24,19 @@ sys.exit(0 if '--ok' in sys.argv else 7)
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch):
+def script(tmp_path, monkeypatch, scripts_run_here):
     (tmp_path / 'validate.py').write_text(SCRIPT)
     monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path))
     return tmp_path / 'validate.py'
 
 
 @pytest.mark.parametrize('by', ['name', 'path'])
-def test_script_runs_as_main_with_our_models_and_its_exit_status(by, script):
-    name = 'validate' if by == 'name' else str(script)
-    result = subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'run', name, '--model', 'x', '--help'], capture_output=True, text=True)
-    assert result.returncode == 7, result.stderr
-    assert result.stdout.strip() == "['--model', 'x', '--help'] True True"
+def test_script_runs_as_main_with_our_models_and_its_exit_status(by, script, cli):
+    name = 'validate' if by == 'name' else script
+    assert cli('run', name, '--model', 'x', '--help') == (7, "['--model', 'x', '--help'] True True\n", '')
 
 
-def test_scripts_may_fuse_before_eval(script):
+def test_scripts_may_fuse_before_eval(script, cli):
     script.write_text(
         "import timm\n"
         "from timm.utils import reparameterize_model\n"
@@ -49,9 +44,7 @@ def test_scripts_may_fuse_before_eval(script):
         "for fuse in (reparameterize_model, other):\n"
         "    model = fuse(timm.create_model('finet_small_g2'))\n"
         "    print(model.training, any('running_var' in key for key in model.state_dict()))\n")
-    result = subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'run', 'validate'], capture_output=True, text=True)
-    assert result.stdout.split() == ['False'] * 4, result.stderr
+    assert cli('run', 'validate')[1].split() == ['False'] * 4
 
 
 def test_torchrun_starts_it(script):
@@ -143,15 +136,11 @@ print(json.dumps(vars(args)))
 
 
 @pytest.fixture
-def train(script):
+def train(script, cli, monkeypatch):
     """`timm-finet run train` with a script that reads its arguments as timm's does, and prints them."""
     (script.parent / 'train.py').write_text(TRAIN)
-
-    def run(*args):
-        return subprocess.run(
-            [sys.executable, '-m', 'timm_finet', 'run', 'train', *args], capture_output=True, text=True,
-            cwd=script.parent)
-    return run
+    monkeypatch.chdir(script.parent)
+    return lambda *args: cli('run', 'train', *args)
 
 
 @pytest.fixture
@@ -162,27 +151,26 @@ def classes(script):
 
 
 def test_training_stops_at_a_loss_that_is_nan(train):
-    result = train('--loss', 'nan')
-    assert (result.returncode, result.stdout) == (1, '')
-    assert result.stderr.splitlines()[-1].startswith('The loss is nan: ')
+    status, out, err = train('--loss', 'nan')
+    assert (status, out) == (1, '') and err.splitlines()[-1].startswith('The loss is nan: ')
 
 
 @pytest.mark.parametrize('by', ['option', 'config'])
-def test_output_that_cannot_be_written_is_refused_before_training(by, train, tmp_path):
+def test_output_that_cannot_be_written_is_refused_before_training(by, train, refused, tmp_path):
     (tmp_path / 'file').write_text('')
     (tmp_path / 'recipe.yaml').write_text(f'output: {tmp_path}/file/runs\n')
-    result = train('--output', str(tmp_path / 'file' / 'runs')) if by == 'option' else train('-c', 'recipe.yaml')
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert f"--output='{tmp_path}/file/runs' cannot be written to" in result.stderr
+    refused(
+        ['run', 'train', *(('--output', tmp_path / 'file' / 'runs') if by == 'option' else ('-c', 'recipe.yaml'))],
+        f"--output='{tmp_path}/file/runs' cannot be written to")
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='needs a machine without an accelerator')
 def test_train_takes_device_classes_and_size_that_nobody_gave_and_says_so(train, classes, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('pretrained: true\ndataset: ""\n')
-    result = train('-c', 'recipe.yaml', '--model', 'finet_small_g4.cifar10', '--data-dir', 'data')
-    args = json.loads(result.stdout)
+    _, out, err = train('-c', 'recipe.yaml', '--model', 'finet_small_g4.cifar10', '--data-dir', 'data')
+    args = json.loads(out)
     assert (args['device'], args['num_classes']) == ('cpu', 4)
-    assert result.stderr == (
+    assert err == (
         'timm-finet run train: takes --num-classes 4, --device cpu, --img-size 32 of the weights, '
         'as nothing else was given.\n')
 
@@ -190,8 +178,8 @@ def test_train_takes_device_classes_and_size_that_nobody_gave_and_says_so(train,
 @pytest.mark.parametrize('by', ['option', 'config'])
 def test_device_that_was_given_stays(by, train, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('device: meta\n')
-    result = train('--device', 'cuda') if by == 'option' else train('-c', 'recipe.yaml')
-    assert json.loads(result.stdout)['device'] == {'option': 'cuda', 'config': 'meta'}[by] and result.stderr == ''
+    _, out, err = train('--device', 'cuda') if by == 'option' else train('-c', 'recipe.yaml')
+    assert json.loads(out)['device'] == {'option': 'cuda', 'config': 'meta'}[by] and err == ''
 
 
 BAD = dict(
@@ -208,32 +196,17 @@ BAD = dict(
 
 
 @pytest.mark.parametrize('case', BAD)
-def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, monkeypatch, capsys):
+def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, refused):
     args, message = BAD[case]
-    monkeypatch.chdir(Path(launch.find_script('train')).parent)
     Path('empty').mkdir()
-    monkeypatch.setattr(launch.timm.utils, 'reparameterize_model', None)  # put back as the test ends, as what follows
-    for owner, name in ((launch.timm.utils.model, 'reparameterize_model'), (launch.timm.utils.AverageMeter, 'update'),
-                        (launch.timm.utils.CheckpointSaver, '_save'), (sys, 'argv'),
-                        (torch.nn.parallel.DistributedDataParallel, '__init__'),
-                        (torch.nn.parallel.DistributedDataParallel, '_passing_sync_batchnorm_handle'),
-                        (torch.nn.SyncBatchNorm, 'forward')):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    with pytest.raises(SystemExit) as exit:
-        main(['run', 'train', *args])
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and len(err.splitlines()) == 1 and err.startswith('timm-finet run train: '), err
-    assert re.search(message, err), err
+    refused(['run', 'train', *args], f'^timm-finet run train: .*{message}')
 
 
-def test_checkpoint_that_does_not_exist_is_named_before_validation(script):
+def test_checkpoint_that_does_not_exist_is_named_before_validation(script, cli):
     script.write_text(
         'import argparse\np = argparse.ArgumentParser()\np.add_argument("--checkpoint")\np.parse_args()\nprint(1)')
-    result = subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'run', 'validate', '--checkpoint', 'no.pth'], capture_output=True,
-        text=True)
-    assert (result.returncode, result.stdout) == (2, '')
-    assert result.stderr == "timm-finet run validate: --checkpoint='no.pth' does not exist.\n"
+    assert cli('run', 'validate', '--checkpoint', 'no.pth') == (
+        2, '', "timm-finet run validate: --checkpoint='no.pth' does not exist.\n")
 
 
 @pytest.mark.parametrize('caught', [True, False])
@@ -252,20 +225,20 @@ def test_interrupted_training_ends_in_one_line_and_status_130(caught, script):
 
 
 @pytest.mark.parametrize('error', ['KeyboardInterrupt', 'OSError(28, "No space left on device")'])
-def test_half_a_checkpoint_is_deleted(error, script):
+def test_half_a_checkpoint_is_deleted(error, script, cli, monkeypatch):
     (script.parent / 'train.py').write_text(
         'import torch\nfrom timm import utils\n\n'
         f'def save(state, file):\n    open(file, "w").close()\n    raise {error}\n'
         'torch.save = save\nmodel = torch.nn.Linear(1, 1)\n'
         'utils.CheckpointSaver(model, torch.optim.SGD(model.parameters()), checkpoint_dir="out").save_checkpoint(0)')
     (script.parent / 'out').mkdir()
-    result = subprocess.run(
-        [sys.executable, '-m', 'timm_finet', 'run', 'train'], capture_output=True, text=True, cwd=script.parent)
-    assert not list((script.parent / 'out').iterdir()) and len(result.stderr.splitlines()) == 1, result.stderr
+    monkeypatch.chdir(script.parent)
+    status, _, err = cli('run', 'train')
+    assert not list(Path('out').iterdir()) and len(err.splitlines()) == 1, err
     if error == 'KeyboardInterrupt':
-        assert result.returncode == 130
+        assert status == 130
     else:
-        assert result.returncode == 1 and 'out/tmp.pth.tar cannot be written' in result.stderr
+        assert status == 1 and 'out/tmp.pth.tar cannot be written' in err
 
 
 def test_folder_of_scripts_without_the_script_is_named(monkeypatch):

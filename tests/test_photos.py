@@ -151,6 +151,13 @@ def test_embedding_writes_file_sum_and_names_or_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['SHA256SUMS', 'net.tag.safetensors', 'tag.txt']
 
 
+def test_a_run_is_recorded_without_this_machines_paths(tmp_path):
+    (tmp_path / 'summary.csv').write_text('epoch,eval_top1\n0,5\n')
+    embed_weights.record(tmp_path / 'last.pth.tar', 'net.tag', dict(lr=0.1, data_dir='/home/me'), tmp_path)
+    assert yaml.safe_load((tmp_path / 'net.tag.yaml').read_text()) == dict(lr=0.1)
+    assert (tmp_path / 'net.tag.csv').read_text() == 'epoch,eval_top1\n0,5\n'
+
+
 @pytest.mark.parametrize('name, params', [('shufflenet_v2_x0_5', 1_366_792), ('shufflenet_v2_x1_5', 3_503_624)])
 def test_shufflenet_is_torchvisions_with_dropout(name, params):
     model = timm.create_model(name, drop_rate=0.2)

@@ -12,6 +12,7 @@ from timm.models._factory import resolve_model_input_args
 
 from timm_finet import finet, pretrained
 
+EMBEDDED = ['finet_large_se_g4.tiny_in200', 'finet_small_g4.cifar10']
 X = torch.randn(2, 3, 32, 32)
 
 
@@ -50,7 +51,7 @@ def test_a_missing_record_of_the_weights_is_named(monkeypatch, tmp_path):
 
 @pytest.fixture
 def trained(randomise):
-    return randomise(timm.create_model('finet_large_se_g4', num_classes=6, small_input=True)).eval()
+    return randomise(timm.create_model('finet_large_se_g2', num_classes=6, small_input=True)).eval()
 
 
 def test_untrained_default_is_the_papers_network():
@@ -75,8 +76,8 @@ def test_without_a_tag_the_best_weights_come_with_one_warning(by_script):
 
 
 @pytest.mark.parametrize('name, message', [
-    ('finet_large_se_g4', 'finet_large_se_g4 has no pretrained weights. These exist: finet_small_g4.cifar10'),
-    ('resnet18_fbn', 'resnet18_fbn has no pretrained weights. These exist: finet_small_g4.cifar10'),
+    ('finet_large_se_g2', f'finet_large_se_g2 has no pretrained weights. These exist: {", ".join(EMBEDDED)}'),
+    ('resnet18_fbn', f'resnet18_fbn has no pretrained weights. These exist: {", ".join(EMBEDDED)}'),
     ('finet_small_g4.cifar100', "finet_small_g4 has no pretrained weights of tag 'cifar100': use cifar10"),
     ('finet_small_g4.untrained', "finet_small_g4 has no pretrained weights of tag 'untrained': use cifar10"),
 ])
@@ -87,21 +88,21 @@ def test_weights_that_do_not_exist_are_an_error_that_lists_those_that_do(name, m
 
 def test_listed_weights_load_and_are_all():
     names = timm.list_pretrained('*finet*') + timm.list_pretrained('*_fbn*')
-    assert names == ['finet_small_g4.cifar10']
+    assert names == EMBEDDED
     for name in names:
         assert timm.create_model(name, pretrained=True).pretrained_cfg['tag'] == name.split('.')[1]
 
 
 def test_new_tag_just_works_and_in1k_comes_before_others(register, trained, randomise):
-    register('finet_large_se_g4.toys', trained, file='embedded')
-    with pytest.warns(UserWarning, match='finet_large_se_g4.toys, trained on toys, 6 classes, input 3x32x32'):
-        same(timm.create_model('finet_large_se_g4', pretrained=True), trained)
-    imagenet = randomise(timm.create_model('finet_large_se_g4', num_classes=6)).eval()
-    register('finet_large_se_g4.in1k', imagenet, file='embedded', input_size=(3, 224, 224))
+    register('finet_large_se_g2.toys', trained, file='embedded')
+    with pytest.warns(UserWarning, match='finet_large_se_g2.toys, trained on toys, 6 classes, input 3x32x32'):
+        same(timm.create_model('finet_large_se_g2', pretrained=True), trained)
+    imagenet = randomise(timm.create_model('finet_large_se_g2', num_classes=6)).eval()
+    register('finet_large_se_g2.in1k', imagenet, file='embedded', input_size=(3, 224, 224))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        same(timm.create_model('finet_large_se_g4', pretrained=True), imagenet)
-        same(timm.create_model('finet_large_se_g4.toys', pretrained=True), trained)
+        same(timm.create_model('finet_large_se_g2', pretrained=True), imagenet)
+        same(timm.create_model('finet_large_se_g2.toys', pretrained=True), trained)
 
 
 def test_small_images_tag_of_a_resnet_builds_the_small_stem(register, randomise):
@@ -111,38 +112,38 @@ def test_small_images_tag_of_a_resnet_builds_the_small_stem(register, randomise)
 
 
 def test_embedded_file_comes_before_the_hub_and_the_hub_stands_in_for_it(hub, register, trained, tmp_path):
-    register('finet_large_se_g4.toys', trained, file='embedded', hf_hub_id='me/toys')
-    same(timm.create_model('finet_large_se_g4.toys', pretrained=True), trained)
+    register('finet_large_se_g2.toys', trained, file='embedded', hf_hub_id='me/toys')
+    same(timm.create_model('finet_large_se_g2.toys', pretrained=True), trained)
     assert hub.log == []
-    (tmp_path / 'finet_large_se_g4.toys.safetensors').unlink()
+    (tmp_path / 'finet_large_se_g2.toys.safetensors').unlink()
     push_to_hf_hub(trained, 'me/toys', safe_serialization=True)
-    same(timm.create_model('finet_large_se_g4.toys', pretrained=True), trained)
-    assert timm.create_model('finet_large_se_g4.toys', pretrained=True, in_chans=1, num_classes=2).num_classes == 2
+    same(timm.create_model('finet_large_se_g2.toys', pretrained=True), trained)
+    assert timm.create_model('finet_large_se_g2.toys', pretrained=True, in_chans=1, num_classes=2).num_classes == 2
 
 
 def test_weights_on_the_hub_must_have_the_recorded_sha256(hub, register, trained, randomise):
     push_to_hf_hub(trained, 'me/toys', safe_serialization=True)
     pinned = hub.repos['me/toys'].branches['main']
     push_to_hf_hub(randomise(trained), 'me/toys', safe_serialization=True)
-    register('finet_large_se_g4.toys', trained, hf_hub_id='me/toys')
-    same(timm.create_model('finet_large_se_g4.toys', pretrained=True), trained)
+    register('finet_large_se_g2.toys', trained, hf_hub_id='me/toys')
+    same(timm.create_model('finet_large_se_g2.toys', pretrained=True), trained)
     hub.repos['me/toys'].branches['main'] = pinned
-    message = 'sha256 is not the one of finet_large_se_g4.toys.safetensors.*me/toys again'
+    message = 'sha256 is not the one of finet_large_se_g2.toys.safetensors.*me/toys again'
     with pytest.raises(RuntimeError, match=message):
-        timm.create_model('finet_large_se_g4.toys', pretrained=True)
+        timm.create_model('finet_large_se_g2.toys', pretrained=True)
 
 
 def test_pickled_weights_on_the_hub_are_not_loaded(hub, register, trained):
     push_to_hf_hub(trained, 'me/toys', safe_serialization=False)
-    register('finet_large_se_g4.toys', trained, hf_hub_id='me/toys')
+    register('finet_large_se_g2.toys', trained, hf_hub_id='me/toys')
     with pytest.raises(EntryNotFoundError):
-        timm.create_model('finet_large_se_g4.toys', pretrained=True)
+        timm.create_model('finet_large_se_g2.toys', pretrained=True)
 
 
 @pytest.mark.parametrize('damage', ['missing', 'truncated', 'altered'])
 def test_damaged_embedded_weights_are_refused(damage, register, trained, tmp_path):
-    register('finet_large_se_g4.toys', trained, file='embedded')
-    weights = tmp_path / 'finet_large_se_g4.toys.safetensors'
+    register('finet_large_se_g2.toys', trained, file='embedded')
+    weights = tmp_path / 'finet_large_se_g2.toys.safetensors'
     if damage == 'missing':
         weights.unlink()
     else:
@@ -150,20 +151,20 @@ def test_damaged_embedded_weights_are_refused(damage, register, trained, tmp_pat
         weights.write_bytes(content[:1000] if damage == 'truncated' else content[:-1] + bytes([content[-1] ^ 1]))
     error = FileNotFoundError if damage == 'missing' else RuntimeError
     with pytest.raises(error, match=f'{weights.name}.*(missing|damaged).*Reinstall'):
-        timm.create_model('finet_large_se_g4.toys', pretrained=True)
+        timm.create_model('finet_large_se_g2.toys', pretrained=True)
 
 
 def test_own_sources_stay(trained, tmp_path):
     save_file(trained.state_dict(), tmp_path / 'own.safetensors')
     for overlay in (dict(file=str(tmp_path / 'own.safetensors')), dict(state_dict=trained.state_dict())):
         same(timm.create_model(
-            'finet_large_se_g4', pretrained=True, small_input=True,
+            'finet_large_se_g2', pretrained=True, small_input=True,
             pretrained_cfg_overlay=dict(overlay, num_classes=6)), trained)
         same(timm.create_model(
-            'finet_large_se_g4', pretrained=True, small_input=True,
+            'finet_large_se_g2', pretrained=True, small_input=True,
             pretrained_cfg=dict(overlay, num_classes=6, first_conv='stem.conv', classifier='classifier')), trained)
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for finet_large_se_g4'):
-        timm.create_model('finet_large_se_g4', pretrained=True, pretrained_cfg=dict(num_classes=6))
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for finet_large_se_g2'):
+        timm.create_model('finet_large_se_g2', pretrained=True, pretrained_cfg=dict(num_classes=6))
 
 
 def test_the_stem_is_saved_whatever_size_is_saved_with_it(trained, tmp_path):

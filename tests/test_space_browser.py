@@ -28,7 +28,7 @@ from PIL import Image  # noqa: E402
 from timm.data import create_transform  # noqa: E402
 
 from timm_finet import export  # noqa: E402
-from timm_finet.data import shipped_images  # noqa: E402
+from timm_finet.images import shipped_images  # noqa: E402
 
 CONFIG = json.loads((FOLDER / 'models' / 'model.json').read_text())
 TRANSFORM = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')

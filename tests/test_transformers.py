@@ -7,7 +7,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
 from timm_finet import fuse_fbn
-from timm_finet.data import TRAINING_IMAGES, shipped_images
+from timm_finet.images import TRAINING_IMAGES, shipped_images
 from timm_finet.finet import CIFAR10_CLASSES
 from timm_finet.hub import push, save_for_hf
 
