@@ -2,6 +2,8 @@
 import csv
 import platform
 import re
+import shlex
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / 'results'
@@ -44,6 +46,12 @@ def write_block(name, text):
     document, place = find_block(name)
     content = document.read_text()
     document.write_text(content[:place.start()] + text + content[place.end():])
+
+
+def command(**private):
+    """This process's command line, its private paths by their names: `command(DATA=args.data)`."""
+    names = {str(path): name for name, path in private.items()}
+    return shlex.join(['python', *(names.get(arg, arg) for arg in sys.orig_argv[1:])])
 
 
 def cpu_name():

@@ -1,9 +1,8 @@
 """What FBN costs in training: time and peak memory of one step against plain BN, the networks taken in turns.
 
-    python -m scripts.bench.bench_training                          # CPU,
-    one thread; on a GPU: --device cuda --channels-last
+    python -m scripts.bench.bench_training  # CPU, one thread; on a GPU: --device cuda --channels-last
     python -m scripts.bench.bench_training --models finet_large --groups 4 --layers
-    python -m scripts.bench.bench_training --plot
+    python -m scripts.bench.bench_training --table
 
 A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, of
 nn.Conv2d and nn.BatchNorm2d as torch has them; `plain` the same as this package builds it, at G = 1; `reference` the
@@ -11,8 +10,6 @@ paper's form; `moment` this package's; `conv`, on demand, has no normalisation b
 floor for any form. Rows are merged into results/bench_training.csv.
 """
 import argparse
-import shlex
-import sys
 import time
 from datetime import date
 from statistics import median
@@ -23,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from scripts.report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.depthwise import DepthwiseConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
@@ -61,8 +58,7 @@ def build(name, groups, form, args, size):
             model.set_submodule(path, layer.eval().fuse())
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    model = model.to(args.device).train()
-    return torch.compile(model) if args.compile else model
+    return model.to(args.device).train()
 
 
 def step(model, x, target, dtype):
@@ -113,7 +109,9 @@ def bench(name, size, dtype, args):
     for groups in args.groups:
         for form in args.forms:
             model = build(name, groups, form, args, size)
-            runs[groups, form] = lambda model=model: step(model, x, target, dtype)
+            for compiled in (False, True)[:1 + args.compile]:
+                run = torch.compile(model) if compiled else model
+                runs[groups, form, compiled] = lambda run=run: step(run, x, target, dtype)
     times = {key: [] for key in runs}
     for i in range(args.rounds + 1):
         for key, run in runs.items():
@@ -123,17 +121,20 @@ def bench(name, size, dtype, args):
     held = sum(p.numel() * p.element_size() for p in model.parameters()) + x.numel() * x.element_size()
     peaks = {key: held + peak_bytes(run, args.device) for key, run in runs.items()}
     device = torch.cuda.get_device_name() if args.device == 'cuda' else cpu_name()
-    for groups, form in runs:
-        mid, bn = median(times[groups, form]), median(times[groups, 'bn'])
+    for groups, form, compiled in runs:
+        mine, bn = (groups, form, compiled), (groups, 'bn', compiled)
+        mid = median(times[mine])
         yield dict(
             model=name, size=size, dtype=dtype, layout='channels_last' if args.channels_last else 'contiguous',
             batch=args.batch_size, groups=groups, form=form, ms=round(mid * 1e3, 1),
-            ms_min=round(min(times[groups, form]) * 1e3, 1), ms_max=round(max(times[groups, form]) * 1e3, 1),
-            peak_mb=round(peaks[groups, form] / 2 ** 20, 1), time_vs_bn=round(mid / bn, 3),
-            memory_vs_bn=round(peaks[groups, form] / peaks[groups, 'bn'], 3), rounds=args.rounds, seed=SEED,
-            device=device,
-            threads=torch.get_num_threads(), compiled=args.compile, torch=torch.__version__, timm=timm.__version__,
-            date=date.today(), command=shlex.join(sys.argv))
+            ms_min=round(min(times[mine]) * 1e3, 1), ms_max=round(max(times[mine]) * 1e3, 1),
+            peak_mb=round(peaks[mine] / 2 ** 20, 1), time_vs_bn=round(mid / median(times[bn]), 3),
+            memory_vs_bn=round(peaks[mine] / peaks[bn], 3),
+            time_vs_eager=round(mid / median(times[groups, form, False]), 3) if compiled else '',
+            memory_vs_eager=round(peaks[mine] / peaks[groups, form, False], 3) if compiled else '',
+            rounds=args.rounds, seed=SEED,
+            device=device, threads=torch.get_num_threads(), compiled=compiled, torch=torch.__version__,
+            timm=timm.__version__, date=date.today(), command=command())
 
 
 def bench_layers(name, size, dtype, args):
@@ -281,7 +282,7 @@ def main():
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--compile', action='store_true', help='measure each form compiled, in turns with itself eager')
     parser.add_argument('--layers', action='store_true', help='time each kind of FBN layer alone instead')
     parser.add_argument(
         '--table', action='store_true', help="make the plots and the documents' tables from the results file and stop")
@@ -301,11 +302,12 @@ def main():
                     continue
                 rows = list(bench(name, size, dtype, args))
                 for r in rows:
-                    print(f"{name} {size} px {dtype} {r['layout']} batch {r['batch']} G={r['groups']} {r['form']:>9}: "
+                    print(f"{name} {size} px {dtype} {r['layout']} batch {r['batch']} G={r['groups']} {r['form']:>9}"
+                          f"{' compiled' if r['compiled'] else ''}: "
                           f"{r['ms']:9.1f} ms ({r['time_vs_bn']:.2f}x)  "
                           f"{r['peak_mb']:8.1f} MB ({r['memory_vs_bn']:.2f}x)",
                           flush=True)
-                merge(rows)
+                merge([row for row in rows if row['compiled'] == args.compile])
 
 
 if __name__ == '__main__':

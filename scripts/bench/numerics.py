@@ -7,15 +7,13 @@ the gradients of input, weight and gamma, in units of each one's own root mean s
 `layers` takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
 """
 import argparse
-import shlex
-import sys
 from copy import deepcopy
 from datetime import date
 
 import timm
 import torch
 
-from scripts.report import RESULTS, cpu_name, write_rows
+from scripts.report import RESULTS, command, cpu_name, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.images import shipped_images
 from timm_finet.demo import SHIPPED
@@ -92,7 +90,7 @@ def main():
         print(f"{row['input']:<40}" + ''.join(
             f"{row[f'fbn_{what}']:13.1e} {row[f'fbn_{what}'] / max(row[f'reference_{what}'], 1e-30):8.2f}"
             for what in WHAT))
-    facts = dict(seed=SEED, device=cpu_name(), torch=torch.__version__, date=date.today(), command=shlex.join(sys.argv))
+    facts = dict(seed=SEED, device=cpu_name(), torch=torch.__version__, date=date.today(), command=command())
     write_rows(FILE, [{k: f'{v:.2e}' if isinstance(v, float) else v for k, v in row.items()} | facts for row in rows])
 
 

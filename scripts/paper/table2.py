@@ -7,8 +7,6 @@ Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes r
 The accuracies are the paper's own; none of them is measured here.
 """
 import argparse
-import shlex
-import sys
 from datetime import date
 
 import fvcore
@@ -18,7 +16,7 @@ import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
 from timm_finet.flops import count_flops, count_row, create
 
 # The paper's Table 2: millions of multiply-adds, millions of parameters, top-1 on ImageNet.
@@ -98,7 +96,7 @@ def count(name):
         uncounted=row['uncounted'], paper_million_params=paper_params, params_train=row['params_train'],
         params_fused=row['params_fused'], paper_top1=f'{paper_top1:g}', note=note(name, row, create(name).eval()),
         fvcore=fvcore.__version__, torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__,
-        date=date.today(), command=shlex.join(sys.argv))
+        date=date.today(), command=command())
 
 
 def table(rows):

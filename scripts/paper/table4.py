@@ -8,8 +8,6 @@ of `timm-finet export`, for OpenVINO too. A round runs each network ten times an
 within a round. Rows are merged into results/table4.csv. Needs the extras export and executorch, and openvino.
 """
 import argparse
-import shlex
-import sys
 import tempfile
 import time
 from datetime import date
@@ -20,7 +18,7 @@ from statistics import median, quantiles
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scripts.report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import fuse_fbn
 from timm_finet.export import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.flops import create
@@ -112,7 +110,7 @@ def spread(key, values, digits):
     return {key: round(median(values), digits), f'{key}_low': round(low, digits), f'{key}_high': round(high, digits)}
 
 
-def rows_of(runtime, threads, rounds, times):
+def rows_of(runtime, threads, rounds, times, folder):
     for name, seconds in times.items():
         yield dict(
             runtime=runtime, threads=threads, model=name, **spread('ms', [1e3 * t for t in seconds], 3),
@@ -122,7 +120,7 @@ def rows_of(runtime, threads, rounds, times):
             paper_vs_shufflenet=round(PAPER[name] / PAPER[BASE], 3), rounds=rounds, runs=RUNS, seed=SEED,
             device=cpu_name(),
             torch=version('torch'), runtime_version=version(RUNTIMES[runtime][1]), timm=version('timm'),
-            torchvision=version('torchvision'), date=date.today(), command=shlex.join(sys.argv))
+            torchvision=version('torchvision'), date=date.today(), command=command(FOLDER=folder))
 
 
 def merge(rows):
@@ -192,10 +190,7 @@ def main():
         parser.error(f"give a runtime: {', '.join(RUNTIMES)}")
     with tempfile.TemporaryDirectory() as scratch:
         times = measure(args.runtime, args.threads, args.rounds, args.folder or Path(scratch))
-    if args.folder:  # a path of this machine means nothing to a reader
-        at = sys.argv.index('--folder')
-        del sys.argv[at:at + 2]
-    rows = list(rows_of(args.runtime, args.threads, args.rounds, times))
+    rows = list(rows_of(args.runtime, args.threads, args.rounds, times, args.folder))
     for row in rows:
         print(f"{args.runtime} {args.threads} {row['model']:32} {row['ms']:8.2f} ms  {row['vs_shufflenet']:.3f} of "
               f"ShuffleNetV2's speed ({row['vs_shufflenet_low']:.3f}..{row['vs_shufflenet_high']:.3f})")

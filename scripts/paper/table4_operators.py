@@ -8,8 +8,6 @@ eager mode.
 import argparse
 import json
 import re
-import shlex
-import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
@@ -20,7 +18,7 @@ import torch
 from torch.profiler import profile
 
 from scripts.paper.table4 import RUNTIMES, fused, load_openvino
-from scripts.report import RESULTS, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet.export import to_executorch, to_onnx
 
 NETWORKS = ('finet_large', 'finet_large_se', 'mobilenetv3_large_100')
@@ -113,7 +111,7 @@ def measure(runtime, name):
         runtime=runtime, model=name, **{k: round(ms, 3) for k, ms in totals.items()}, runs=RUNS, threads=1,
         device=cpu_name(),
         torch=version('torch'), runtime_version=version(RUNTIMES[runtime][1]), timm=version('timm'), date=date.today(),
-        command=shlex.join(sys.argv))
+        command=command())
 
 
 def table(rows):

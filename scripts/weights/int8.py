@@ -6,8 +6,6 @@ The files are those of `timm-finet export`, calibrated on the 100 shipped traini
 the table of docs/export.md.
 """
 import argparse
-import shlex
-import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
@@ -17,7 +15,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
-from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
 from timm_finet import export
 from timm_finet.data import CIFAR10Pad2
 
@@ -26,9 +24,9 @@ PACKAGE = {'onnx': 'onnxruntime', 'executorch': 'executorch'}
 FILE = RESULTS / 'int8.csv'
 
 
-def measure(data, folder):
+def measure(data_dir, folder):
     model = export.build(NAME)
-    data = CIFAR10Pad2(data, train=False, transform=create_transform(**resolve_data_config({}, model=model)))
+    data = CIFAR10Pad2(data_dir, train=False, transform=create_transform(**resolve_data_config({}, model=model)))
     x = torch.stack([image for image, _ in tqdm(data)])
     targets = torch.tensor(data.targets)
     for to in export.SUFFIXES:
@@ -43,7 +41,7 @@ def measure(data, folder):
                 same_top1=round((expected.argmax(1) == got.argmax(1)).double().mean().item() * 100, 2),
                 largest_difference=f'{(expected - got).abs().max().item():.2g}', bytes=Path(file).stat().st_size,
                 runtime_version=version(PACKAGE[to]), torch=torch.__version__, timm=version('timm'), date=date.today(),
-                command=shlex.join([sys.argv[0], 'DATA']))
+                command=command(DATA=data_dir))
 
 
 def table(rows):

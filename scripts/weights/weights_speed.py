@@ -6,8 +6,6 @@ In eval mode the train form folds its weights anew for every image. A round runs
 median. Writes results/weights_speed.csv, then run scripts/weights/push_to_hub.py for the cards.
 """
 import argparse
-import shlex
-import sys
 import time
 from datetime import date
 from importlib.metadata import version
@@ -17,7 +15,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
-from scripts.report import RESULTS, cpu_name, write_rows
+from scripts.report import RESULTS, command, cpu_name, write_rows
 from timm_finet import fuse_fbn
 from timm_finet.names import MODULES
 
@@ -55,7 +53,7 @@ def main():
                 model=name, form=form, runtime='PyTorch eager', threads=1, img_size=size,
                 images_per_second=round(1e3 / median(times), 1), ms=round(median(times), 3), ms_low=round(low, 3),
                 ms_high=round(high, 3), rounds=ROUNDS, runs=RUNS, device=cpu_name(), torch=version('torch'),
-                timm=version('timm'), date=date.today(), command=shlex.join(['python', *sys.argv])))
+                timm=version('timm'), date=date.today(), command=command()))
     write_rows(RESULTS / 'weights_speed.csv', rows)
 
 
