@@ -7,10 +7,12 @@ import signal
 import sys
 import tempfile
 
-import pytest
-import torch
-from hub_stand_in import WRITER, Hub
-from torch.nn.modules.batchnorm import _BatchNorm
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # torch reads it as it is imported: tests run side by side
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hub_stand_in import WRITER, Hub  # noqa: E402
+from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
 HUB, HF_HOME = Hub(), tempfile.mkdtemp()
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)

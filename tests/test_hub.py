@@ -15,9 +15,11 @@ import yaml
 from hub_stand_in import cut_download, cut_upload
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
+from timm.data import resolve_data_config
 from timm.models import push_to_hf_hub
 
 from timm_finet import card, fuse_fbn
+from timm_finet.checkpoint import describe
 from timm_finet.images import shipped_images
 
 ARGS = dict(
@@ -120,6 +122,13 @@ def test_checkpoint_fine_tuned_from_the_hub_is_pushed_as_it_was_built(hub, push,
     again = timm.create_model('hf-hub:me/tuned', pretrained=True)
     same(again, tuned)  # act_place too
     assert 'label_names' not in again.pretrained_cfg and tuple(again.pretrained_cfg['input_size']) == (3, 48, 48)
+
+
+def test_checkpoint_is_not_tested_at_the_size_of_the_weights_it_began_from():
+    model = timm.create_model('finet_large_se_g4.tiny_in200')
+    assert model.pretrained_cfg['test_input_size'] == (3, 160, 160)
+    describe(model, dict(input_size=[3, 48, 48]))
+    assert resolve_data_config(model=model, use_test_size=True)['input_size'] == (3, 48, 48)
 
 
 def test_revision_is_a_branch_of_its_own(hub, push, model):
