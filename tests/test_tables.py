@@ -1,4 +1,5 @@
 """The documents' tables are the results files', and these are what the code gives."""
+import sys
 
 import pytest
 
@@ -30,3 +31,10 @@ def test_table_2_is_what_is_counted_now(name):
     counted = count_row(name, tuple(map(int, row['input'].split('x'))))
     assert counted['conv_linear'] == int(row['madds'])
     assert (counted['params_train'], counted['params_fused']) == (int(row['params_train']), int(row['params_fused']))
+
+
+def test_missing_runtime_is_named_before_any_is_measured(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['table4_operators.py'])
+    monkeypatch.setattr(table4_operators, 'find_spec', lambda package: package != 'openvino')
+    with pytest.raises(SystemExit, match='pip install openvino'):
+        table4_operators.main()
