@@ -16,6 +16,7 @@ import torch
 
 from scripts import cifar_runs as runs
 from scripts.paper import cifar_tables as tables
+from scripts.paper import int8_groups
 from scripts.paper import tied_affine  # noqa: F401 (registers a network)
 from scripts.report import RESULTS, read_block, read_rows
 from timm_finet import FBNConv2d, launch
@@ -277,6 +278,14 @@ def test_tables_stand_beside_the_papers_figures():
 def test_readme_shows_the_results_file(stem):
     results = RESULTS / f'{stem}.csv'
     assert read_block(stem) == tables.tables(read_rows(results) if results.exists() else [], runs.FILES[stem])
+
+
+def test_loss_by_int8_is_compared_seed_by_seed():
+    rows = [dict(groups=name, seed=seed, top1_pytorch=float32, top1=int8) for name, seed, float32, int8 in (
+        ('G = 8', '0', 60.0, 59.0), ('G = 8', '1', 62.0, 60.5), ('G = 1', '0', 60.0, 59.8), ('G = 1', '1', 60.0, 59.7))]
+    bn, fbn = int8_groups.table(rows).splitlines()[2:]
+    assert bn == '| G = 1 | 60.00 ± 0.00 | 59.75 ± 0.07 | -0.25 ± 0.07 | -0.20, -0.30 |  |  |'
+    assert fbn == '| G = 8 | 61.00 ± 1.41 | 59.75 ± 1.06 | -1.25 ± 0.35 | -1.00, -1.50 | -1.00 ± 0.20 | 0.126 (n = 2) |'
 
 
 def test_plots(tmp_path):

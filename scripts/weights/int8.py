@@ -24,6 +24,16 @@ PACKAGE = {'onnx': 'onnxruntime', 'executorch': 'executorch'}
 FILE = RESULTS / 'int8.csv'
 
 
+def scores(model, run, x, targets):
+    """Top-1 in per cent of a fused network and of its file, `run`, and how far they agree."""
+    expected, got = export.compare(model, run, x)
+    right, same = (expected.argmax(1) == targets, got.argmax(1) == targets), expected.argmax(1) == got.argmax(1)
+    top1_pytorch, top1, same_top1 = (round(share.double().mean().item() * 100, 2) for share in (*right, same))
+    return dict(
+        top1_pytorch=top1_pytorch, top1=top1, same_top1=same_top1,
+        largest_difference=f'{(expected - got).abs().max().item():.2g}')
+
+
 def measure(data_dir, folder):
     model = export.build(NAME)
     data = CIFAR10Pad2(data_dir, train=False, transform=create_transform(**resolve_data_config({}, model=model)))
@@ -33,13 +43,9 @@ def measure(data_dir, folder):
         for int8 in (False, True):
             file = str(Path(folder) / f'model{export.SUFFIXES[to]}')
             export.export(NAME, to, file, int8)
-            expected, got = export.compare(model, export.LOAD[to](file), x)
             yield dict(
                 model=NAME, to=to, precision='int8' if int8 else 'float32', images=len(x),
-                top1_pytorch=round((expected.argmax(1) == targets).double().mean().item() * 100, 2),
-                top1=round((got.argmax(1) == targets).double().mean().item() * 100, 2),
-                same_top1=round((expected.argmax(1) == got.argmax(1)).double().mean().item() * 100, 2),
-                largest_difference=f'{(expected - got).abs().max().item():.2g}', bytes=Path(file).stat().st_size,
+                **scores(model, export.LOAD[to](file), x, targets), bytes=Path(file).stat().st_size,
                 runtime_version=version(PACKAGE[to]), torch=torch.__version__, timm=version('timm'), date=date.today(),
                 command=command(DATA=data_dir))
 
