@@ -33,6 +33,7 @@ def test_own_images_and_folders(cli, tmp_path):
     status, out, err = cli('demo', folder, tmp_path / 'gray.png', '--output', tmp_path / 'out.png')
     assert status == 0, err
     assert out.startswith(PHOTOGRAPHS) and len(re.findall(r'^[\w ]+ \d+%$', out, re.M)) == 2
+    assert '156,085,376' in out  # multiply-adds at the size that they are tested at
     with Image.open(tmp_path / 'out.png') as sheet:
         assert sheet.size == (256, 142)
 

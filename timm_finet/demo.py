@@ -49,7 +49,7 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> None:
     print('form        top-1  parameters  multiply-adds  images/s')
     for form, network, (logits, speed) in zip(('train form', 'fused'), networks, results):
         top1 = '-' if labels is None else f'{(logits.argmax(1) == torch.tensor(labels)).double().mean().item():.2%}'
-        counts = count_flops(network)
+        counts = count_flops(network, tuple(x.shape[1:]))
         macs = counts['conv'] + counts['linear']
         print(f'{form:<10} {top1:>6}  {counts["params"]:>10,}  {macs:>13,}  {speed:>10.0f}')
     print(f'largest difference of the logits: {(results[0][0] - results[1][0]).abs().max().item():.1e}')
