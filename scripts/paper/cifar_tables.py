@@ -183,7 +183,7 @@ def plot(rows, protocols, results):
             shifted = [(g, y[x.index(1)] + figure - dict(paper)[1]) for g, figure in paper]
             bar.plot(*zip(*shifted), color='#777777', marker='o', mfc='white', ls=':', label="BN and the paper's gain")
         bar.set(title=f'{title}, {title_of(dataset)}', xlabel='FBN groups G (1 is plain BN)', xticks=x,
-                ylabel='last epoch\'s top-1 in %, not from 0: mean, deviation, seeds')
+                ylabel='top-1 in %, not from 0: mean, deviation, seeds')
         for color, (g, lines) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), points):
             for i, (seed, line) in enumerate(lines.items()):
                 epochs = read_rows(results.with_suffix('') / f"{folder('', (settings[f'G = {g}'], seed)).name}.csv")
