@@ -4,13 +4,13 @@ import sys
 import pytest
 
 from scripts.bench import bench_training
-from scripts.paper import table2, table4, table4_operators
+from scripts.paper import int8_groups, table2, table4, table4_operators
 from scripts.report import RESULTS, read_block, read_rows
 from scripts.weights import int8, validate_weights
 from timm_finet.flops import count_row
 
 
-@pytest.mark.parametrize('script', [bench_training, table2, table4, table4_operators, int8])
+@pytest.mark.parametrize('script', [bench_training, table2, table4, table4_operators, int8, int8_groups])
 def test_document_shows_the_results_file(script):
     name = script.__name__.split('.')[-1]
     assert read_block(name) == script.table(read_rows(RESULTS / f'{name}.csv'))
