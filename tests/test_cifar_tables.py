@@ -155,7 +155,7 @@ def test_train_py_reads_the_commands_as_meant(monkeypatch):
         assert (args.epochs, args.batch_size) == (epochs, 64 if setting.recipe == 'resnet_cifar' else 128)
         assert args.model_kwargs.pop('small_input') is True and args.channels_last
         assert [f'{k}={v}'.replace(' ', '') for k, v in args.model_kwargs.items()] == list(setting.kwargs)
-        assert args.device_modules == ['timm_finet', 'train_facts', *filter(None, [setting.module])]
+        assert args.device_modules == ['timm_finet', 'scripts.train_facts', *filter(None, [setting.module])]
         assert args.experiment == runs.folder('', run).name
 
 
