@@ -10,7 +10,7 @@ from scripts.bench.bench_training import build
 from timm_finet import FBNConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
 
-ARGS = Namespace(channels_last=True, device='cpu', compile=False)
+ARGS = Namespace(channels_last=True, device='cpu')
 
 
 @pytest.mark.parametrize('name', ['finet_small', 'resnet50'])
