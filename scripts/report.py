@@ -50,8 +50,9 @@ def write_block(name, text):
 
 def command(**private):
     """This process's command line, its private paths by their names: `command(DATA=args.data)`."""
-    names = {str(path): name for name, path in private.items()}
-    return shlex.join(['python', *(names.get(arg, arg) for arg in sys.orig_argv[1:])])
+    names = {Path(path): name for name, path in private.items() if path}
+    options = [arg.rpartition('=') for arg in sys.orig_argv[1:]]  # --output OUT as well as --output=OUT
+    return shlex.join(['python', *(head + equals + names.get(Path(value), value) for head, equals, value in options)])
 
 
 def cpu_name():

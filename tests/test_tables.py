@@ -5,7 +5,7 @@ import pytest
 
 from scripts.bench import bench_training
 from scripts.paper import int8_groups, table2, table4, table4_operators
-from scripts.report import RESULTS, read_block, read_rows
+from scripts.report import RESULTS, command, read_block, read_rows
 from scripts.weights import int8, validate_weights
 from timm_finet.flops import count_row
 
@@ -38,3 +38,18 @@ def test_missing_runtime_is_named_before_any_is_measured(monkeypatch):
     monkeypatch.setattr(table4_operators, 'find_spec', lambda package: package != 'openvino')
     with pytest.raises(SystemExit, match='pip install openvino'):
         table4_operators.main()
+
+
+@pytest.mark.parametrize('given', [
+    ['--output', '/home/me/out'], ['--output=/home/me/out'], ['--output', '/home/me/out/']])
+def test_recorded_command_has_names_for_private_paths(given, monkeypatch):
+    monkeypatch.setattr(sys, 'orig_argv', ['/home/me/bin/python', '-m', 'scripts.x', *given, '--groups', '4'])
+    assert command(OUT='/home/me/out', DATA=None).replace('=', ' ') == 'python -m scripts.x --output OUT --groups 4'
+
+
+def test_half_of_the_int8_arguments_are_refused_and_nothing_changes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['int8_groups.py', '--data-dir', 'DATA'])
+    monkeypatch.setattr(int8_groups, 'write_block', None)
+    with pytest.raises(SystemExit):
+        int8_groups.main()
+    assert '--data-dir and --output go together' in capsys.readouterr().err

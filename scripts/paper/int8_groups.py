@@ -67,8 +67,10 @@ def main():
     parser.add_argument('--data-dir')
     parser.add_argument('--output', help='folder of the runs')
     args = parser.parse_args()
+    if bool(args.data_dir) != bool(args.output):
+        parser.error('--data-dir and --output go together: give both, or neither for the table alone.')
     rows = read_rows(FILE) if FILE.exists() else []
-    if args.data_dir and args.output:
+    if args.data_dir:
         done = {(row['setting'], row['seed']) for row in rows}
         for name, setting in SECTION.rows.items():
             for seed in SECTION.seeds:
