@@ -167,9 +167,11 @@ def command(run, args):
 
 
 def recorded_command(run, extra):
-    """The command that anybody may repeat."""
+    """The command that anybody may repeat, from the repository's root, where `python -m` finds `setting.module`."""
     setting, seed = run
-    start = ['python', '-m', *torchrun(setting), '-m', 'timm_finet'] if setting.processes > 1 else ['timm-finet']
+    start = ['timm-finet']
+    if setting.module or setting.processes > 1:
+        start = ['python', *(['-m', *torchrun(setting)] if setting.processes > 1 else []), '-m', 'timm_finet']
     return shlex.join([*start, 'run', 'train', *setting.args(seed), *extra, '--data-dir', 'DATA'])
 
 

@@ -125,6 +125,7 @@ for name in ('num-classes', 'img-size', 'input-size'):
 for name in ('data-dir', 'dataset', 'model', 'output', 'resume', 'train-split', 'loss'):
     defaults = {'dataset': 'hfids/x', 'model': 'finet_small', 'train-split': 'train'}
     parser.add_argument(f'--{name}', default=defaults.get(name))
+parser.add_argument('--device-modules', nargs='+')
 known, rest = config.parse_known_args()
 if known.config:
     parser.set_defaults(**yaml.safe_load(open(known.config)))
@@ -192,6 +193,7 @@ BAD = dict(
     classes=(
         ['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
     untold=(['--pretrained', '--dataset', 'hfids/x'], '--num-classes is missing'),
+    module=(['--device-modules', 'no_module'], "--device-modules='no_module' cannot be imported: No module named"),
 )
 
 
@@ -200,6 +202,20 @@ def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, re
     args, message = BAD[case]
     Path('empty').mkdir()
     refused(['run', 'train', *args], f'^timm-finet run train: .*{message}')
+
+
+def test_network_of_a_module_of_ones_own_is_known(train, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'own_net.py').write_text("""
+from timm.models import register_model
+from timm_finet.finet import finet_small
+
+@register_model
+def finet_of_ones_own(pretrained=False, **kwargs):
+    return finet_small(pretrained, **kwargs)
+""")
+    _, out, _ = train('--device-modules', 'own_net', '--model', 'finet_of_ones_own')
+    assert json.loads(out)['model'] == 'finet_of_ones_own'
 
 
 def test_checkpoint_that_does_not_exist_is_named_before_validation(script, cli):

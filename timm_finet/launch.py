@@ -1,5 +1,6 @@
 """`timm-finet run`: timm's own scripts, which its wheel lacks, run with our models and data sets registered."""
 import argparse
+import importlib
 import os
 import runpy
 import signal
@@ -150,6 +151,11 @@ def complete(script: str, args: argparse.Namespace, device: Optional[str]) -> No
     Raises:
         ValueError, OSError: An argument is wrong.
     """
+    for module in getattr(args, 'device_modules', None) or ():  # the scripts do so later: one may register --model
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f'--device-modules={module!r} cannot be imported: {error}') from error
     check_names(vars(args))
     is_train = script == 'train'
     if not is_train and (script != 'validate' or args.num_classes is None):
