@@ -1,5 +1,7 @@
 """The documents' tables are the results files', and these are what the code gives."""
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,13 @@ def test_readmes_own_tables_are_the_results_files():
     assert read_block('headline') == bench_training.headline(rows('bench_training'))
     assert read_block('models') == table2.models(rows('table2'))
     assert read_block('weights') == validate_weights.table(rows('weights'), rows('weights_speed'))
+
+
+@pytest.mark.parametrize('document', ['README.md', 'docs/cifar.md'])
+def test_differences_to_bn_that_the_text_names_are_the_tables(document):
+    text = Path(__file__).parents[1].joinpath(document).read_text().split('<!-- cifar_short')[0]
+    named = re.findall(r'[+-]\d\.\d\d\s±\s\d\.\d\d', text)
+    assert named and not [figure for figure in named if ' '.join(figure.split()) not in read_block('cifar_short')]
 
 
 @pytest.mark.parametrize('name', ['finet_small_se_g4', 'mobilenetv2_035', 'torchvision:shufflenet_v2_x0_5'])
