@@ -211,11 +211,11 @@ from timm.models import register_model
 from timm_finet.finet import finet_small
 
 @register_model
-def finet_of_ones_own(pretrained=False, **kwargs):
+def net_of_ones_own(pretrained=False, **kwargs):
     return finet_small(pretrained, **kwargs)
 """)
-    _, out, _ = train('--device-modules', 'own_net', '--model', 'finet_of_ones_own')
-    assert json.loads(out)['model'] == 'finet_of_ones_own'
+    _, out, _ = train('--device-modules', 'own_net', '--model', 'net_of_ones_own')
+    assert json.loads(out)['model'] == 'net_of_ones_own'
 
 
 def test_checkpoint_that_does_not_exist_is_named_before_validation(script, cli):
