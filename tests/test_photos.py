@@ -197,7 +197,7 @@ def test_from_scratch_leaves_out_the_weights_alone():
     assert {arg[2:].replace('-', '_') for arg in args if arg.startswith('--')} == set(recipe)
     assert args[args.index('--scale'):][:3] == ['--scale', '0.35', '1'] and None not in recipe.values()
     tuned, scratch = (
-        transfer.Setting('finet_small_g4.cifar10', start).args(0) for start in ('fine-tuned', 'from scratch'))
+        transfer.Setting('set', 'finet_small_g4.cifar10', start).args(0) for start in ('fine-tuned', 'from scratch'))
     assert tuned[:2] == ['--config', 'recipe:finetune'] and scratch[-len(tuned) + 2:] == tuned[2:]
 
 
@@ -214,6 +214,13 @@ def test_cifar_is_packed_without_its_padding(tmp_path):
         assert all(np.array_equal(arrays[name][i], image) for i, (image, _) in zip(places, dataset))
 
 
+def test_only_training_images_of_imagenette_are_left_out(source, tmp_path):
+    transfer.pack_imagenette(source, tmp_path / 'pack', per_class=1)
+    names = [f'{GOLDFISH}/{GOLDFISH}_1.JPEG', f'{BULLFROG}/{BULLFROG}_0.JPEG']
+    assert read(tmp_path / 'pack', 'train').filenames() == names
+    assert read(tmp_path / 'pack', 'validation').filenames() == [f'{GOLDFISH}/val_1.JPEG', f'{BULLFROG}/val_0.JPEG']
+
+
 def test_readme_holds_the_tables_of_the_results():
     for script, name in ((table2_photos, 'table2_photos'), (transfer, 'transfer')):
         assert read_block(name) == script.table(table2_photos.rows_of(script.CSV))
@@ -221,9 +228,9 @@ def test_readme_holds_the_tables_of_the_results():
 
 def test_transfer_table_tells_starts_apart():
     rows = [
-        dict(setting=str(transfer.Setting('net.tag', start)), seed=seed, top1_last=top1, top1_best='60')
+        dict(setting=str(transfer.Setting('set', 'net.tag', start)), seed=seed, top1_last=top1, top1_best='60')
         for start, seed, top1 in (
             ('fine-tuned', '0', '58'), ('fine-tuned', '1', '60'), ('from scratch, higher rate', '0', '40'))]
     assert transfer.table(rows).splitlines()[2:] == [
-        '| `net.tag` | fine-tuned | 59.00 ± 1.41 | 60.00 ± 0.00 | 0, 1 |',
-        '| `net.tag` | from scratch, higher rate | 40.00 | 60.00 | 0 |']
+        '| set | `net.tag` | fine-tuned | 59.00 ± 1.41 | 60.00 ± 0.00 | 0, 1 |',
+        '| set | `net.tag` | from scratch, higher rate | 40.00 | 60.00 | 0 |']

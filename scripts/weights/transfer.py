@@ -1,10 +1,16 @@
-"""Do weights of photographs transfer? Fine-tuned on CIFAR-10's first 5,000 training images against from scratch.
+"""Do weights of photographs transfer? Fine-tuned on a few images of other classes against from scratch.
 
-    python -m scripts.weights.transfer --models finet_large_se_g4.tiny_in200 --data-dir DATA --seeds 0 1 2
+    python -m scripts.weights.transfer --models finet_small_se_g4.tiny_in200 --data-dir DATA --imagenette SOURCE \\
+        --seeds 0 1 2
 
-DATA as for torch/cifar10_pad2. All runs use recipe:finetune at the image size of the weights, for the same number of
-steps; those from scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high.
-Validation is CIFAR-10's whole test set. Runs go on, and are recorded in results/transfer.csv, as in table2_photos.py.
+Two sets: CIFAR-10's first 5,000 training images, validated on its whole test set, and Imagenette's first 100 of each of
+its ten classes, none of which is among Tiny-ImageNet's 200, validated on all of its own. DATA as for
+torch/cifar10_pad2; SOURCE as photos.py takes it, such as a clone of github.com/thunderInfy/imagenette. Without SOURCE
+it is CIFAR-10 alone.
+
+All runs use recipe:finetune at the image size of the weights, in bfloat16, for the same number of steps; those from
+scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high. Runs go on, and
+are recorded in results/transfer.csv, as in table2_photos.py.
 """
 import io
 from pathlib import Path
@@ -23,24 +29,27 @@ from timm_finet.finet import CIFAR10_CLASSES
 from timm_finet.launch import find_recipe
 
 CSV = RESULTS / 'transfer.csv'
-TRAIN = 5000
+TRAIN, PER_CLASS = 5000, 100
+CIFAR10, IMAGENETTE = f'cifar10_{TRAIN}', f'imagenette_{10 * PER_CLASS}'
 RATES = {'fine-tuned': 0.02, 'from scratch': 0.02, 'from scratch, higher rate': 0.1}
 
 
 class Setting(NamedTuple):
+    data: str
     model: str
     start: str
     module = ''
     processes = 1
 
     def __str__(self):
-        return f'cifar10_{TRAIN} {self.model} {self.start}'
+        return f'{self.data} {self.model} {self.start}'
 
     def args(self, seed):
         config = ['--config', 'recipe:finetune'] if self.start == 'fine-tuned' else without_pretrained('finetune')
         return [
-            *config, '--model', self.model, '--train-split', 'train.tar', '--val-split', 'validation.tar',
-            '--num-classes', '10', '--lr', str(RATES[self.start]), '--seed', str(seed)]
+            *config, '--model', self.model, '--train-split', f'{self.data}/train.tar',
+            '--val-split', f'{self.data}/validation.tar', '--num-classes', '10', '--lr', str(RATES[self.start]),
+            '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--seed', str(seed)]
 
 
 def without_pretrained(name):
@@ -70,28 +79,43 @@ def pack_cifar(root, folder, train=TRAIN):
         photos.pack(places, read, folder / f'{split}.tar')
 
 
+def pack_imagenette(source, folder, per_class=PER_CLASS):
+    """Imagenette's first `per_class` training images of each class and all of its validation images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _, paths, read = photos.open_source(source)
+    for split, images in photos.find_images(paths, read).items():
+        if split == 'train':
+            images = photos.limit(images, 10, per_class)
+        photos.pack(images, read, folder / f'{split}.tar')
+
+
 def table(rows):
     if not rows:
         return ''
     cells = []
     for name in dict.fromkeys(row['setting'] for row in rows):
         mine = [row for row in rows if row['setting'] == name]
-        _, model, start = name.split(' ', 2)
+        data, model, start = name.split(' ', 2)
         cells.append([
-            f'`{model}`', start, pm(*mean_deviation(top1(mine))), pm(*mean_deviation(top1(mine, 'top1_best'))),
+            data, f'`{model}`', start, pm(*mean_deviation(top1(mine))), pm(*mean_deviation(top1(mine, 'top1_best'))),
             ', '.join(row['seed'] for row in mine)])
-    return markdown(['', '', 'top-1, last epoch', 'best epoch', 'seeds'], cells)
+    return markdown(['images', '', '', 'top-1, last epoch', 'best epoch', 'seeds'], cells)
 
 
 def main():
     parser = arguments(__doc__.splitlines()[0], CSV)
     parser.add_argument('--models', nargs='+', default=[], metavar='MODEL.TAG')
+    parser.add_argument('--imagenette', type=Path, metavar='SOURCE')
     args = parse(parser, CSV)
     if args.data_dir:
         folder = Path(args.output, 'data')
-        pack_cifar(args.data_dir, folder)
+        pack_cifar(args.data_dir, folder / CIFAR10)
+        sets = [CIFAR10]
+        if args.imagenette:
+            pack_imagenette(args.imagenette, folder / IMAGENETTE)
+            sets.append(IMAGENETTE)
         args.data_dir = str(folder)
-        run([Setting(model, start) for model in args.models for start in RATES], args, parser)
+        run([Setting(data, model, start) for data in sets for model in args.models for start in RATES], args, parser)
     text = table(rows_of(args.results))
     if args.results == CSV:
         write_block('transfer', text)
