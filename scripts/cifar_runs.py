@@ -107,6 +107,13 @@ def small(groups, *kwargs, **more):
     return {f'G = {g}': short(finet('small', g), SMALL, *kwargs, **more) for g in groups}
 
 
+def weights(model, dataset, epochs):
+    """Longer, with smoothing and random erasing, as nothing is compared."""
+    options = ('--epochs', str(epochs), '--smoothing', '0.1', '--reprob', '0.25')
+    rows = {model: short(model, dataset=dataset, options=options)}
+    return Section(f'{model}.{dataset}', f'{epochs} epochs', rows, SEEDS[:1])
+
+
 PROTOCOLS = {
     'cifar10': paper('cifar10'),
     'cifar100': paper('cifar100'),
@@ -126,8 +133,13 @@ PROTOCOLS = {
             f'G = {g}': short('resnet18_fbn', f'fbn_groups={g}', QUARTER) for g in (1, 2)}),
         Section('cifar10', 'finet_small', small((1, 8), dataset='cifar10')),
     ],
+    'weights': [  # that the package embeds
+        weights('finet_large_se_g4', 'cifar10', 30), weights('finet_large_se_g4', 'cifar100', 30),
+        weights('resnet18_fbn', 'cifar10', 20),
+    ],
 }
-FILES = {'cifar': ('cifar10', 'cifar100'), 'cifar_short': ('placement', 'evidence')}  # of results
+FILES = {  # of results
+    'cifar': ('cifar10', 'cifar100'), 'cifar_short': ('placement', 'evidence'), 'cifar_weights': ('weights',)}
 
 
 def missing(protocols, only, seeds, rows):

@@ -123,7 +123,7 @@ def test_every_setting_builds_its_network():
         groups = {m.fbn_groups for m in build(setting).modules() if isinstance(m, FBNConv2d)}
         size = next((int(arg.split('=')[1]) for arg in setting.kwargs if 'group_size' in arg), None)
         named = re.search(r'_g(\d)|fbn_groups=(\d)', str(setting))
-        expected = {int(named[1] or named[2])} if named else {1}
+        expected = {int(named[1] or named[2])} if named else {2 if 'resnet' in setting.model else 1}
         if size:
             expected = {max(1, c // size) for c in (24, 100, 200, 400)}
         assert groups == expected, setting
@@ -151,7 +151,9 @@ def test_train_py_reads_the_commands_as_meant(monkeypatch):
         classes = int(setting.dataset[5:])
         assert (args.model, args.seed, args.num_classes) == (setting.model, seed, classes)
         assert args.dataset == f'torch/{setting.dataset}_pad2' and args.mean[0] == (0.4914 if classes == 10 else 0.5071)
-        epochs = {'modern': 300, 'cifar_short': 10 if 'act_place' in str(setting) else 15}.get(setting.recipe, 200)
+        epochs = {'modern': 300, 'cifar_short': 15}.get(setting.recipe, 200)
+        if '--epochs' in setting.options:
+            epochs = int(setting.options[setting.options.index('--epochs') + 1])
         assert (args.epochs, args.batch_size) == (epochs, 64 if setting.recipe == 'resnet_cifar' else 128)
         assert args.model_kwargs.pop('small_input') is True and args.channels_last
         assert [f'{k}={v}'.replace(' ', '') for k, v in args.model_kwargs.items()] == list(setting.kwargs)

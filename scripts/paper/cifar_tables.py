@@ -4,8 +4,9 @@
     python -m scripts.paper.cifar_tables evidence             # tables and plots alone
 
 `cifar10` and `cifar100` are Tables 5, 6 and 7 of the paper, 200 epochs, for a GPU. `placement` and `evidence` are
-shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. Results go to
-results/cifar.csv and results/cifar_short.csv, the epochs and plots beside them, the tables to docs/cifar.md.
+shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. `weights` are to be
+embedded. Results go to results/cifar.csv, cifar_short.csv and cifar_weights.csv, the epochs and plots beside them, the
+tables to docs/cifar.md and docs/weights.md.
 
 DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started, in
 order of worth, `--jobs` at a time; cut off, by `--minutes` or otherwise, it goes on from each run's last epoch when
@@ -223,7 +224,7 @@ def main():
     parser.add_argument('--only', nargs='+', choices=names, metavar='SECTION', default=[], help=', '.join(names))
     parser.add_argument('--seeds', nargs='+', type=int, default=[], help="instead of the sections' own")
     parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
-    parser.add_argument('--results', type=Path, help='(default: results/cifar.csv or results/cifar_short.csv)')
+    parser.add_argument('--results', type=Path, help='(default: as above)')
     parser.add_argument('--dry-run', action='store_true')
     args = parser.parse_args(own)
     args.extra = extra
