@@ -18,7 +18,7 @@ from timm.data import create_dataset
 
 from scripts.paper import table2_photos
 from scripts.report import read_block
-from scripts.weights import embed_weights, photos, transfer
+from scripts.weights import embed_weights, photos, train_photos, transfer
 from timm_finet import launch
 
 GOLDFISH, BULLFROG = 'n01443537', 'n01641577'
@@ -156,6 +156,20 @@ def test_a_run_is_recorded_without_this_machines_paths(tmp_path):
     embed_weights.record(tmp_path / 'last.pth.tar', 'net.tag', dict(lr=0.1, data_dir='/home/me'), tmp_path)
     assert yaml.safe_load((tmp_path / 'net.tag.yaml').read_text()) == dict(lr=0.1)
     assert (tmp_path / 'net.tag.csv').read_text() == 'epoch,eval_top1\n0,5\n'
+
+
+def test_phases_are_plotted_one_behind_the_other(tmp_path, monkeypatch):
+    figure = pytest.importorskip('matplotlib.figure').Figure
+    (tmp_path / 'runs').mkdir()
+    for phase in ('64px', '96px'):
+        curve = tmp_path / 'runs' / f'photos-finet_small-{phase}-seed0.csv'
+        curve.write_text('epoch,eval_top1\n0,10\n1,20\n')
+    shown = []
+    monkeypatch.setattr(figure, 'savefig', lambda self, *_, **__: shown.extend(self.axes[0].lines))
+    train_photos.plot([
+        dict(setting=f'photos finet_small {phase}', seed=seed)
+        for phase, seed in (('64px', '0'), ('96px', '0'), ('128px', '1'))], tmp_path / 'runs.csv')
+    assert [list(line.get_xdata()) for line in shown] == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize('name, params', [('shufflenet_v2_x0_5', 1_366_792), ('shufflenet_v2_x1_5', 3_503_624)])
