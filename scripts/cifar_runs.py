@@ -107,10 +107,9 @@ def small(groups, *kwargs, **more):
     return {f'G = {g}': short(finet('small', g), SMALL, *kwargs, **more) for g in groups}
 
 
-def weights(model, dataset, epochs):
-    """Longer, with smoothing and random erasing, as nothing is compared."""
-    options = ('--epochs', str(epochs), '--smoothing', '0.1', '--reprob', '0.25')
-    rows = {model: short(model, dataset=dataset, options=options)}
+def weights(model, dataset, epochs, *options):
+    """With label smoothing, as nothing is compared."""
+    rows = {model: short(model, dataset=dataset, options=('--epochs', str(epochs), '--smoothing', '0.1', *options))}
     return Section(f'{model}.{dataset}', f'{epochs} epochs', rows, SEEDS[:1])
 
 
@@ -134,8 +133,9 @@ PROTOCOLS = {
         Section('cifar10', 'finet_small', small((1, 8), dataset='cifar10')),
     ],
     'weights': [  # that the package embeds
-        weights('finet_large_se_g4', 'cifar10', 30), weights('finet_large_se_g4', 'cifar100', 30),
-        weights('resnet18_fbn', 'cifar10', 20),
+        weights('finet_large_se_g4', 'cifar10', 30, '--reprob', '0.25'),
+        weights('finet_large_se_g4', 'cifar100', 30, '--reprob', '0.25'),
+        weights('resnet18_fbn', 'cifar10', 12),
     ],
 }
 FILES = {  # of results
