@@ -2,7 +2,7 @@
 
     TIMM_SCRIPTS=CHECKOUT python -m scripts.weights.validate_weights DATA    # DATA as for --data-dir
 
-Writes results/weights.csv and the README's table.
+Writes results/weights.csv and the README's table. `--models` measures those alone, and the others stand.
 """
 import argparse
 import json
@@ -30,8 +30,8 @@ DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
 }
 
 
-def measure(data):
-    for name in timm.list_models(module=MODULES, pretrained=True):
+def measure(data, names):
+    for name in names:
         for form in ('train', 'fused'):
             with tempfile.NamedTemporaryFile(suffix='.json') as report:
                 command = [
@@ -71,9 +71,13 @@ def table(rows, speeds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', nargs='?', help='folder of the data sets; without it the table alone is written')
+    names = timm.list_models(module=MODULES, pretrained=True)
+    parser.add_argument('--models', nargs='+', default=names, choices=names, metavar='MODEL.TAG')
     args = parser.parse_args()
     if args.data:
-        write_rows(FILE, list(measure(args.data)))
+        others = [row for row in read_rows(FILE) if row['model'] in {*names} - {*args.models}]
+        rows = [*others, *measure(args.data, args.models)]
+        write_rows(FILE, sorted(rows, key=lambda row: names.index(row['model'])))
     write_block('weights', table(read_rows(FILE), read_rows(RESULTS / 'weights_speed.csv')))
 
 
