@@ -375,6 +375,10 @@ def _tiny_in200_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
     })
 
 
+FOUR_RUNS = (
+    'The arguments are those of the last of four runs, each from the averaged weights of the one before: 5 epochs at '
+    '64 px, 6 at 96 px and 7 at 128 px, the learning rate one straight line from 0.4 to zero over these, and 7 more at '
+    '128 px from 0.1. The size for testing was chosen on the validation images among 128, 160 and 192 px.')
 AT_SECOND_HAND = (
     'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
     'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs, '
@@ -384,11 +388,9 @@ default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.
     'finet_large_se_g4.tiny_in200': _tiny_in200_cfg(
         'finet_large_se_g4.tiny_in200', test_input_size=(3, 160, 160), notes=(
-            'The arguments are those of the last of four runs, each from the averaged weights of the one before: 5 '
-            'epochs at 64 px, 6 at 96 px and 7 at 128 px, the learning rate one straight line from 0.4 to zero over '
-            'these, and 7 more at 128 px from 0.1. The first was begun as one of 14 epochs and stopped after its '
-            'fifth. The size for testing was chosen on the validation images among 128, 160 and 192 px.',
-            AT_SECOND_HAND)),
+            FOUR_RUNS + ' The first was begun as one of 14 epochs and stopped after its fifth.', AT_SECOND_HAND)),
+    'finet_small_se_g4.tiny_in200': _tiny_in200_cfg(
+        'finet_small_se_g4.tiny_in200', test_input_size=(3, 160, 160), notes=(FOUR_RUNS, AT_SECOND_HAND)),
     'finet_small_g4.cifar10': _cifar10_cfg('finet_small_g4.cifar10', notes=(
         'The run was stopped, and resumed from its own checkpoints, after epochs 3, 4 and 24, with a first version of '
         'the moment form: the same mathematics, other rounding.',)),
@@ -418,6 +420,7 @@ default_cfgs = generate_default_cfgs({
 # What weights need and no cfg of timm's can say. It stays when a default changes.
 TRAINED_WITH = {
     'finet_large_se_g4.tiny_in200': dict(act_place='depthwise'),
+    'finet_small_se_g4.tiny_in200': dict(act_place='depthwise'),
     'finet_small_g4.cifar10': dict(act_place='depthwise'),
 }
 
