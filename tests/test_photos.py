@@ -235,6 +235,12 @@ def test_only_training_images_of_imagenette_are_left_out(source, tmp_path):
     assert read(tmp_path / 'pack', 'validation').filenames() == [f'{GOLDFISH}/val_1.JPEG', f'{BULLFROG}/val_0.JPEG']
 
 
+def test_folder_that_is_not_imagenette_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f'--imagenette={tmp_path}/none must hold folders `train` and `val`'):
+        transfer.pack_imagenette(tmp_path / 'none', tmp_path / 'pack')
+    assert not list(tmp_path.iterdir())
+
+
 def test_readme_holds_the_tables_of_the_results():
     for script, name in ((table2_photos, 'table2_photos'), (transfer, 'transfer')):
         assert read_block(name) == script.table(table2_photos.rows_of(script.CSV))

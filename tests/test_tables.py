@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench import bench_training
-from scripts.paper import int8_groups, table2, table4, table4_operators
+from scripts.paper import cifar_tables, int8_groups, table2, table4, table4_operators
 from scripts.report import RESULTS, command, read_block, read_rows
 from scripts.weights import int8, validate_weights
 from timm_finet.flops import count_row
@@ -32,6 +32,16 @@ def test_differences_to_bn_that_the_text_names_are_the_tables(document):
     text = Path(__file__).parents[1].joinpath(document).read_text().split('<!-- cifar_short')[0]
     named = re.findall(r'[+-]\d\.\d\d\s±\s\d\.\d\d', text)
     assert named and not [figure for figure in named if ' '.join(figure.split()) not in read_block('cifar_short')]
+
+
+def test_difference_to_tied_parameters_that_the_text_names_is_the_results():
+    settings = cifar_tables.tables_of(['evidence'])['cifar100', 'finet_small']
+    tied, own = (
+        cifar_tables.top1(cifar_tables.of(read_rows(RESULTS / 'cifar_short.csv'), settings[name]).values())
+        for name in ('G = 8, tied affine', 'G = 8'))
+    difference, error, p = cifar_tables.paired([a - b for a, b in zip(tied, own)])
+    text = Path(__file__).parents[1].joinpath('docs', 'cifar.md').read_text()
+    assert f'by {difference:.2f} ± {error:.2f} (p = {p:.2f})' in text
 
 
 @pytest.mark.parametrize('name', ['finet_small_se_g4', 'mobilenetv2_035', 'torchvision:shufflenet_v2_x0_5'])

@@ -378,7 +378,8 @@ def _tiny_in200_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
 FOUR_RUNS = (
     'The arguments are those of the last of four runs, each from the averaged weights of the one before: 5 epochs at '
     '64 px, 6 at 96 px and 7 at 128 px, the learning rate one straight line from 0.4 to zero over these, and 7 more at '
-    '128 px from 0.1. The size for testing was chosen on the validation images among 128, 160 and 192 px.')
+    '128 px from 0.1. Each had two processes, 256 images a step in all. The size for testing was chosen on the '
+    'validation images among 128, 160 and 192 px.')
 AT_SECOND_HAND = (
     'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
     'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs, '

@@ -63,8 +63,8 @@ def plot(rows, results):
 
     done = dict.fromkeys(row['setting'] for row in rows if row['seed'] == '0')
     fig, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for color, model in zip(('#1b7fbd', '#d95f02'), dict.fromkeys(setting.split()[1] for setting in done)):
-        epochs = 0
+    for i, model in enumerate(dict.fromkeys(setting.split()[1] for setting in done)):
+        color, epochs = f'C{i}', 0
         for phase, (size, *_) in PHASES.items():
             setting = Phase(model, phase, 1)
             if str(setting) not in done:

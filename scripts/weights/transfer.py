@@ -81,9 +81,12 @@ def pack_cifar(root, folder, train=TRAIN):
 
 def pack_imagenette(source, folder, per_class=PER_CLASS):
     """Imagenette's first `per_class` training images of each class and all of its validation images."""
-    folder.mkdir(parents=True, exist_ok=True)
     _, paths, read = photos.open_source(source)
-    for split, images in photos.find_images(paths, read).items():
+    found = photos.find_images(paths, read)
+    if not all(found.values()):
+        raise ValueError(f'--imagenette={source} must hold folders `train` and `val` with a folder of images a class.')
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, images in found.items():
         if split == 'train':
             images = photos.limit(images, 10, per_class)
         photos.pack(images, read, folder / f'{split}.tar')
@@ -112,7 +115,10 @@ def main():
         pack_cifar(args.data_dir, folder / CIFAR10)
         sets = [CIFAR10]
         if args.imagenette:
-            pack_imagenette(args.imagenette, folder / IMAGENETTE)
+            try:
+                pack_imagenette(args.imagenette, folder / IMAGENETTE)
+            except ValueError as error:
+                parser.error(error)
             sets.append(IMAGENETTE)
         args.data_dir = str(folder)
         run([Setting(data, model, start) for data in sets for model in args.models for start in RATES], args, parser)
