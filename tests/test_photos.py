@@ -128,11 +128,11 @@ def test_splits_with_different_classes_are_refused(source, tmp_path, monkeypatch
     assert stop.value.code == 2 and 'holds no folder `train`' in capsys.readouterr().err
 
 
-def test_only_matrices_and_kernels_are_halved():
+def test_all_but_variances_are_halved():
     model = timm.create_model('finet_small_se_g4', num_classes=5)
     model.stages[0][0].conv_dw.bn.running_var.fill_(1e6)  # which float16 cannot hold
     state = embed_weights.halve(model.state_dict())
-    assert state['classifier.weight'].dtype == torch.float16 and state['classifier.bias'].dtype == torch.float32
+    assert state['classifier.weight'].dtype == state['stages.0.0.conv_dw.bn.running_mean'].dtype == torch.float16
     model.load_state_dict(state)
     assert model.stages[0][0].conv_dw.bn.running_var.eq(1e6).all() and model.classifier.weight.dtype == torch.float32
 

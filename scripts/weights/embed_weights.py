@@ -2,7 +2,7 @@
 
     python -m scripts.weights.embed_weights CHECKPOINT finet_large_se_g4.tiny_in200 --data-dir PACK
 
-Its EMA is taken where it has one. Matrices and kernels become float16, statistics and other vectors stay as they are.
+Its EMA is taken where it has one. All but the running variances becomes float16.
 timm's validate.py compares both on the validation set that train.py used, the second in train and in fused form. Then
 timm_finet/weights gets the file and its line in SHA256SUMS, and TAG.txt with the names of the classes out of
 PACK/classes.txt; results/MODEL.TAG.yaml and .csv get the run's arguments and its accuracy by epoch, for the card. What
@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,8 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from scripts.report import RESULTS
+from scripts.cifar_runs import epochs_of
+from scripts.report import RESULTS, write_rows
 from timm_finet.hub import LOCAL_ARGS
 from timm_finet.pretrained import WEIGHTS
 
@@ -34,8 +34,10 @@ TITLES = {'tiny_in200': 'Tiny-ImageNet-200', 'mini_in100': 'mini-ImageNet-100'}
 
 
 def halve(state):
+    """All but variances, whose range is not float16's."""
     return {
-        key: value.half() if value.is_floating_point() and value.ndim > 1 else value for key, value in state.items()}
+        key: value.half() if value.is_floating_point() and not key.endswith('running_var') else value
+        for key, value in state.items()}
 
 
 def validate(file, model, data_dir, args, *options):
@@ -79,7 +81,7 @@ def record(checkpoint, name, args, results=RESULTS):
     """The run's arguments, but for this machine's paths, and its log."""
     args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
     (results / f'{name}.yaml').write_text(yaml.safe_dump(args))
-    shutil.copyfile(checkpoint.with_name('summary.csv'), results / f'{name}.csv')
+    write_rows(results / f'{name}.csv', epochs_of(checkpoint.with_name('summary.csv')))
 
 
 def main():
