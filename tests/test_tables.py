@@ -2,17 +2,18 @@
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 from scripts.bench import bench_training
 from scripts.paper import cifar_tables, int8_groups, table2, table4, table4_operators
 from scripts.report import RESULTS, command, read_block, read_rows
-from scripts.weights import int8, validate_weights
+from scripts.weights import int8, transfer, validate_weights
 from timm_finet.flops import count_row
 
 
-@pytest.mark.parametrize('script', [bench_training, table2, table4, table4_operators, int8, int8_groups])
+@pytest.mark.parametrize('script', [bench_training, table2, table4, table4_operators, int8, int8_groups, transfer])
 def test_document_shows_the_results_file(script):
     name = script.__name__.split('.')[-1]
     assert read_block(name) == script.table(read_rows(RESULTS / f'{name}.csv'))
@@ -42,6 +43,15 @@ def test_difference_to_tied_parameters_that_the_text_names_is_the_results():
     difference, error, p = cifar_tables.paired([a - b for a, b in zip(tied, own)])
     text = Path(__file__).parents[1].joinpath('docs', 'cifar.md').read_text()
     assert f'by {difference:.2f} ± {error:.2f} (p = {p:.2f})' in text
+
+
+def test_gain_of_fine_tuning_that_the_readme_names_is_the_results():
+    rows = read_rows(RESULTS / 'transfer.csv')
+    tuned, scratch = (
+        mean(cifar_tables.top1(row for row in rows if row['setting'].startswith(transfer.IMAGENETTE)
+                               and row['setting'].endswith(start))) for start in ('fine-tuned', 'from scratch'))
+    text = Path(__file__).parents[1].joinpath('README.md').read_text()
+    assert f'{tuned:.1f}% against {scratch:.1f}% from scratch' in ' '.join(text.split())
 
 
 @pytest.mark.parametrize('name', ['finet_small_se_g4', 'mobilenetv2_035', 'torchvision:shufflenet_v2_x0_5'])

@@ -96,7 +96,8 @@ def table(rows):
     if not rows:
         return ''
     cells = []
-    for name in dict.fromkeys(row['setting'] for row in rows):
+    settings = sorted(dict.fromkeys(row['setting'] for row in rows), key=lambda name: name.split()[:2])
+    for name in settings:
         mine = [row for row in rows if row['setting'] == name]
         data, model, start = name.split(' ', 2)
         cells.append([
