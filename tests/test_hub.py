@@ -19,7 +19,7 @@ from timm.data import resolve_data_config
 from timm.models import push_to_hf_hub
 
 from timm_finet import card, fuse_fbn
-from timm_finet.checkpoint import describe
+from timm_finet.checkpoint import class_names, describe
 from timm_finet.images import shipped_images
 
 ARGS = dict(
@@ -289,6 +289,12 @@ def test_names_of_own_classes_are_pushed(by, hub, push, own, tmp_path):
     assert status == 0 and '--class-names' not in err
     assert names_of(hub) == (['ant', 'bee', 'cat'] if by == 'folder' else ['bee', 'cat', 'ant'])
     assert b'names.txt' not in hub.repos['me/net'].files()['args.yaml']
+
+
+@pytest.mark.parametrize('dataset, number, third', [('cifar10_gpu', 10, 'bird'), ('cifar100_pad2', 100, 'baby')])
+def test_known_data_sets_name_their_classes(dataset, number, third):
+    names = class_names(dict(dataset=f'torch/{dataset}'))
+    assert len(set(names)) == number and names[2] == third
 
 
 def test_class_names_that_are_not_known_are_asked_for(hub, push, own, tmp_path):

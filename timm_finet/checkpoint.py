@@ -10,7 +10,7 @@ from timm.data import create_dataset, resolve_data_config
 from timm.models import is_model, is_model_in_modules, load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from .finet import CIFAR10_CLASSES
+from .finet import CIFAR10_CLASSES, CIFAR100_CLASSES, TINY_IN200_CLASSES
 from .names import MODULES
 from .pretrained import UNTRAINED
 from .rewrite import fuse_fbn
@@ -26,7 +26,7 @@ class Dataset(NamedTuple):
 
 
 CIFAR10 = Dataset('uoft-cs/cifar10', 'CIFAR-10', CIFAR10_CLASSES, 'test')
-CIFAR100 = Dataset('uoft-cs/cifar100', 'CIFAR-100', split='test')
+CIFAR100 = Dataset('uoft-cs/cifar100', 'CIFAR-100', CIFAR100_CLASSES, 'test')
 IMAGENET = Dataset('ILSVRC/imagenet-1k', 'ImageNet-1k')
 DATASETS = {  # by tag, and by train.py's --dataset
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
@@ -34,7 +34,7 @@ DATASETS = {  # by tag, and by train.py's --dataset
     'torch/cifar10_sample': Dataset(
         'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
-    'tiny_in200': Dataset('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200'),
+    'tiny_in200': Dataset('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', TINY_IN200_CLASSES),
 }
 UNKNOWN_DATASET = Dataset('imagefolder', "the owner's images")
 FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them

@@ -351,6 +351,8 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+CIFAR100_CLASSES = tuple((WEIGHTS / 'cifar100.txt').read_text().splitlines())
+TINY_IN200_CLASSES = tuple((WEIGHTS / 'tiny_in200.txt').read_text().splitlines())
 
 
 def _cifar10_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
@@ -361,9 +363,6 @@ def _cifar10_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
         'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
         **kwargs
     })
-
-
-TINY_IN200_CLASSES = tuple((WEIGHTS / 'tiny_in200.txt').read_text().splitlines())
 
 
 def _tiny_in200_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:

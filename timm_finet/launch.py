@@ -15,7 +15,7 @@ import torch
 from timm.models import is_model
 
 from . import patches
-from .checkpoint import CIFAR100, DATASETS, FOLDERS, class_names, one_line
+from .checkpoint import DATASETS, FOLDERS, class_names, one_line
 from .names import hint
 
 __all__ = ['resolve', 'run']
@@ -133,8 +133,6 @@ def check_names(args: Dict[str, Any]) -> None:
 
 def count_classes(args: Dict[str, Any]) -> Optional[int]:
     """How many classes the data set of train.py's or validate.py's arguments has, where that can be told."""
-    if DATASETS.get(args.get('dataset')) is CIFAR100:
-        return 100
     try:
         names = class_names({'train_split': args.get('split'), **args})
     except (RuntimeError, AssertionError) as error:
