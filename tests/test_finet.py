@@ -123,7 +123,8 @@ def test_pretrained_weights_transfer():
     model = timm.create_model('finet_small_g4.cifar10', pretrained=True, num_classes=3, in_chans=1)
     source = timm.create_model('finet_small_g4.cifar10', pretrained=True)
     assert model.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 3)
-    torch.testing.assert_close(model.stem.conv.weight, source.stem.conv.weight.sum(1, keepdim=True))
+    summed = source.stem.conv.weight.sum(1, keepdim=True).half().float()  # as timm adds in the file's own precision
+    torch.testing.assert_close(model.stem.conv.weight, summed)
     torch.testing.assert_close(model.stages.state_dict(), source.stages.state_dict())
     features = timm.create_model('finet_small_g4.cifar10', pretrained=True, features_only=True).eval()
     x = torch.randn(1, 3, 32, 32)
