@@ -34,7 +34,7 @@ def known_figures(name):
     rows = read_rows(RESULTS / 'weights.csv') + read_rows(RESULTS / 'weights_speed.csv')
     values = {value for row in rows if row['model'] == name for value in row.values()}
     last = read_rows(RESULTS / f'{name}.csv')[-1]
-    values |= {last['epoch'], last['eval_top1']}
+    values |= {str(int(last['epoch']) + 1), last['eval_top1']}
     values |= {str(value) for value in yaml.safe_load((RESULTS / f'{name}.yaml').read_text()).values()}
     model = timm.create_model(name).eval()
     for form in (model, fuse_fbn(model)):

@@ -198,8 +198,8 @@ def training_section(cfg, args, dataset, log) -> str:
     if log:
         with open(log, newline='') as rows:
             last = list(csv.DictReader(rows))[-1]
-        lines += ['', f"Accuracy by epoch is in [summary.csv](summary.csv); it ends at epoch {last['epoch']} with "
-                      f"{last['eval_top1']}% top-1."]
+        lines += ['', f"Accuracy by epoch is in [summary.csv](summary.csv); it ends after {int(last['epoch']) + 1} "
+                      f"epochs with {last['eval_top1']}% top-1."]
     for note in cfg.get('notes') or ():
         lines += ['', note]
     return '\n'.join(lines)
