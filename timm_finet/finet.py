@@ -355,24 +355,14 @@ CIFAR100_CLASSES = tuple((WEIGHTS / 'cifar100.txt').read_text().splitlines())
 TINY_IN200_CLASSES = tuple((WEIGHTS / 'tiny_in200.txt').read_text().splitlines())
 
 
-def _cifar10_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
-    return _cfg(**{
-        'file': str(WEIGHTS / f'{weights}.safetensors'),
-        'description': 'trained on CIFAR-10', 'num_classes': 10, 'label_names': CIFAR10_CLASSES,
-        'input_size': (3, 32, 32), 'pool_size': (4, 4), 'crop_pct': 1.0,
-        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
-        **kwargs
-    })
-
-
-def _tiny_in200_cfg(weights: str, **kwargs: Any) -> Dict[str, Any]:
-    return _cfg(**{
-        'file': str(WEIGHTS / f'{weights}.safetensors'),
-        'description': 'trained on Tiny-ImageNet-200', 'num_classes': 200, 'label_names': TINY_IN200_CLASSES,
-        'input_size': (3, 128, 128), 'pool_size': (4, 4), 'crop_pct': 1.0, 'interpolation': 'bicubic',
-        **kwargs
-    })
-
+# What timm's cfgs say of weights trained on a data set.
+CIFAR10 = dict(
+    description='trained on CIFAR-10', num_classes=10, label_names=CIFAR10_CLASSES,
+    input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0,
+    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+TINY_IN200 = dict(
+    description='trained on Tiny-ImageNet-200', num_classes=200, label_names=TINY_IN200_CLASSES,
+    input_size=(3, 128, 128), pool_size=(4, 4), test_input_size=(3, 160, 160), crop_pct=1.0, interpolation='bicubic')
 
 FOUR_RUNS = (
     'The arguments are those of the last of four runs, each from the averaged weights of the one before: 5 epochs at '
@@ -386,12 +376,13 @@ AT_SECOND_HAND = (
 
 default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.
-    'finet_large_se_g4.tiny_in200': _tiny_in200_cfg(
-        'finet_large_se_g4.tiny_in200', test_input_size=(3, 160, 160), notes=(
+    'finet_large_se_g4.tiny_in200': _cfg(
+        file=str(WEIGHTS / 'finet_large_se_g4.tiny_in200.safetensors'), **TINY_IN200, notes=(
             FOUR_RUNS + ' The first was begun as one of 14 epochs and stopped after its fifth.', AT_SECOND_HAND)),
-    'finet_small_se_g4.tiny_in200': _tiny_in200_cfg(
-        'finet_small_se_g4.tiny_in200', test_input_size=(3, 160, 160), notes=(FOUR_RUNS, AT_SECOND_HAND)),
-    'finet_small_g4.cifar10': _cifar10_cfg('finet_small_g4.cifar10', notes=(
+    'finet_small_se_g4.tiny_in200': _cfg(
+        file=str(WEIGHTS / 'finet_small_se_g4.tiny_in200.safetensors'), **TINY_IN200,
+        notes=(FOUR_RUNS, AT_SECOND_HAND)),
+    'finet_small_g4.cifar10': _cfg(file=str(WEIGHTS / 'finet_small_g4.cifar10.safetensors'), **CIFAR10, notes=(
         'The run was stopped, and resumed from its own checkpoints, after epochs 3, 4 and 24, with a first version of '
         'the moment form: the same mathematics, other rounding.',)),
     # `*` keeps the paper's network the default; timm lets a tag with weights take over unless this one comes last
