@@ -25,8 +25,8 @@ from timm_finet.images import shipped_images
 ARGS = dict(
     model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48],
     pretrained=False, dataset='torch/cifar10_pad2', mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=1.0,
-    interpolation='bilinear', epochs=3, batch_size=128, opt='momentum', lr=0.1, seed=7, data_dir='/home/me/cifar',
-    output='/home/me/out')
+    interpolation='bilinear', epochs=3, batch_size=128, world_size=2, grad_accum_steps=1, opt='momentum', lr=0.1,
+    seed=7, data_dir='/home/me/cifar', output='/home/me/out')
 X = torch.randn(2, 3, 32, 32)
 
 
@@ -89,6 +89,7 @@ def test_pushed_checkpoint_is_one_commit_with_all_that_belongs_to_it(hub, push, 
     card = files['README.md'].decode()
     assert f"license: {cfg['license']}" in card and "create_model('hf-hub:me/net'" in card
     assert '51.25' in card and '50.25%' in card and 'seed 7' in card
+    assert '| epochs | batch_size | world_size | opt | lr |' in card  # 256 images a step
 
     again = timm.create_model('hf-hub:me/net', pretrained=True)
     same(again, model)

@@ -18,8 +18,8 @@ __all__ = ['make_card', 'read_results']
 
 FIGURES = Path(__file__).parents[1] / 'scripts' / 'results'  # there in a checkout of the source alone
 RECIPE = (
-    'epochs', 'batch_size', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum', 'weight_decay', 'smoothing', 'drop',
-    'mixup', 'cutmix', 'aa', 'pretrained', 'model_ema', 'amp')
+    'epochs', 'batch_size', 'world_size', 'grad_accum_steps', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum',
+    'weight_decay', 'smoothing', 'drop', 'mixup', 'cutmix', 'reprob', 'aa', 'pretrained', 'model_ema', 'amp')
 
 BODY = '''
 # {name}
@@ -191,7 +191,8 @@ def training_section(cfg, args, dataset, log) -> str:
     lines = [f'Data set: {dataset}. ' + (
         "Arguments of timm's train.py, the rest of which is in [args.yaml](args.yaml):" if args
         else 'The training arguments were not recorded.')]
-    settings = [key for key in RECIPE if args.get(key)]
+    usual = dict(world_size=1, grad_accum_steps=1)  # a step has batch_size images times both
+    settings = [key for key in RECIPE if args.get(key) and args[key] != usual.get(key)]
     if settings:
         lines += ['', '| ' + ' | '.join(settings) + ' |', '|' + '---|' * len(settings),
                   '| ' + ' | '.join(str(args[key]) for key in settings) + ' |']
