@@ -369,6 +369,9 @@ FOUR_RUNS = (
     '64 px, 6 at 96 px and 7 at 128 px, the learning rate one straight line from 0.4 to zero over these, and 7 more at '
     '128 px from 0.1. Each had two processes, 256 images a step in all. The size for testing was chosen on the '
     'validation images among 128, 160 and 192 px.')
+RESUMED = (
+    'The run was stopped, and resumed from its own checkpoints, after epochs {}: in two processes it then draws its '
+    'crops from the seed anew, so a run in one piece will end a little differently.')
 AT_SECOND_HAND = (
     'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
     'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs, '
@@ -379,6 +382,9 @@ default_cfgs = generate_default_cfgs({
     'finet_large_se_g4.tiny_in200': _cfg(
         file=str(WEIGHTS / 'finet_large_se_g4.tiny_in200.safetensors'), **TINY_IN200, notes=(
             FOUR_RUNS + ' The first was begun as one of 14 epochs and stopped after its fifth.', AT_SECOND_HAND)),
+    'finet_large_se_g4.cifar10': _cfg(
+        file=str(WEIGHTS / 'finet_large_se_g4.cifar10.safetensors'), **CIFAR10,
+        notes=(RESUMED.format('12 and 15'),)),
     'finet_small_se_g4.tiny_in200': _cfg(
         file=str(WEIGHTS / 'finet_small_se_g4.tiny_in200.safetensors'), **TINY_IN200,
         notes=(FOUR_RUNS, AT_SECOND_HAND)),
@@ -411,6 +417,7 @@ default_cfgs = generate_default_cfgs({
 # What weights need and no cfg of timm's can say. It stays when a default changes.
 TRAINED_WITH = {
     'finet_large_se_g4.tiny_in200': dict(act_place='depthwise'),
+    'finet_large_se_g4.cifar10': dict(act_place='depthwise'),
     'finet_small_se_g4.tiny_in200': dict(act_place='depthwise'),
     'finet_small_g4.cifar10': dict(act_place='depthwise'),
 }
