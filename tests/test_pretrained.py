@@ -77,6 +77,11 @@ def test_without_a_tag_the_best_weights_come_with_one_warning(by_script):
     assert isinstance(model.pool, torch.nn.Identity)
 
 
+def test_without_a_tag_photographs_come_before_cifar():
+    with pytest.warns(UserWarning, match='gives finet_large_se_g4.tiny_in200, trained on Tiny-ImageNet-200'):
+        assert timm.create_model('finet_large_se_g4', pretrained=True).num_classes == 200
+
+
 @pytest.mark.parametrize('name, message', [
     ('finet_large_se_g2', f'finet_large_se_g2 has no pretrained weights. These exist: {", ".join(EMBEDDED)}'),
     ('resnet18_fbn', f'resnet18_fbn has no pretrained weights. These exist: {", ".join(EMBEDDED)}'),
