@@ -99,5 +99,5 @@ def test_usage_runs_as_it_stands(name, tmp_path, monkeypatch, capsys):
     shipped_images()[0][0].save('image.png')
     exec(usage, {})
     lines = capsys.readouterr().out.splitlines()
-    first = 'airplane' if 'cifar10' in name else r'[\w -]+'
+    first = 'airplane' if name.endswith('.cifar10') else r'[\w -]+'
     assert len(lines) == 5 and re.fullmatch(rf'{first} \d+\.\d%', lines[0])

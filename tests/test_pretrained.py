@@ -13,8 +13,8 @@ from timm.models._factory import resolve_model_input_args
 from timm_finet import finet, pretrained
 
 EMBEDDED = [
-    'finet_large_se_g4.cifar10', 'finet_large_se_g4.tiny_in200', 'finet_small_g4.cifar10',
-    'finet_small_se_g4.tiny_in200']
+    'finet_large_se_g4.cifar10', 'finet_large_se_g4.cifar100', 'finet_large_se_g4.tiny_in200',
+    'finet_small_g4.cifar10', 'finet_small_se_g4.tiny_in200']
 X = torch.randn(2, 3, 32, 32)
 
 

@@ -360,6 +360,9 @@ CIFAR10 = dict(
     description='trained on CIFAR-10', num_classes=10, label_names=CIFAR10_CLASSES,
     input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0,
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+CIFAR100 = {
+    **CIFAR10, 'description': 'trained on CIFAR-100', 'num_classes': 100, 'label_names': CIFAR100_CLASSES,
+    'mean': (0.5071, 0.4865, 0.4409), 'std': (0.2673, 0.2564, 0.2762)}
 TINY_IN200 = dict(
     description='trained on Tiny-ImageNet-200', num_classes=200, label_names=TINY_IN200_CLASSES,
     input_size=(3, 128, 128), pool_size=(4, 4), test_input_size=(3, 160, 160), crop_pct=1.0, interpolation='bicubic')
@@ -370,7 +373,7 @@ FOUR_RUNS = (
     '128 px from 0.1. Each had two processes, 256 images a step in all. The size for testing was chosen on the '
     'validation images among 128, 160 and 192 px.')
 RESUMED = (
-    'The run was stopped, and resumed from its own checkpoints, after epochs {}: in two processes it then draws its '
+    'The run was stopped, and resumed from its own checkpoints, after {}: in two processes it then draws its '
     'crops from the seed anew, so a run in one piece will end a little differently.')
 AT_SECOND_HAND = (
     'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
@@ -384,7 +387,10 @@ default_cfgs = generate_default_cfgs({
             FOUR_RUNS + ' The first was begun as one of 14 epochs and stopped after its fifth.', AT_SECOND_HAND)),
     'finet_large_se_g4.cifar10': _cfg(
         file=str(WEIGHTS / 'finet_large_se_g4.cifar10.safetensors'), **CIFAR10,
-        notes=(RESUMED.format('12 and 15'),)),
+        notes=(RESUMED.format('epochs 12 and 15'),)),
+    'finet_large_se_g4.cifar100': _cfg(
+        file=str(WEIGHTS / 'finet_large_se_g4.cifar100.safetensors'), **CIFAR100,
+        notes=(RESUMED.format('epoch 16'),)),
     'finet_small_se_g4.tiny_in200': _cfg(
         file=str(WEIGHTS / 'finet_small_se_g4.tiny_in200.safetensors'), **TINY_IN200,
         notes=(FOUR_RUNS, AT_SECOND_HAND)),
@@ -418,6 +424,7 @@ default_cfgs = generate_default_cfgs({
 TRAINED_WITH = {
     'finet_large_se_g4.tiny_in200': dict(act_place='depthwise'),
     'finet_large_se_g4.cifar10': dict(act_place='depthwise'),
+    'finet_large_se_g4.cifar100': dict(act_place='depthwise'),
     'finet_small_se_g4.tiny_in200': dict(act_place='depthwise'),
     'finet_small_g4.cifar10': dict(act_place='depthwise'),
 }
