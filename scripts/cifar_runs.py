@@ -107,11 +107,15 @@ def small(groups, *kwargs, **more):
     return {f'G = {g}': short(finet('small', g), SMALL, *kwargs, **more) for g in groups}
 
 
-def weights(model, dataset, epochs, *options):
-    """In two processes, which take less time than two threads of one; with label smoothing, as nothing is compared."""
-    options = ('--epochs', str(epochs), '--batch-size', '64', '--smoothing', '0.1', *options)
-    rows = {model: short(model, dataset=dataset, options=options)._replace(processes=2)}
+def weights(model, dataset, epochs, batch_size, rate, *options, **more):
+    """With label smoothing and random erasing, as nothing is compared."""
+    options = (
+        '--epochs', str(epochs), '--batch-size', str(batch_size), '--smoothing', '0.1', '--reprob', '0.25', *options)
+    rows = {model: short(model, dataset=dataset, options=options, rate=rate)._replace(**more)}
     return Section(f'{model}.{dataset}', f'{epochs} epochs', rows, SEEDS[:1])
+
+
+ON_GPU = ('--warmup-epochs', '5', '--device', 'cuda')
 
 
 PROTOCOLS = {
@@ -134,9 +138,11 @@ PROTOCOLS = {
         Section('cifar10', 'finet_small', small((1, 8), dataset='cifar10')),
     ],
     'weights': [  # that the package embeds
-        weights('finet_large_se_g4', 'cifar10', 30, '--reprob', '0.25'),
-        weights('finet_large_se_g4', 'cifar100', 30, '--reprob', '0.25'),
-        weights('resnet18_fbn', 'cifar10', 12),
+        weights('finet_large_se_g4', 'cifar10', 80, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
+                module='scripts.cuda_graphs'),
+        # in two processes, which take less time than two threads of one
+        weights('finet_large_se_g4', 'cifar100', 30, 64, 0.1, processes=2),
+        weights('resnet18_fbn', 'cifar10', 50, 256, 0.2, *ON_GPU, module='scripts.cuda_graphs'),
     ],
 }
 FILES = {  # of results

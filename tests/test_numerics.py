@@ -35,10 +35,10 @@ def test_reduced_precision_switches_do_not_reach_the_statistics(precision):
     from timm_finet.moment_form import group_products
     x = torch.randn(8, 256, 16, 16)
     before = torch.get_float32_matmul_precision()
-    expected = group_products(x, 4)
+    expected = group_products(x, 4, x.dtype)
     torch.set_float32_matmul_precision(precision)
     try:
-        torch.testing.assert_close(group_products(x, 4), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(group_products(x, 4, x.dtype), expected, rtol=1e-5, atol=1e-5)
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)

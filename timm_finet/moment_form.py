@@ -30,15 +30,24 @@ def full_precision(device: torch.device):
         backend.fp32_precision = previous
 
 
-def group_products(c: torch.Tensor, groups: int) -> torch.Tensor:
-    """`sum c_g c_g^T` over the positions of `c` `(N, C, H, W)`: `(G, C/G, C/G)`."""
-    c = c.permute(0, 2, 3, 1).reshape(-1, c.shape[1])
-    # A product sums its long side one by one: rounding grows with it. So parts are summed, then the parts.
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """`(N, C, H, W)` as `(N * H * W, C)`: a view where the layout is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def group_products(c: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """`sum c_g c_g^T` over the positions of `c` `(N, C, H, W)`, in `dtype`: `(G, C/G, C/G)`."""
+    c = rows(c)
     count, size = len(c), c.shape[1] // groups
-    parts = next(k for k in range(max(1, count // max(256, 4 * size)), 0, -1) if count % k == 0)
+    # A product sums its long side one by one: rounding grows with it. So parts are summed, then the parts.
+    least = max(256, 4 * size) if c.dtype == dtype else max(256, 4 * c.shape[1], count // 64)
+    parts = next(k for k in range(max(1, count // least), 0, -1) if count % k == 0)
+    c = c.view(parts, count // parts, -1)
+    if c.dtype != dtype:  # tensor cores take the products of all channels sooner than the host starts G of groups
+        products = torch.bmm(c.mT, c, out_dtype=dtype).sum(0)
+        return products.view(groups, size, groups, size).diagonal(0, 0, 2).permute(2, 0, 1).contiguous()
     with full_precision(c.device):
-        return torch.stack([
-            torch.bmm(part.mT, part).sum(0) for part in c.view(parts, count // parts, -1).chunk(groups, 2)])
+        return torch.stack([torch.bmm(part.mT, part).sum(0) for part in c.chunk(groups, 2)])
 
 
 # An operator of its own for torch.compile, so that the precision is set when it runs, not when it is traced.
@@ -46,17 +55,8 @@ group_products_op = torch.library.custom_op('timm_finet::group_products', group_
 
 
 @group_products_op.register_fake
-def _(c, groups):
-    return c.new_empty(groups, c.shape[1] // groups, c.shape[1] // groups)
-
-
-def group_affine(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a_g c_g + b` for symmetric `a` `(G, C/G, C/G)` and `b` `(C,)`."""
-    if c.device.type == 'cpu':
-        return F.conv2d(c, a.view(c.shape[1], -1, 1, 1), b, groups=len(a))
-    t = c.permute(0, 2, 3, 1).reshape(-1, len(a), a.shape[1]).transpose(0, 1)
-    y = torch.baddbmm(b.view(len(a), 1, -1), t, a).transpose(0, 1).reshape(c.permute(0, 2, 3, 1).shape)
-    return y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format(c))
+def _(c, groups, dtype):
+    return c.new_empty(groups, c.shape[1] // groups, c.shape[1] // groups, dtype=dtype)
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -91,12 +91,13 @@ class MomentForm(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         shift = x[:, :, ::4, ::4].mean((2, 3)).mean(0)
         c = centred(x, shift)
-        wide = c.to(dtype)
-        rest = wide.mean((2, 3)).mean(0)  # in two steps: rounding grows with the length of a sum
+        # CUDA sums half precision's products in float32 by itself.
+        wide = c if c.is_cuda and dtype == torch.float32 else c.to(dtype)
+        rest = wide.mean((2, 3), dtype=dtype).mean(0)  # in two steps: rounding grows with the length of a sum
         mean = shift + rest
         rest = rest.view(groups, -1, 1)
         products = group_products_op if torch.compiler.is_compiling() else group_products
-        cov = torch.baddbmm(products(wide, groups), rest, rest.mT, beta=1 / count, alpha=-1)
+        cov = torch.baddbmm(products(wide, groups, dtype), rest, rest.mT, beta=1 / count, alpha=-1)
         if process_group is not None:
             count, mean, cov = pool_moments(count, mean, cov, process_group)
             rest = (mean - shift).view(groups, -1, 1)
@@ -155,7 +156,13 @@ class MomentForm(torch.autograd.Function):
             # d var / dx = 2 W^T W (x - m) / count; through the mean, every position loses the mean of W'^T dy
             a = torch.bmm((w * (2 / ctx.count * grad_var)[..., None]).mT, w)
             b = -torch.bmm(a, rest).flatten() - folded.view(out, -1).to(inv.dtype).T @ grad_bias / ctx.count
-            grad_x = group_affine(c, a.to(x.dtype), b.to(x.dtype))
-            del c  # its memory is used again
-            grad_x += gradient(x, True, False)[0]
+            a, b = a.to(x.dtype), b.to(x.dtype)
+            if c.device.type == 'cpu':
+                grad_x = F.conv2d(c, a.view(x.shape[1], -1, 1, 1), b, groups=groups)
+                del c  # its memory is used again
+                grad_x += gradient(x, True, False)[0]
+            else:
+                grad_x = torch.addmm(b, rows(grad_y), folded.view(out, -1)).addmm_(rows(c), torch.block_diag(*a))
+                grad_x = grad_x.view(*x.shape[:1], *x.shape[2:], -1).permute(0, 3, 1, 2)
+                grad_x = grad_x.contiguous(memory_format=memory_format(x))
         return grad_x, grad_weight, grad_gamma, grad_beta, None, None, None

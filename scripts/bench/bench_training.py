@@ -1,13 +1,14 @@
 """What FBN costs in training: time and peak memory of one step against plain BN, the networks taken in turns.
 
-    python -m scripts.bench.bench_training  # CPU, one thread; on a GPU: --device cuda --channels-last
+    python -m scripts.bench.bench_training  # CPU, one thread; on a GPU: --device cuda --channels-last --graph
     python -m scripts.bench.bench_training --models finet_large --groups 4 --layers
     python -m scripts.bench.bench_training --table
 
 A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, of
 nn.Conv2d and nn.BatchNorm2d as torch has them; `plain` the same as this package builds it, at G = 1; `reference` the
 paper's form; `moment` this package's; `conv`, on demand, has no normalisation behind the FBN convolutions at all, the
-floor for any form. Rows are merged into results/bench_training.csv.
+floor for any form. `run` is eager, compiled, or a CUDA graph of the eager kernels, without the host's time to launch
+them. Rows are merged into results/bench_training.csv.
 """
 import argparse
 import time
@@ -20,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from scripts.cuda_graphs import captured
 from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.depthwise import DepthwiseConv2d
@@ -108,10 +110,13 @@ def bench(name, size, dtype, args):
     runs = {}
     for groups in args.groups:
         for form in args.forms:
-            model = build(name, groups, form, args, size)
-            for compiled in (False, True)[:1 + args.compile]:
-                run = torch.compile(model) if compiled else model
-                runs[groups, form, compiled] = lambda run=run: step(run, x, target, dtype)
+            for how in args.runs:
+                model = build(name, groups, form, args, size)
+                if how == 'compiled':
+                    model.compile()
+                elif how == 'graph':
+                    captured(model, x, torch.bfloat16 if dtype == 'bfloat16' else None)
+                runs[groups, form, how] = lambda model=model: step(model, x, target, dtype)
     times = {key: [] for key in runs}
     for i in range(args.rounds + 1):
         for key, run in runs.items():
@@ -119,21 +124,23 @@ def bench(name, size, dtype, args):
             if i:  # the first round warms up
                 times[key].append(elapsed)
     held = sum(p.numel() * p.element_size() for p in model.parameters()) + x.numel() * x.element_size()
-    peaks = {key: held + peak_bytes(run, args.device) for key, run in runs.items()}
+    peaks = {  # a graph holds its memory from its capture on
+        key: held + peak_bytes(run, args.device) for key, run in runs.items() if 'graph' not in key}
     device = torch.cuda.get_device_name() if args.device == 'cuda' else cpu_name()
-    for groups, form, compiled in runs:
-        mine, bn = (groups, form, compiled), (groups, 'bn', compiled)
+    for groups, form, how in runs:
+        mine, bn, eager = (groups, form, how), (groups, 'bn', how), (groups, form, 'eager')
         mid = median(times[mine])
         yield dict(
             model=name, size=size, dtype=dtype, layout='channels_last' if args.channels_last else 'contiguous',
             batch=args.batch_size, groups=groups, form=form, ms=round(mid * 1e3, 1),
             ms_min=round(min(times[mine]) * 1e3, 1), ms_max=round(max(times[mine]) * 1e3, 1),
-            peak_mb=round(peaks[mine] / 2 ** 20, 1), time_vs_bn=round(mid / median(times[bn]), 3),
-            memory_vs_bn=round(peaks[mine] / peaks[bn], 3),
-            time_vs_eager=round(mid / median(times[groups, form, False]), 3) if compiled else '',
-            memory_vs_eager=round(peaks[mine] / peaks[groups, form, False], 3) if compiled else '',
+            peak_mb=round(peaks[mine] / 2 ** 20, 1) if mine in peaks else '',
+            time_vs_bn=round(mid / median(times[bn]), 3),
+            memory_vs_bn=round(peaks[mine] / peaks[bn], 3) if mine in peaks else '',
+            time_vs_eager=round(mid / median(times[eager]), 3) if mine != eager else '',
+            memory_vs_eager=round(peaks[mine] / peaks[eager], 3) if how == 'compiled' else '',
             rounds=args.rounds, seed=SEED,
-            device=device, threads=torch.get_num_threads(), compiled=compiled, torch=torch.__version__,
+            device=device, threads=torch.get_num_threads(), run=how, torch=torch.__version__,
             timm=timm.__version__, date=date.today(), command=command())
 
 
@@ -176,7 +183,7 @@ def bench_layers(name, size, dtype, args):
               + ''.join(f'{median(times[form]) * 1e3:11.2f}' for form in FORMS))
 
 
-KEY = ('model', 'size', 'dtype', 'layout', 'batch', 'groups', 'form', 'device', 'threads', 'compiled')
+KEY = ('model', 'size', 'dtype', 'layout', 'batch', 'groups', 'form', 'device', 'threads', 'run')
 
 
 def merge(rows):
@@ -186,11 +193,16 @@ def merge(rows):
     write_rows(FILE, list(merged.values()))
 
 
+def measured_on(kind):
+    """Rows of the results file by kind of device, CPU or GPU."""
+    return [row for row in read_rows(FILE) if ('NVIDIA' in row['device']) == (kind == 'GPU')]
+
+
 def table(rows):
     """Against plain BN: this package's form and the reference form at G = 2, 4, 8; and what plain BN itself gains."""
     def ratios(rows, form, column, over=None):
-        found = {r['groups']: float(r[column]) for r in rows if r['form'] == form}
-        base = {r['groups']: float(r[column]) for r in rows if r['form'] == over}
+        found = {r['groups']: float(r[column]) for r in rows if r['form'] == form and r[column]}
+        base = {r['groups']: float(r[column]) for r in rows if r['form'] == over and r[column]}
         return ' / '.join(
             f'{found[g] / base.get(g, 1):.2f}' if g in found and (not over or g in base) else '-'
             for g in ('2', '4', '8'))
@@ -199,10 +211,10 @@ def table(rows):
     for row in rows:
         kinds.setdefault(tuple(row[k] for k in KEY if k not in ('groups', 'form')), []).append(row)
     cells = []
-    for (name, size, dtype, layout, batch, _, _, compiled), rows in sorted(kinds.items()):
+    for (name, size, dtype, layout, batch, _, _, how), rows in sorted(kinds.items()):
         cells.append([f"{name}, {size} px, batch {batch}, {dtype}"
                       f"{', channels_last' if layout == 'channels_last' else ''}"
-                      f"{', compiled' if compiled == 'True' else ''}",
+                      f"{', ' + how if how != 'eager' else ''}",
                       ratios(rows, 'moment', 'time_vs_bn'), ratios(rows, 'moment', 'ms', over='plain'),
                       ratios(rows, 'reference', 'time_vs_bn'),
                       ratios(rows, 'moment', 'memory_vs_bn'), ratios(rows, 'reference', 'memory_vs_bn')])
@@ -215,7 +227,7 @@ def headline(rows):
     """finet_large at G = 4, channels_last, over plain BN: the README's table."""
     chosen = {
         (r['size'], r['dtype'], r['form']): r for r in rows
-        if (r['model'], r['groups'], r['layout'], r['compiled']) == ('finet_large', '4', 'channels_last', 'False')}
+        if (r['model'], r['groups'], r['layout'], r['run']) == ('finet_large', '4', 'channels_last', 'eager')}
     cells = []
     for size, dtype in (('32', 'bfloat16'), ('32', 'float32'), ('224', 'bfloat16'), ('224', 'float32')):
         moment, reference, plain = (chosen[size, dtype, form] for form in ('moment', 'reference', 'plain'))
@@ -241,8 +253,8 @@ def plot(models):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = [r for r in read_rows(FILE)
-            if r['model'] in models and r['layout'] == 'channels_last' and r['compiled'] == 'False']
+    rows = [r for r in measured_on('CPU')
+            if r['model'] in models and r['layout'] == 'channels_last' and r['run'] == 'eager']
     panels = sorted({(r['model'], int(r['size']), int(r['batch'])) for r in rows if r['groups'] == '8'})
     dtypes = ('float32', 'bfloat16')
     for column, what in (('time_vs_bn', 'time'), ('memory_vs_bn', 'memory')):
@@ -282,14 +294,19 @@ def main():
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--compile', action='store_true', help='measure each form compiled, in turns with itself eager')
+    parser.add_argument(
+        '--compile', action='append_const', const='compiled', dest='runs', default=['eager'],
+        help='measure each form compiled too, in turns with itself eager')
+    parser.add_argument(
+        '--graph', action='append_const', const='graph', dest='runs', help='and as a CUDA graph')
     parser.add_argument('--layers', action='store_true', help='time each kind of FBN layer alone instead')
     parser.add_argument(
         '--table', action='store_true', help="make the plots and the documents' tables from the results file and stop")
     args = parser.parse_args()
     if args.table:
-        write_block('bench_training', table(read_rows(FILE)))
-        write_block('headline', headline(read_rows(FILE)))
+        write_block('bench_training', table(measured_on('CPU')))
+        write_block('bench_training_gpu', table(measured_on('GPU')))
+        write_block('headline', headline(measured_on('CPU')))
         return plot(args.models)
     if 'bn' not in args.forms:
         parser.error("--forms must include bn: everything is compared with it")
@@ -303,11 +320,11 @@ def main():
                 rows = list(bench(name, size, dtype, args))
                 for r in rows:
                     print(f"{name} {size} px {dtype} {r['layout']} batch {r['batch']} G={r['groups']} {r['form']:>9}"
-                          f"{' compiled' if r['compiled'] else ''}: "
+                          f"{r['run']:>9}: "
                           f"{r['ms']:9.1f} ms ({r['time_vs_bn']:.2f}x)  "
-                          f"{r['peak_mb']:8.1f} MB ({r['memory_vs_bn']:.2f}x)",
+                          f"{r['peak_mb']:>8} MB ({r['memory_vs_bn'] or '-'}x)",
                           flush=True)
-                merge([row for row in rows if row['compiled'] == args.compile])
+                merge(rows)
 
 
 if __name__ == '__main__':
