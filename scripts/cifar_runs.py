@@ -138,7 +138,7 @@ PROTOCOLS = {
         Section('cifar10', 'finet_small', small((1, 8), dataset='cifar10')),
     ],
     'weights': [  # that the package embeds
-        weights('finet_large_se_g4', 'cifar10', 80, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
+        weights('finet_large_se_g4', 'cifar10', 72, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
                 module='scripts.cuda_graphs'),
         # in two processes, which take less time than two threads of one
         weights('finet_large_se_g4', 'cifar100', 30, 64, 0.1, processes=2),
