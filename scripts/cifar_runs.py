@@ -139,10 +139,10 @@ PROTOCOLS = {
     ],
     'weights': [  # that the package embeds
         weights('finet_large_se_g4', 'cifar10', 72, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
-                module='scripts.cuda_graphs'),
+                module='timm_finet.cuda_graphs'),
         # in two processes, which take less time than two threads of one
         weights('finet_large_se_g4', 'cifar100', 30, 64, 0.1, processes=2),
-        weights('resnet18_fbn', 'cifar10', 50, 256, 0.2, *ON_GPU, module='scripts.cuda_graphs'),
+        weights('resnet18_fbn', 'cifar10', 50, 256, 0.2, *ON_GPU, module='timm_finet.cuda_graphs'),
     ],
 }
 FILES = {  # of results

@@ -14,7 +14,7 @@ from timm_finet import finet, pretrained
 
 EMBEDDED = [
     'finet_large_se_g4.cifar10', 'finet_large_se_g4.cifar100', 'finet_large_se_g4.tiny_in200',
-    'finet_small_g4.cifar10', 'finet_small_se_g4.tiny_in200']
+    'finet_small_g4.cifar10', 'finet_small_se_g4.tiny_in200', 'resnet18_fbn.cifar10']
 X = torch.randn(2, 3, 32, 32)
 
 
@@ -84,7 +84,7 @@ def test_without_a_tag_photographs_come_before_cifar():
 
 @pytest.mark.parametrize('name, message', [
     ('finet_large_se_g2', f'finet_large_se_g2 has no pretrained weights. These exist: {", ".join(EMBEDDED)}'),
-    ('resnet18_fbn', f'resnet18_fbn has no pretrained weights. These exist: {", ".join(EMBEDDED)}'),
+    ('resnet50_fbn', f'resnet50_fbn has no pretrained weights. These exist: {", ".join(EMBEDDED)}'),
     ('finet_small_g4.cifar100', "finet_small_g4 has no pretrained weights of tag 'cifar100': use cifar10"),
     ('finet_small_g4.untrained', "finet_small_g4 has no pretrained weights of tag 'untrained': use cifar10"),
 ])

@@ -19,10 +19,11 @@ def test_document_shows_the_results_file(script):
     assert read_block(name) == script.table(read_rows(RESULTS / f'{name}.csv'))
 
 
-def test_readmes_own_tables_are_the_results_files():
+def test_other_tables_are_the_results_files():
     def rows(name):
         return read_rows(RESULTS / f'{name}.csv')
 
+    assert read_block('bench_training_gpu') == bench_training.table(rows('bench_training'), 'GPU')
     assert read_block('headline') == bench_training.headline(rows('bench_training'))
     assert read_block('models') == table2.models(rows('table2'))
     assert read_block('weights') == validate_weights.table(rows('weights'), rows('weights_speed'))

@@ -373,8 +373,11 @@ FOUR_RUNS = (
     '128 px from 0.1. Each had two processes, 256 images a step in all. The size for testing was chosen on the '
     'validation images among 128, 160 and 192 px.')
 RESUMED = (
-    'The run was stopped, and resumed from its own checkpoints, after {}: in two processes it then draws its '
+    'The run was stopped, and resumed from its own checkpoint, after epoch 16: in two processes it then draws its '
     'crops from the seed anew, so a run in one piece will end a little differently.')
+FINISHED_ON_A_CPU = (
+    'The first 66 of the 72 epochs ran on the GPU, the last six on two CPU cores in two processes, with a momentum '
+    'that began anew: a run in one piece will end a little differently.')
 AT_SECOND_HAND = (
     'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
     'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs, '
@@ -387,10 +390,10 @@ default_cfgs = generate_default_cfgs({
             FOUR_RUNS + ' The first was begun as one of 14 epochs and stopped after its fifth.', AT_SECOND_HAND)),
     'finet_large_se_g4.cifar10': _cfg(
         file=str(WEIGHTS / 'finet_large_se_g4.cifar10.safetensors'), **CIFAR10,
-        notes=(RESUMED.format('epochs 12 and 15'),)),
+        notes=(FINISHED_ON_A_CPU,)),
     'finet_large_se_g4.cifar100': _cfg(
         file=str(WEIGHTS / 'finet_large_se_g4.cifar100.safetensors'), **CIFAR100,
-        notes=(RESUMED.format('epoch 16'),)),
+        notes=(RESUMED,)),
     'finet_small_se_g4.tiny_in200': _cfg(
         file=str(WEIGHTS / 'finet_small_se_g4.tiny_in200.safetensors'), **TINY_IN200,
         notes=(FOUR_RUNS, AT_SECOND_HAND)),

@@ -7,7 +7,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .pretrained import UNTRAINED, build_model
+from .finet import CIFAR10
+from .pretrained import UNTRAINED, WEIGHTS, build_model
 from .rewrite import check_form, convert_fbn, fuse_fbn
 
 __all__ = ['ResNetFBN']
@@ -67,7 +68,9 @@ def _cfg(**kwargs: Any):
 
 
 default_cfgs = generate_default_cfgs({
-    f'{name}.{UNTRAINED}*': _cfg() for name in ('resnet18_fbn', 'resnet18_fbn_g4', 'resnet50_fbn', 'resnet50_fbn_g4')
+    'resnet18_fbn.cifar10': _cfg(file=str(WEIGHTS / 'resnet18_fbn.cifar10.safetensors'), **CIFAR10),
+    **{f'{name}.{UNTRAINED}*': _cfg()
+       for name in ('resnet18_fbn', 'resnet18_fbn_g4', 'resnet50_fbn', 'resnet50_fbn_g4')},
 })
 
 

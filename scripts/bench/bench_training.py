@@ -21,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from scripts.cuda_graphs import captured
 from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import FBNConv2d
+from timm_finet.cuda_graphs import captured
 from timm_finet.depthwise import DepthwiseConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
 
@@ -193,12 +193,11 @@ def merge(rows):
     write_rows(FILE, list(merged.values()))
 
 
-def measured_on(kind):
-    """Rows of the results file by kind of device, CPU or GPU."""
-    return [row for row in read_rows(FILE) if ('NVIDIA' in row['device']) == (kind == 'GPU')]
+def measured_on(rows, kind):
+    return [row for row in rows if ('NVIDIA' in row['device']) == (kind == 'GPU')]
 
 
-def table(rows):
+def table(rows, kind='CPU'):
     """Against plain BN: this package's form and the reference form at G = 2, 4, 8; and what plain BN itself gains."""
     def ratios(rows, form, column, over=None):
         found = {r['groups']: float(r[column]) for r in rows if r['form'] == form and r[column]}
@@ -208,7 +207,7 @@ def table(rows):
             for g in ('2', '4', '8'))
 
     kinds = {}
-    for row in rows:
+    for row in measured_on(rows, kind):
         kinds.setdefault(tuple(row[k] for k in KEY if k not in ('groups', 'form')), []).append(row)
     cells = []
     for (name, size, dtype, layout, batch, _, _, how), rows in sorted(kinds.items()):
@@ -226,7 +225,7 @@ def table(rows):
 def headline(rows):
     """finet_large at G = 4, channels_last, over plain BN: the README's table."""
     chosen = {
-        (r['size'], r['dtype'], r['form']): r for r in rows
+        (r['size'], r['dtype'], r['form']): r for r in measured_on(rows, 'CPU')
         if (r['model'], r['groups'], r['layout'], r['run']) == ('finet_large', '4', 'channels_last', 'eager')}
     cells = []
     for size, dtype in (('32', 'bfloat16'), ('32', 'float32'), ('224', 'bfloat16'), ('224', 'float32')):
@@ -253,7 +252,7 @@ def plot(models):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = [r for r in measured_on('CPU')
+    rows = [r for r in measured_on(read_rows(FILE), 'CPU')
             if r['model'] in models and r['layout'] == 'channels_last' and r['run'] == 'eager']
     panels = sorted({(r['model'], int(r['size']), int(r['batch'])) for r in rows if r['groups'] == '8'})
     dtypes = ('float32', 'bfloat16')
@@ -304,9 +303,10 @@ def main():
         '--table', action='store_true', help="make the plots and the documents' tables from the results file and stop")
     args = parser.parse_args()
     if args.table:
-        write_block('bench_training', table(measured_on('CPU')))
-        write_block('bench_training_gpu', table(measured_on('GPU')))
-        write_block('headline', headline(measured_on('CPU')))
+        rows = read_rows(FILE)
+        write_block('bench_training', table(rows))
+        write_block('bench_training_gpu', table(rows, 'GPU'))
+        write_block('headline', headline(rows))
         return plot(args.models)
     if 'bn' not in args.forms:
         parser.error("--forms must include bn: everything is compared with it")

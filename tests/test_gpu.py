@@ -1,0 +1,51 @@
+"""What runs otherwise on a GPU than on the CPU."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_finet import FBNConv2d
+from timm_finet.cuda_graphs import captured
+from timm_finet.fbn import ReferenceFBNConv2d
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+def step(layer, x, grad_y, autocast=None):
+    x = x.detach().clone().requires_grad_()
+    with torch.autocast('cuda', autocast, enabled=autocast is not None):
+        y = layer(x)
+    y.backward(grad_y.to(y.dtype))
+    return [y, x.grad, *(p.grad for p in layer.parameters()), layer.bn.running_mean, layer.bn.running_var]
+
+
+@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize('dtype, autocast, error', [
+    (torch.float64, None, 1e-12), (torch.float32, None, 2e-3),  # TF32 in convolutions, torch's default
+    (torch.float32, torch.bfloat16, 2e-2), (torch.float32, torch.float16, 4e-3)])
+def test_moment_form_is_the_papers_on_a_gpu(dtype, autocast, error, layout):
+    torch.manual_seed(0)
+    reference = ReferenceFBNConv2d(96, 64, fbn_groups=4, device='cuda', dtype=torch.float64)
+    torch.nn.init.normal_(reference.bn.weight, 1, 0.3)
+    layer = FBNConv2d(96, 64, fbn_groups=4, device='cuda', dtype=dtype)
+    layer.load_state_dict(reference.state_dict())
+    x = torch.randn(32, 96, 28, 28, device='cuda', dtype=torch.float64) + 5 * torch.randn(96, 1, 1, device='cuda')
+    grad_y = torch.randn(32, 64, 28, 28, device='cuda', dtype=torch.float64)
+    x, grad_y = (t.contiguous(memory_format=layout) for t in (x, grad_y))
+    for got, expected in zip(step(layer, x.to(dtype), grad_y, autocast), step(reference, x, grad_y)):
+        assert (got - expected).norm() <= error * expected.norm()
+
+
+def test_captured_step_is_the_eager_one():
+    torch.manual_seed(0)
+    eager = timm.create_model('resnet18_fbn', small_input=True, num_classes=10).cuda().train()
+    x, target = torch.randn(16, 3, 32, 32, device='cuda'), torch.randint(10, (16,), device='cuda')
+    graph = captured(copy.deepcopy(eager), torch.randn_like(x))
+    graph.load_state_dict(eager.state_dict())
+    for model in (eager, graph):
+        F.cross_entropy(model(x), target).backward()
+    for a, b in zip([*eager.buffers(), *(p.grad for p in eager.parameters())],
+                    [*graph.buffers(), *(p.grad for p in graph.parameters())]):
+        assert (a - b).double().norm() <= 2e-2 * a.double().norm()
