@@ -2,7 +2,8 @@
 
 A training step of FBN is some thousand small kernels. Where the host launches them more slowly than the GPU runs them,
 a graph, launched as a whole, lets the GPU set the pace. For one process, batches of one size and networks that decide
-nothing on the host. Evaluation is not captured; without a GPU nothing is.
+nothing on the host; DistributedDataParallel, whose gradients a graph would not exchange, is refused. Evaluation is not
+captured; without a GPU nothing is.
 """
 from typing import Optional
 
@@ -29,6 +30,8 @@ def captured(model: nn.Module, x: torch.Tensor, dtype: Optional[torch.dtype] = N
 
 def captured_forward(self, input, target):
     if input.is_cuda and not hasattr(self, 'is_captured'):
+        if isinstance(self.trainable_module, nn.parallel.DistributedDataParallel):
+            raise ValueError('--device-modules timm_finet.cuda_graphs is for one process: leave it out of several.')
         dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
         captured(self.trainable_module, input, dtype)
         self.is_captured = True

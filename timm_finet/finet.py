@@ -376,8 +376,8 @@ RESUMED = (
     'The run was stopped, and resumed from its own checkpoint, after epoch 16: in two processes it then draws its '
     'crops from the seed anew, so a run in one piece will end a little differently.')
 FINISHED_ON_A_CPU = (
-    'The first 66 of the 72 epochs ran on the GPU, the last six on two CPU cores in two processes, with a momentum '
-    'that began anew: a run in one piece will end a little differently.')
+    'The first 66 of the 72 epochs ran on an NVIDIA H200, the last six on two CPU cores in two processes, with a '
+    'momentum that began anew: a run in one piece will end a little differently.')
 AT_SECOND_HAND = (
     'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
     'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs, '

@@ -91,8 +91,8 @@ class MomentForm(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         shift = x[:, :, ::4, ::4].mean((2, 3)).mean(0)
         c = centred(x, shift)
-        # CUDA sums half precision's products in float32 by itself.
-        wide = c if c.is_cuda and dtype == torch.float32 else c.to(dtype)
+        # CUDA sums half precision's products in float32 by itself; ROCm, which calls itself CUDA, does not.
+        wide = c if c.is_cuda and not torch.version.hip and dtype == torch.float32 else c.to(dtype)
         rest = wide.mean((2, 3), dtype=dtype).mean(0)  # in two steps: rounding grows with the length of a sum
         mean = shift + rest
         rest = rest.view(groups, -1, 1)

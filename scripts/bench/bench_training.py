@@ -210,7 +210,8 @@ def table(rows, kind='CPU'):
     for row in measured_on(rows, kind):
         kinds.setdefault(tuple(row[k] for k in KEY if k not in ('groups', 'form')), []).append(row)
     cells = []
-    for (name, size, dtype, layout, batch, _, _, how), rows in sorted(kinds.items()):
+    for (name, size, dtype, layout, batch, _, _, how), rows in sorted(
+            kinds.items(), key=lambda kind: (kind[0][:-1], kind[0][-1] != 'eager')):
         cells.append([f"{name}, {size} px, batch {batch}, {dtype}"
                       f"{', channels_last' if layout == 'channels_last' else ''}"
                       f"{', ' + how if how != 'eager' else ''}",

@@ -81,7 +81,8 @@ def record(checkpoint, name, args, results=RESULTS):
     """The run's arguments, but for this machine's paths, and its log."""
     args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
     (results / f'{name}.yaml').write_text(yaml.safe_dump(args))
-    write_rows(results / f'{name}.csv', epochs_of(checkpoint.with_name('summary.csv')))
+    rows = epochs_of(checkpoint.with_name('summary.csv'))
+    write_rows(results / f'{name}.csv', [{key: f'{float(value):g}' for key, value in row.items()} for row in rows])
 
 
 def main():
