@@ -3,6 +3,7 @@
 For cifar_tables.py, which is the command.
 """
 import ctypes
+import importlib
 import json
 import os
 import re
@@ -16,21 +17,30 @@ from pathlib import Path
 from statistics import median
 from typing import Dict, NamedTuple, Tuple
 
+import torch
+import torch.nn.functional as F
 import yaml
+from timm.data import create_dataset
 
 from scripts.report import read_rows, write_rows
+from timm_finet.checkpoint import load_checkpoint
+from timm_finet.data import PAD
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 RATES = (0.1, 0.05)  # tried on plain BN; all else of recipe:cifar_short takes the first
 SMALL, LARGE = 'channels=(32,64,120)', 'channels=(104,200,400)'  # the widths at G = 8, which divide at every G
 QUARTER = 'channels=(16,32,64,128)'
-DATASETS = {  # for a recipe that is not named after its data set
-    'cifar10': ('--dataset', 'torch/cifar10_pad2', '--num-classes', '10', '--mean', '0.4914', '0.4822', '0.4465',
-                '--std', '0.2470', '0.2435', '0.2616'),
-    'cifar100': ('--dataset', 'torch/cifar100_pad2', '--num-classes', '100', '--mean', '0.5071', '0.4865', '0.4409',
-                 '--std', '0.2673', '0.2564', '0.2762'),
+FACTS = {  # for a recipe that is not named after its data set
+    'cifar10': ('--num-classes', '10', '--mean', '0.4914', '0.4822', '0.4465', '--std', '0.2470', '0.2435', '0.2616'),
+    'cifar100': ('--num-classes', '100', '--mean', '0.5071', '0.4865', '0.4409', '--std', '0.2673', '0.2564', '0.2762'),
 }
+PARTS = {'cifar10': 'torch/cifar10_first1000', 'cifar100': 'torch/cifar100_first100'}  # that recipe:cifar_long trains on
+
+
+def dataset_args(dataset, recipe):
+    name = PARTS[dataset] if recipe == 'cifar_long' else f'torch/{dataset}_pad2'
+    return ['--dataset', name, *FACTS[dataset]]
 
 
 class Setting(NamedTuple):
@@ -52,7 +62,7 @@ class Setting(NamedTuple):
         args = ['--config', f'recipe:{self.recipe}', '--model', self.model]
         args += ['--model-kwargs', 'small_input=True', *self.kwargs]
         if self.recipe != self.dataset:
-            args += DATASETS[self.dataset]
+            args += dataset_args(self.dataset, self.recipe)
         if self.module:
             args += ['--device-modules', 'timm_finet', self.module]
         return [*args, '--channels-last', *self.options, '--seed', str(seed)]
@@ -107,6 +117,14 @@ def small(groups, *kwargs, **more):
     return {f'G = {g}': short(finet('small', g), SMALL, *kwargs, **more) for g in groups}
 
 
+def long(model, *kwargs, dataset='cifar100', options=(), module=''):
+    return Setting(dataset, 'cifar_long', model, kwargs, options, module)
+
+
+def small_long(groups, *kwargs, **more):
+    return {f'G = {g}': long(finet('small', g), SMALL, *kwargs, **more) for g in groups}
+
+
 def weights(model, dataset, epochs, batch_size, rate, *options, **more):
     """With label smoothing and random erasing, as nothing is compared."""
     options = (
@@ -137,6 +155,10 @@ PROTOCOLS = {
             f'G = {g}': short('resnet18_fbn', f'fbn_groups={g}', QUARTER) for g in (1, 2)}),
         Section('cifar10', 'finet_small', small((1, 8), dataset='cifar10')),
     ],
+    'long': [  # the same once the network fits its training set: 100 images a class, 50 epochs, in order of worth
+        Section('deviation', 'finet_small', small_long((1,)), tuple(range(5))),  # how many seeds the rest needs
+        Section('small', 'finet_small', small_long((1, 8)), tuple(range(10))),
+    ],
     'weights': [  # that the package embeds
         weights('finet_large_se_g4', 'cifar10', 72, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
                 module='timm_finet.cuda_graphs'),
@@ -146,7 +168,8 @@ PROTOCOLS = {
     ],
 }
 FILES = {  # of results
-    'cifar': ('cifar10', 'cifar100'), 'cifar_short': ('placement', 'evidence'), 'cifar_weights': ('weights',)}
+    'cifar': ('cifar10', 'cifar100'), 'cifar_short': ('placement', 'evidence'), 'cifar_long': ('long',),
+    'cifar_weights': ('weights',)}
 
 
 def missing(protocols, only, seeds, rows):
@@ -225,6 +248,23 @@ def epochs_of(file):
     return sorted(rows.values(), key=lambda row: int(row['epoch']))
 
 
+@torch.no_grad()
+def fit(run, args):
+    """Loss and top-1 of a finished run on the images that it was trained on, uncropped, in eval mode and float32."""
+    setting = run[0]
+    if setting.module:
+        importlib.import_module(setting.module)
+    model, _ = load_checkpoint(str(folder(args.output, run) / 'last.pth.tar'), setting.model)
+    cfg = model.pretrained_cfg
+    data = create_dataset(dataset_args(setting.dataset, setting.recipe)[1], root=args.data_dir, split='train')
+    images, labels = torch.from_numpy(data.data[:, PAD:-PAD, PAD:-PAD]).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    logits = torch.cat([model((part / 255 - mean) / std) for part in images.split(500)])
+    return dict(
+        fit_loss=round(F.cross_entropy(logits, labels).item(), 4),
+        fit_top1=round(100 * (logits.argmax(1) == labels).double().mean().item(), 3))
+
+
 def collect(run, output, extra=()):
     """The results' line of a run, or None if it has not finished.
 
@@ -242,7 +282,7 @@ def collect(run, output, extra=()):
             raise ValueError(
                 f"{home} holds another experiment, {head['command']!r}: name another --output, or delete it.")
     args = yaml.safe_load((home / 'args.yaml').read_text()) if epochs else {}
-    if not epochs or len(epochs) < args['epochs'] or 'facts' not in sessions[-1]:
+    if not epochs or int(epochs[-1]['epoch']) + 1 < args['epochs'] or 'facts' not in sessions[-1]:
         return None
     rates = {}  # of timm's log, the mean of the epoch so far: its last line stands
     for log in logs:
@@ -252,7 +292,7 @@ def collect(run, output, extra=()):
     top1 = [float(row['eval_top1']) for row in epochs]
     peaks = [fact['peak_mb'] for fact in facts if fact['peak_mb'] is not None]
     return dict(
-        setting=str(setting), seed=seed, epochs=len(epochs),
+        setting=str(setting), seed=seed, epochs=args['epochs'],
         top1_last=round(top1[-1], 3), top1_best=round(max(top1), 3),
         best_epoch=int(epochs[top1.index(max(top1))]['epoch']) + 1,
         seconds=round(sum(log.stat().st_mtime - head['started'] for log, head in zip(logs, heads))),
@@ -266,6 +306,8 @@ def collect(run, output, extra=()):
 
 def record(line, run, args):
     """Add a finished run to the results: its line, and its epochs beside them."""
+    if run[0].recipe == 'cifar_long':  # whose question is how networks generalise that fit what they are trained on
+        line = {**line, **fit(run, args)}
     curves = args.results.with_suffix('')
     curves.mkdir(parents=True, exist_ok=True)
     write_rows(curves / f'{folder(args.output, run).name}.csv', epochs_of(folder(args.output, run) / 'summary.csv'))

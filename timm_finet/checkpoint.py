@@ -31,6 +31,8 @@ IMAGENET = Dataset('ILSVRC/imagenet-1k', 'ImageNet-1k')
 DATASETS = {  # by tag, and by train.py's --dataset
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
+    'torch/cifar10_first1000': CIFAR10._replace(title='the first 1,000 training images a class of CIFAR-10'),
+    'torch/cifar100_first100': CIFAR100._replace(title='the first 100 training images a class of CIFAR-100'),
     'torch/cifar10_sample': Dataset(
         'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET,

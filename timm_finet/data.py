@@ -1,7 +1,7 @@
 """CIFAR as the paper augments it (section 5.3): zero-pad to 36 px, crop 32 px at random; timm's loader flips.
 
-Importing this module makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2` and `torch/cifar10_sample` known to
-timm.
+Importing this module makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2`, `torch/cifar10_first1000`,
+`torch/cifar100_first100` and `torch/cifar10_sample` known to timm.
 """
 import os
 import random
@@ -17,9 +17,15 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from .images import shipped_images
 
-__all__ = ['CIFAR10Pad2', 'CIFAR100Pad2', 'CIFAR10Sample']
+__all__ = ['CIFAR10First1000', 'CIFAR10Pad2', 'CIFAR10Sample', 'CIFAR100First100', 'CIFAR100Pad2']
 
 PAD = 2
+
+
+def first_of_each_class(targets, count):
+    """Indices of each class's first `count` images, in the order of the data set."""
+    targets = np.asarray(targets)
+    return np.sort(np.concatenate([np.flatnonzero(targets == label)[:count] for label in np.unique(targets)]))
 
 
 class _Pad2:
@@ -34,6 +40,8 @@ class _Pad2:
         FileNotFoundError: None of the three is there.
     """
 
+    images_per_class = None  # how many of the training images, the first of each class; None for all
+
     def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
         arrays = self._read(root, train)
         if arrays is None:
@@ -47,6 +55,9 @@ class _Pad2:
             self.root, self.train, self.transform, self.target_transform = root, train, transform, target_transform
             self.data, self.targets = arrays[0], [int(target) for target in arrays[1]]
         if train:
+            if self.images_per_class is not None:
+                first = first_of_each_class(self.targets, self.images_per_class)
+                self.data, self.targets = self.data[first], [self.targets[i] for i in first]
             self.data = np.pad(self.data, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
             self.seed, self.seeded, self.has_workers = torch.initial_seed(), -1, True
             self.epoch = torch.tensor(-1).share_memory_()  # loader workers outlive an epoch
@@ -106,6 +117,18 @@ class CIFAR100Pad2(_Pad2, CIFAR100):
     name = 'cifar100'
 
 
+class CIFAR10First1000(CIFAR10Pad2):
+    """The first 1,000 training images of each class, and all test images."""
+
+    images_per_class = 1000
+
+
+class CIFAR100First100(CIFAR100Pad2):
+    """The first 100 training images of each class, and all test images."""
+
+    images_per_class = 100
+
+
 class CIFAR10Sample(CIFAR10Pad2):
     """The shipped images, without a download: of each class thirty to train and ten to validate on."""
 
@@ -120,4 +143,5 @@ class CIFAR10Sample(CIFAR10Pad2):
 
 # A private dict of timm's, pinned by a test: there is no public way to name a new dataset for its scripts.
 dataset_factory._TORCH_BASIC_DS.update(
-    cifar10_pad2=CIFAR10Pad2, cifar100_pad2=CIFAR100Pad2, cifar10_sample=CIFAR10Sample)
+    cifar10_pad2=CIFAR10Pad2, cifar100_pad2=CIFAR100Pad2, cifar10_first1000=CIFAR10First1000,
+    cifar100_first100=CIFAR100First100, cifar10_sample=CIFAR10Sample)
