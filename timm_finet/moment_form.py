@@ -42,7 +42,7 @@ def group_products(c: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Te
     # A product sums its long side one by one: rounding grows with it. So parts are summed, then the parts.
     least = max(256, 4 * size) if c.dtype == dtype else max(256, 4 * c.shape[1], count // 64)
     parts = next(k for k in range(max(1, count // least), 0, -1) if count % k == 0)
-    c = c.view(parts, count // parts, -1)
+    c = c.view(parts, count // parts, c.shape[1])
     if c.dtype != dtype:  # tensor cores take the products of all channels sooner than the host starts G of groups
         products = torch.bmm(c.mT, c, out_dtype=dtype).sum(0)
         return products.view(groups, size, groups, size).diagonal(0, 0, 2).permute(2, 0, 1).contiguous()
@@ -89,15 +89,19 @@ class MomentForm(torch.autograd.Function):
         x = x.contiguous(memory_format=memory_format(x))
         dtype = moments_dtype(x, groups)
         count = x.numel() // x.shape[1]
-        shift = x[:, :, ::4, ::4].mean((2, 3)).mean(0)
+        if count:
+            shift = x[:, :, ::4, ::4].mean((2, 3)).mean(0)
+        else:  # of a batch of other processes
+            shift = x.new_zeros(x.shape[1])
         c = centred(x, shift)
         # CUDA sums half precision's products in float32 by itself; ROCm, which calls itself CUDA, does not.
         wide = c if c.is_cuda and not torch.version.hip and dtype == torch.float32 else c.to(dtype)
-        rest = wide.mean((2, 3), dtype=dtype).mean(0)  # in two steps: rounding grows with the length of a sum
+        # In two steps, as rounding grows with the length of a sum; no mean at all without positions.
+        rest = wide.mean((2, 3), dtype=dtype).sum(0) / max(1, len(x))
         mean = shift + rest
         rest = rest.view(groups, -1, 1)
         products = group_products_op if torch.compiler.is_compiling() else group_products
-        cov = torch.baddbmm(products(wide, groups, dtype), rest, rest.mT, beta=1 / count, alpha=-1)
+        cov = torch.baddbmm(products(wide, groups, dtype), rest, rest.mT, beta=1 / max(1, count), alpha=-1)
         if process_group is not None:
             count, mean, cov = pool_moments(count, mean, cov, process_group)
             rest = (mean - shift).view(groups, -1, 1)
