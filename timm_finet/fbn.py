@@ -5,10 +5,10 @@ added:
 
     y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
-`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes that without the `z_g`:
-with known statistics as one plain convolution (`fold`), in training from the input's moments (moment_form.py) or, for
-kernels larger than 1x1, one group at a time. Where that is not known to be right it computes the `z_g` and calls its
-norm on them, as `ReferenceFBNConv2d` always does.
+`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes that without the
+`z_g`: with known statistics as one plain convolution (`fold`), in training from the input's moments (moment_form.py)
+or, for kernels larger than 1x1, one group at a time. Where that is not known to be right it computes the `z_g` and
+calls its norm on them, as `ReferenceFBNConv2d` always does.
 """
 import math
 import warnings
@@ -31,7 +31,8 @@ __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
 # The norms whose results a layer may compute without calling them. timm's `freeze` puts the frozen one in.
 KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]  # as torch defines them: people replace them for a class as well
+# Their forwards as torch defines them: some programs replace those of a whole class.
+KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
 warned = set()
 
 
@@ -77,6 +78,7 @@ def fold(
         gamma: Optional[torch.Tensor],
         beta: Optional[torch.Tensor],
         eps: float,
+        groups: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Fold statistics into a convolution (equations 8 and 9).
 
@@ -84,6 +86,7 @@ def fold(
         weight: `(out, in, kh, kw)`.
         mean, var: `(G * out,)`, the statistics of each group's partial sum, group-major.
         gamma, beta: `(G * out,)` or None.
+        groups: G.
 
     Returns:
         The weight, shaped as before, and the bias `(out,)`, both in the dtype of `mean`.
@@ -95,9 +98,8 @@ def fold(
     bias = -mean * scale
     if beta is not None:
         bias = bias + beta.to(scale.dtype)
-    scale = scale.view(-1, out).t()[:, :, None, None, None]
-    weight = weight.to(scale.dtype).unflatten(1, [scale.shape[1], -1]) * scale
-    return weight.flatten(1, 2), bias.view(-1, out).sum(0)
+    weight = weight.to(scale.dtype).unflatten(1, [groups, -1]) * scale.view(groups, out).t()[:, :, None, None, None]
+    return weight.flatten(1, 2), bias.view(groups, out).sum(0)
 
 
 @register_notrace_module
@@ -183,8 +185,8 @@ class FBNConv2d(nn.Module):
         reason = self._why_called()
         if reason:
             if self.fbn_groups > 1:
-                _warn_once(f"{type(self).__name__} calls its norm in the paper's form, whose outputs are fbn_groups="
-                           f'{self.fbn_groups} times as many, because {reason}.')
+                _warn_once(f"{type(self).__name__} computes in the paper's form, at fbn_groups={self.fbn_groups} times "
+                           f'the memory of its output, because {reason}.')
             return self.reference(x)
         if not self._uses_batch_statistics():
             return self.folded(x)
@@ -205,9 +207,8 @@ class FBNConv2d(nn.Module):
         if is_parametrized(bn, 'running_mean') or is_parametrized(bn, 'running_var'):
             return 'the statistics of bn are parametrised'
         width = self.fbn_groups * self.out_channels
-        tensors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        if any(tensor is not None and len(tensor) != width for tensor in tensors):
-            return f'bn does not have fbn_groups * out_channels = {width} channels'
+        if getattr(bn, 'num_features', width) != width:
+            return f'bn has {bn.num_features} features, not fbn_groups * out_channels = {width}'
         return ''
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
@@ -267,7 +268,8 @@ class FBNConv2d(nn.Module):
     def _folded_weight(self) -> Tuple[torch.Tensor, torch.Tensor]:
         bn = self.bn
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return fold(self.weight, bn.running_mean.to(dtype), bn.running_var.to(dtype), bn.weight, bn.bias, bn.eps)
+        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+        return fold(self.weight, mean, var, bn.weight, bn.bias, bn.eps, self.fbn_groups)
 
     def _moment_form(self, x: torch.Tensor, process_group) -> torch.Tensor:
         original = x
