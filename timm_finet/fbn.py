@@ -33,7 +33,6 @@ __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 # Their forwards as torch defines them: some programs replace those of a whole class.
 KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
-warned = set()
 
 
 @torch.compiler.assume_constant_result  # torch 2.9 cannot trace the call
@@ -42,10 +41,8 @@ def _has_autocast(device: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _warn_once(text: str) -> None:
-    if text not in warned:
-        warned.add(text)
-        warnings.warn(text, stacklevel=4)
+def _warn(text: str) -> None:
+    warnings.warn(text)  # without a caller's place Python shows a text once
 
 
 @torch.fx.wrap  # symbolic tracing cannot take the branch
@@ -185,8 +182,8 @@ class FBNConv2d(nn.Module):
         reason = self._why_called()
         if reason:
             if self.fbn_groups > 1:
-                _warn_once(f"{type(self).__name__} computes in the paper's form, at fbn_groups={self.fbn_groups} times "
-                           f'the memory of its output, because {reason}.')
+                _warn(f"{type(self).__name__} computes in the paper's form, at fbn_groups={self.fbn_groups} times the "
+                      f'memory of its output, because {reason}.')
             return self.reference(x)
         if not self._uses_batch_statistics():
             return self.folded(x)
@@ -287,8 +284,8 @@ class FBNConv2d(nn.Module):
 
     def _group_by_group(self, x: torch.Tensor, process_group) -> torch.Tensor:
         bn, out = self.bn, self.out_channels
-        like = self.weight if bn.running_mean is None else bn.running_mean
-        mean, var = torch.zeros(2, bn.num_features, dtype=like.dtype, device=like.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean, var = torch.zeros(2, bn.num_features, dtype=dtype, device=x.device)
         layout = memory_format(x)
         weight, gamma, beta = self.weight.to(x.dtype), bn.weight, bn.bias
         used = [] if torch.compiler.is_compiling() else [v for v in (x, weight, gamma) if v is not None]
@@ -299,7 +296,7 @@ class FBNConv2d(nn.Module):
                 raise RuntimeError(
                     'The input, the weight or the gamma of an FBNConv2d has been modified by an inplace operation '
                     'between the forward and the backward pass, which needs it as it was.')
-            norm = [None if v is None else v[g * out:(g + 1) * out] for v in (mean, var, gamma, beta)]
+            norm = [None if v is None else v[g * out:(g + 1) * out].to(dtype) for v in (mean, var, gamma, beta)]
             x = x.contiguous(memory_format=layout)  # once, not in each of the convolution's gradients
             z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
             if process_group is not None:
