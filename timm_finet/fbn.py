@@ -195,14 +195,15 @@ class FBNConv2d(nn.Module):
     def _why_called(self) -> str:
         """Why `bn` has to be called, or '' where its result may be computed without: in training, eval and folding."""
         bn = self.bn
-        if type_before_parametrizations(bn) not in KNOWN_NORMS:
-            return f'bn is a {type(bn).__module__}.{type(bn).__name__}'
+        if type(bn) not in KNOWN_NORMS:  # parametrising gives a module another class
+            if type_before_parametrizations(bn) not in KNOWN_NORMS:
+                return f'bn is a {type(bn).__module__}.{type(bn).__name__}'
+            if is_parametrized(bn, 'running_mean') or is_parametrized(bn, 'running_var'):
+                return 'the statistics of bn are parametrised'
         if 'forward' in vars(bn) or type(bn).forward not in KNOWN_FORWARDS:
             return f"bn's forward is not {type(bn).__name__}'s own"
         if has_hooks(bn):
             return 'bn has hooks'
-        if is_parametrized(bn, 'running_mean') or is_parametrized(bn, 'running_var'):
-            return 'the statistics of bn are parametrised'
         width = self.fbn_groups * self.out_channels
         if getattr(bn, 'num_features', width) != width:
             return f'bn has {bn.num_features} features, not fbn_groups * out_channels = {width}'
@@ -277,7 +278,7 @@ class FBNConv2d(nn.Module):
         y, mean, var, count = MomentForm.apply(
             x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
         if x.device.type == 'cpu' and process_group is None and not torch.compiler.is_compiling():
-            if not var.isfinite().all():  # squares overflow sooner than the partial sums' variance
+            if not math.isfinite(var.sum()):  # the input's squares overflow sooner than its partial sums' variances
                 return self.reference(original)
         self._track(mean, var * (count / (count - 1)))
         return y
