@@ -10,9 +10,11 @@ is equation (4) of arXiv 2005.06828: one convolution, nothing G times wide. What
 All products are taken with `c = x - shift`, `shift` near the mean, so that nothing cancels, neither in `S_g` nor in the
 gradients. `rest = m - shift`.
 """
+import os
 from typing import Optional, Tuple
 
 import torch
+from torch.utils._triton import has_triton_package
 
 from .sync import all_reduce, pool_moments
 from .torch_passes import TorchPasses, memory_format, moments_dtype
@@ -109,8 +111,17 @@ class TorchAlgebra:
         return a, b
 
 
+# Not the default before a GPU has run it. With TRITON_INTERPRET=1 it runs on the CPU, for tests.
+TRITON = os.environ.get('TIMM_FINET_TRITON') == '1' and has_triton_package()
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+
+
 def implementation(x: torch.Tensor, dtype: torch.dtype):
-    """The passes over `x` and the algebra between them that take moments of `dtype` soonest."""
+    """The passes over `x` and the algebra between them, for moments in `dtype`."""
+    half = x.dtype in (torch.float16, torch.bfloat16) and x.is_cuda or INTERPRETED and x.device.type == 'cpu'
+    if TRITON and half and dtype == torch.float32 and x.numel() and memory_format(x) == torch.channels_last:
+        from .triton_passes import TritonAlgebra, TritonPasses
+        return TritonPasses, TritonAlgebra
     return TorchPasses, TorchAlgebra
 
 
