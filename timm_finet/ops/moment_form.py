@@ -22,6 +22,13 @@ from .torch_passes import TorchPasses, memory_format, moments_dtype
 __all__ = ['MomentForm']
 
 
+def track(running, mean: torch.Tensor, var: torch.Tensor, count) -> None:
+    """Move `running = (running_mean, running_var, momentum)` towards a batch's statistics; `var` is biased."""
+    running_mean, running_var, momentum = running
+    running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
+    running_var.lerp_((var.flatten() * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
 class TorchAlgebra:
     """The algebra in torch's operators, for passes that take the centred `c` as their input."""
 
@@ -35,6 +42,8 @@ class TorchAlgebra:
             cov: torch.Tensor,
             eps: float,
             dtype: torch.dtype,
+            running: Optional[Tuple[torch.Tensor, torch.Tensor, float]],
+            count,
     ) -> Tuple[torch.Tensor, ...]:
         """Moments to the folded convolution.
 
@@ -42,6 +51,7 @@ class TorchAlgebra:
             weight: `(out, C, 1, 1)`; gamma, beta: `(G * out,)` or None.
             shift, rest: `(C,)`; cov: `(G, C/G, C/G)`.
             dtype: Of the folded weight.
+            running: Statistics that this batch moves, as for `track`, or None; count: its positions.
 
         Returns:
             The folded weight `(out, C, 1, 1)` and the bias `(out,)` that goes with `c`; mean and var `(G, out)`; and
@@ -58,7 +68,10 @@ class TorchAlgebra:
         bias = -(folded.flatten(1).to(cov.dtype) @ rest.flatten())
         if beta is not None:
             bias = bias + beta.view_as(inv).sum(0)
-        return folded, bias, w_mean.squeeze(2), var, inv, w_cov
+        mean = w_mean.squeeze(2)
+        if running is not None:
+            track(running, mean, var, count)
+        return folded, bias, mean, var, inv, w_cov
 
     @staticmethod
     def unfold(
@@ -102,7 +115,7 @@ class TorchAlgebra:
             grad_bias: torch.Tensor,
             count,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """`A` `(G, C/G, C/G)` and `b` `(C,)` of the input's gradient `W'^T dy + A c + b`. `count`: an int or a scalar."""
+        """`A` `(G, C/G, C/G)` and `b` `(C,)` of the gradient `W'^T dy + A c + b`; `count` an int or a scalar."""
         groups, out = grad_var.shape
         w = weight.to(grad_var.dtype).view(out, groups, -1).transpose(0, 1)
         # d var / dx = 2 W^T W (x - m) / count; through the mean, every position loses the mean of W'^T dy
@@ -129,12 +142,13 @@ class MomentForm(torch.autograd.Function):
     """`(y, mean, var, count)` of `x` `(N, C, H, W)`, `weight` `(out, C, 1, 1)`, `gamma`, `beta` `(G * out,)` or None.
 
     With `relu`, `y` is its ReLU, and what goes into it is never stored. `mean` and biased `var` `(G * out,)` are those
-    of all partial sums over `count` positions, without a gradient. Saved for backward are `x`, with `relu` also `y`,
-    and tensors of the weight's size.
+    of all partial sums over `count` positions, without a gradient. `running`, `(running_mean, running_var, momentum)`,
+    is moved by them; not while torch.compile traces. Saved for backward are `x`, with `relu` also `y`, and tensors of
+    the weight's size.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, beta, groups, eps, process_group, relu=False):
+    def forward(ctx, x, weight, gamma, beta, groups, eps, process_group, relu=False, running=None):
         x = x.contiguous(memory_format=memory_format(x))
         dtype = moments_dtype(x, groups)
         count = x.numel() // x.shape[1]
@@ -144,7 +158,8 @@ class MomentForm(torch.autograd.Function):
         if process_group is not None:
             count, mean, cov = pool_moments(count, shift + rest, cov, process_group)
             rest = mean - shift
-        folded, bias, mean, var, inv, w_cov = ctx.algebra.fold(weight, gamma, beta, shift, rest, cov, eps, x.dtype)
+        folded, bias, mean, var, inv, w_cov = ctx.algebra.fold(
+            weight, gamma, beta, shift, rest, cov, eps, x.dtype, running, count)
         y = passes.convolve(folded, bias, relu)
 
         ctx.save_for_backward(x, weight, gamma, shift, rest, w_cov, inv, folded, y if relu else None)

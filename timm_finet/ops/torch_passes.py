@@ -116,7 +116,7 @@ class TorchPasses:
         return products.flatten(1).to(dtype), self.grad_y.sum((0, 2, 3)).to(dtype)
 
     def input_gradient(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """`W'^T dy + A c + b`, shaped as `x`; `a` `(G, C/G, C/G)`. The last pass: it gives the copy up."""
+        """`W'^T dy + A c + b`, shaped as `x`; `a` `(G, C/G, C/G)`, symmetric. The last pass: it gives the copy up."""
         c = self.c
         del self.c
         a, b = a.to(c.dtype), b.to(c.dtype)

@@ -1,4 +1,6 @@
-"""The moment form in Triton, for half precision in channels_last: four launches forward, five backward. Not yet run on a GPU.
+"""The moment form in Triton for half precision in channels_last: four launches forward, five backward.
+
+Not yet run on a GPU: by Triton's interpreter, and compiled.
 
 `x` is rows `(P, C)`, a position each; `S = C / G` channels make a group. What a channel's mean would take from half
 precision is kept in float32 instead of a centred copy: `moments` and `weight_gradient` subtract a `shift` from each
@@ -13,6 +15,8 @@ from typing import Optional, Tuple
 import torch
 import triton
 import triton.language as tl
+
+from .moment_form import track
 
 __all__ = ['TritonAlgebra', 'TritonPasses']
 
@@ -63,7 +67,7 @@ def pilot_shift(x, P, column, exists, C: tl.constexpr, BP: tl.constexpr):
 def moments_kernel(
         x, shift, products, sums, P, rows,
         C: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """Of `rows` positions: products `sum c_i c_j` within the groups `(parts, C, S)`, and sums `sum c_i` `(parts, C)`."""
+    """Of `rows` positions: `sum c_i c_j` within the groups `(parts, C, S)`, and `sum c_i` `(parts, C)`."""
     TILES: tl.constexpr = (WIDTH + BC - 1) // BC
     part = tl.program_id(1)
     i, j = tl.program_id(0) // TILES % TILES, tl.program_id(0) % TILES
@@ -105,12 +109,12 @@ def moments_kernel(
 @triton.jit
 def convolve_kernel(
         x, weight, bias, y, P,
-        C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, RELU: tl.constexpr,
+        C: tl.constexpr, OUT: tl.constexpr, G: tl.constexpr, RELU: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """`y = W' x + b'`, `b'` the sum of `bias` `(G, O)`."""
-    TILES: tl.constexpr = (O + BO - 1) // BO
+    """`y = W' x + b'`, `b'` the sum of `bias` `(G, OUT)`."""
+    TILES: tl.constexpr = (OUT + BO - 1) // BO
     row = tl.program_id(0) // TILES * BP + tl.arange(0, BP)
-    o, exists = columns_of(0, tl.program_id(0) % TILES, O, O, BO)
+    o, exists = columns_of(0, tl.program_id(0) % TILES, OUT, OUT, BO)
     acc = tl.zeros((BP, BO), tl.float32)
     for k in range(0, C, BC):
         c = k + tl.arange(0, BC)
@@ -118,31 +122,31 @@ def convolve_kernel(
         w = tl.load(weight + o[None, :] * C + c[:, None], exists[None, :] & (c[:, None] < C), 0.0)
         acc = tl.dot(values, w, acc)
     for g in range(G):
-        acc += tl.load(bias + g * O + o, exists, 0.0)[None, :]
+        acc += tl.load(bias + g * OUT + o, exists, 0.0)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0)
     mask = (row[:, None] < P) & exists[None, :]
-    tl.store(y + row[:, None].to(tl.int64) * O + o[None, :], acc.to(y.dtype.element_ty), mask)
+    tl.store(y + row[:, None].to(tl.int64) * OUT + o[None, :], acc.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def load_grad(grad_y, y, row, last, o, exists, O: tl.constexpr, RELU: tl.constexpr):
+def load_grad(grad_y, y, row, last, o, exists, OUT: tl.constexpr, RELU: tl.constexpr):
     """`dy`, zero where the ReLU has made a zero."""
-    grad = load_rows(grad_y, row, last, o, exists, O)
+    grad = load_rows(grad_y, row, last, o, exists, OUT)
     if RELU:
-        grad = tl.where(load_rows(y, row, last, o, exists, O) <= 0, 0.0, grad)
+        grad = tl.where(load_rows(y, row, last, o, exists, OUT).to(tl.float32) <= 0, 0.0, grad)
     return grad
 
 
 @triton.jit
 def weight_gradient_kernel(
         grad_y, y, x, shift, parts, P, rows,
-        C: tl.constexpr, O: tl.constexpr, RELU: tl.constexpr,
+        C: tl.constexpr, OUT: tl.constexpr, RELU: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """Of `rows` positions: `sum dy c^T` `(O, C)`, then `sum dy` `(O,)`, in one row of `parts` `(parts, O * C + O)`."""
+    """Of `rows` positions: `sum dy c^T` `(OUT, C)`, then `sum dy` `(OUT,)`: a row of `parts`."""
     TILES: tl.constexpr = (C + BC - 1) // BC
     part, tile = tl.program_id(1), tl.program_id(0) % TILES
-    o, o_exists = columns_of(0, tl.program_id(0) // TILES, O, O, BO)
+    o, o_exists = columns_of(0, tl.program_id(0) // TILES, OUT, OUT, BO)
     c, c_exists = columns_of(0, tile, C, C, BC)
     shift_c = tl.load(shift + c, c_exists, 0.0)
     product = tl.zeros((BO, BC), tl.float32)
@@ -150,22 +154,22 @@ def weight_gradient_kernel(
     last = min(P, (part + 1) * rows)
     for p in range(part * rows, last, BP):
         row = p + tl.arange(0, BP)
-        grad = load_grad(grad_y, y, row, last, o, o_exists, O, RELU)
+        grad = load_grad(grad_y, y, row, last, o, o_exists, OUT, RELU)
         values = load_centred(x, row, last, c, c_exists, shift_c, C)
         product = tl.dot(tl.trans(grad), values, product)
         total += grad.to(tl.float32)
-    parts += part.to(tl.int64) * (O * C + O)
+    parts += part.to(tl.int64) * (OUT * C + OUT)
     tl.store(parts + o[:, None] * C + c[None, :], product, o_exists[:, None] & c_exists[None, :])
     if tile == 0:
-        tl.store(parts + O * C + o, tl.sum(total, 0), o_exists)
+        tl.store(parts + OUT * C + o, tl.sum(total, 0), o_exists)
 
 
 @triton.jit
 def input_gradient_kernel(
         grad_y, y, x, weight, a, b, grad_x, P,
-        C: tl.constexpr, O: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, RELU: tl.constexpr,
+        C: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, RELU: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """`dx = W'^T dy + A x + b`, in one accumulator; `a` `(C, S)`."""
+    """`dx = W'^T dy + A x + b`, in one accumulator; `a` `(C, S)`, symmetric."""
     TILES: tl.constexpr = (WIDTH + BC - 1) // BC
     BLOCKS: tl.constexpr = (C + WIDTH - 1) // WIDTH
     row = tl.program_id(0) // (BLOCKS * TILES) * BP + tl.arange(0, BP)
@@ -178,10 +182,10 @@ def input_gradient_kernel(
         mask = c_exists[:, None] & exists[None, :] & (j >= 0) & (j < S)
         values = load_rows(x, row, P, c, c_exists, C)
         acc = tl.dot(values, tl.load(a + c[:, None] * S + j, mask, 0.0), acc)
-    for k in range(0, O, BO):
+    for k in range(0, OUT, BO):
         o = k + tl.arange(0, BO)
-        grad = load_grad(grad_y, y, row, P, o, o < O, O, RELU)
-        w = tl.load(weight + o[:, None] * C + column[None, :], (o[:, None] < O) & exists[None, :], 0.0)
+        grad = load_grad(grad_y, y, row, P, o, o < OUT, OUT, RELU)
+        w = tl.load(weight + o[:, None] * C + column[None, :], (o[:, None] < OUT) & exists[None, :], 0.0)
         acc = tl.dot(grad, w, acc)
     acc += tl.load(b + column, exists, 0.0)[None, :]
     mask = (row[:, None] < P) & exists[None, :]
@@ -227,12 +231,12 @@ def covariances_kernel(
 def fold_kernel(
         weight, gamma, beta, shift, rest, cov, running_mean, running_var,
         folded, bias, mean_, var_, inv_, w_cov, eps, momentum, unbiased,
-        C: tl.constexpr, O: tl.constexpr, S: tl.constexpr, AFFINE: tl.constexpr, TRACK: tl.constexpr,
+        C: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr, AFFINE: tl.constexpr, TRACK: tl.constexpr,
         BO: tl.constexpr, BS: tl.constexpr):
     """The folded weight, and for group g its part of the bias, statistics, and `W_g S_g`."""
     g = tl.program_id(1)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
-    exists = o < O
+    exists = o < OUT
     weight += g * S
     w_cov += g * S
     folded += g * S
@@ -256,8 +260,8 @@ def fold_kernel(
     scale = inv
     b = tl.zeros((BO,), tl.float32)
     if AFFINE:
-        scale *= tl.load(gamma + g * O + o, exists, 0.0).to(tl.float32)
-        b += tl.load(beta + g * O + o, exists, 0.0).to(tl.float32)
+        scale *= tl.load(gamma + g * OUT + o, exists, 0.0).to(tl.float32)
+        b += tl.load(beta + g * OUT + o, exists, 0.0).to(tl.float32)
     for j in range(0, S, BS):
         cj = j + tl.arange(0, BS)
         mask = exists[:, None] & (cj[None, :] < S)
@@ -266,7 +270,7 @@ def fold_kernel(
         rounded = (w * scale[:, None]).to(folded.dtype.element_ty)
         b -= tl.sum(rounded.to(tl.float32) * m[None, :], 1)  # of the rounded weight: the mean of y is that of beta
         tl.store(folded + o[:, None] * C + cj[None, :], rounded, mask)
-    at = g * O + o
+    at = g * OUT + o
     tl.store(bias + at, b, exists)
     tl.store(mean_ + at, mean, exists)
     tl.store(var_ + at, var, exists)
@@ -281,11 +285,11 @@ def fold_kernel(
 @triton.jit
 def unfold_kernel(
         weight, gamma, rest, inv_, w_cov, grad_folded, grad_bias, grad_weight, grad_gamma, grad_beta, grad_var,
-        C: tl.constexpr, O: tl.constexpr, S: tl.constexpr, AFFINE: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr):
+        C: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr, AFFINE: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr):
     """Gradients of weight, gamma, beta and var of group g."""
     g = tl.program_id(1)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
-    exists = o < O
+    exists = o < OUT
     gb = tl.load(grad_bias + o, exists, 0.0)
     grad_scale = tl.zeros((BO,), tl.float32)
     for j in range(0, S, BS):
@@ -296,14 +300,14 @@ def unfold_kernel(
         m = tl.load(rest + g * S + cj, cj < S, 0.0)
         effective = tl.load(grad_folded + at, mask, 0.0) - gb[:, None] * m[None, :]  # y = W' (c - rest) + beta
         grad_scale += tl.sum(effective * w, 1)
-    inv = tl.load(inv_ + g * O + o, exists, 0.0)
+    inv = tl.load(inv_ + g * OUT + o, exists, 0.0)
     scale = inv
     if AFFINE:
-        scale *= tl.load(gamma + g * O + o, exists, 0.0).to(tl.float32)
-        tl.store(grad_gamma + g * O + o, (grad_scale * inv).to(grad_gamma.dtype.element_ty), exists)
-        tl.store(grad_beta + g * O + o, gb.to(grad_beta.dtype.element_ty), exists)
+        scale *= tl.load(gamma + g * OUT + o, exists, 0.0).to(tl.float32)
+        tl.store(grad_gamma + g * OUT + o, (grad_scale * inv).to(grad_gamma.dtype.element_ty), exists)
+        tl.store(grad_beta + g * OUT + o, gb.to(grad_beta.dtype.element_ty), exists)
     dvar = -0.5 * grad_scale * scale * inv * inv  # scale = gamma / sqrt(var + eps)
-    tl.store(grad_var + g * O + o, dvar, exists)
+    tl.store(grad_var + g * OUT + o, dvar, exists)
     for j in range(0, S, BS):
         cj = j + tl.arange(0, BS)
         at = o[:, None] * C + g * S + cj[None, :]
@@ -317,29 +321,29 @@ def unfold_kernel(
 @triton.jit
 def input_terms_kernel(
         weight, folded, shift, rest, grad_var, grad_bias, a, b, count,
-        C: tl.constexpr, O: tl.constexpr, S: tl.constexpr, COUNT_IS_TENSOR: tl.constexpr,
+        C: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr, COUNT_IS_TENSOR: tl.constexpr,
         BI: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr):
-    """`A = 2 / count W^T dvar W` of group g `(C, S)`, and `b = -A m - W'^T sum dy / count` `(C,)` with the rounded A."""
+    """`A = 2 / count W^T dvar W` `(C, S)`, and `b = -A m - W'^T sum dy / count` `(C,)` of A as it is rounded."""
     if COUNT_IS_TENSOR:
         count = tl.load(count)
     g = tl.program_id(1)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     exists = i < S
     lost = tl.zeros((BI,), tl.float32)
-    for k in range(0, O, BO):
+    for k in range(0, OUT, BO):
         o = k + tl.arange(0, BO)
-        mask = exists[:, None] & (o[None, :] < O)
+        mask = exists[:, None] & (o[None, :] < OUT)
         w = tl.load(folded + o[None, :] * C + g * S + i[:, None], mask, 0.0).to(tl.float32)
-        lost -= tl.sum(w * tl.load(grad_bias + o, o < O, 0.0)[None, :], 1) / count
+        lost -= tl.sum(w * tl.load(grad_bias + o, o < OUT, 0.0)[None, :], 1) / count
     for j in range(0, S, BS):
         cj = j + tl.arange(0, BS)
         acc = tl.zeros((BI, BS), tl.float32)
-        for k in range(0, O, BO):
+        for k in range(0, OUT, BO):
             o = k + tl.arange(0, BO)
-            mask = exists[:, None] & (o[None, :] < O)
+            mask = exists[:, None] & (o[None, :] < OUT)
             w_i = tl.load(weight + o[None, :] * C + g * S + i[:, None], mask, 0.0).to(tl.float32)
-            w_i *= tl.load(grad_var + g * O + o, o < O, 0.0)[None, :]
-            mask = (o[:, None] < O) & (cj[None, :] < S)
+            w_i *= tl.load(grad_var + g * OUT + o, o < OUT, 0.0)[None, :]
+            mask = (o[:, None] < OUT) & (cj[None, :] < S)
             w_j = tl.load(weight + o[:, None] * C + g * S + cj[None, :], mask, 0.0).to(tl.float32)
             acc = tl.dot(w_i, w_j, acc, input_precision='ieee')
         rounded = (acc * (2 / count)).to(a.dtype.element_ty)
@@ -420,10 +424,10 @@ def triton_moments(x: torch.Tensor, groups: int) -> Tuple[torch.Tensor, torch.Te
     cut = tiles(channels, groups)
     n_blocks, n_tiles = triton.cdiv(channels, cut['WIDTH']), triton.cdiv(cut['WIDTH'], cut['BC'])
     n_pairs = n_tiles * (n_tiles + 1) // 2
-    parts, rows = parts_of(positions, n_blocks * n_pairs, 16 * size, 64, x.device)
+    parts, rows = parts_of(positions, n_blocks * n_pairs, 16 * size, 32, x.device)
     products, sums = rest.new_empty(parts, channels, size), rest.new_empty(parts, channels)
     launch(moments_kernel, (n_blocks * n_tiles ** 2, parts), x, shift, products, sums, positions, rows,
-           C=channels, S=size, **cut, BP=64, num_warps=8 if cut['BC'] > 64 else 4)
+           C=channels, S=size, **cut, BP=32, num_warps=8 if cut['BC'] > 64 else 4, num_stages=3)
     block = min(128, power_of_2(size))
     launch(covariances_kernel, (channels, triton.cdiv(size, block)), products, sums, rest, cov, parts, positions,
            C=channels, S=size, BK=16, BS=block)
@@ -446,14 +450,14 @@ def triton_fold(
     made = fold_outputs(
         weight, gamma, beta, shift, rest, cov, running_mean, running_var, eps, momentum, unbiased, dtype)
     out, groups, size = made[-1].shape
-    launch(fold_kernel, (triton.cdiv(out, 16), groups), weight.contiguous(), gamma, beta, shift, rest, cov, running_mean,
-           running_var, *made, eps, momentum, unbiased, C=groups * size, O=out, S=size,
+    launch(fold_kernel, (triton.cdiv(out, 16), groups), weight.contiguous(), gamma, beta, shift, rest, cov,
+           running_mean, running_var, *made, eps, momentum, unbiased, C=groups * size, OUT=out, S=size,
            AFFINE=gamma is not None, TRACK=running_mean is not None, BO=16, BS=min(64, power_of_2(size)))
     return made
 
 
 def convolve_outputs(x, weight, bias, relu):
-    return x.new_empty(len(x), len(weight), *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x[:, :1].expand(-1, len(weight), -1, -1), memory_format=torch.channels_last)
 
 
 @operator(convolve_outputs)
@@ -462,7 +466,7 @@ def triton_convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     positions, channels, out = count_positions(x), x.shape[1], len(weight)
     block = min(128, power_of_2(out))
     grid = triton.cdiv(positions, 128) * triton.cdiv(out, block),
-    launch(convolve_kernel, grid, x, weight, bias, y, positions, C=channels, O=out, G=len(bias), RELU=relu,
+    launch(convolve_kernel, grid, x, weight, bias, y, positions, C=channels, OUT=out, G=len(bias), RELU=relu,
            BP=128, BO=block, BC=min(64, power_of_2(channels)), num_warps=8 if block > 64 else 4)
     return y
 
@@ -479,11 +483,11 @@ def triton_weight_gradient(
     positions, channels, out = count_positions(x), x.shape[1], grad_y.shape[1]
     block_o, block_c = min(128, power_of_2(out)), min(128, power_of_2(channels))
     n_tiles = triton.cdiv(out, block_o) * triton.cdiv(channels, block_c)
-    parts, rows = parts_of(positions, n_tiles, 16 * out * channels // (out + channels), 64, x.device)
+    parts, rows = parts_of(positions, n_tiles, 16 * out * channels // (out + channels), 32, x.device)
     sums = shift.new_empty(parts, len(total))
     launch(weight_gradient_kernel, (n_tiles, parts), grad_y, y, x, shift, sums, positions, rows,
-           C=channels, O=out, RELU=y is not None, BP=64, BO=block_o, BC=block_c,
-           num_warps=8 if max(block_o, block_c) > 64 else 4)
+           C=channels, OUT=out, RELU=y is not None, BP=32, BO=block_o, BC=block_c,
+           num_warps=8 if max(block_o, block_c) > 64 else 4, num_stages=3)
     launch(add_parts_kernel, (triton.cdiv(len(total), 64),), sums, total, parts, N=len(total), BK=16, BN=64)
     return total
 
@@ -502,7 +506,7 @@ def triton_unfold(
     made = unfold_outputs(weight, gamma, rest, inv, w_cov, grad_folded, grad_bias)
     out, groups, size = w_cov.shape
     launch(unfold_kernel, (triton.cdiv(out, 16), groups), weight.contiguous(), gamma, rest, inv, w_cov, grad_folded,
-           grad_bias, *made, C=groups * size, O=out, S=size, AFFINE=gamma is not None,
+           grad_bias, *made, C=groups * size, OUT=out, S=size, AFFINE=gamma is not None,
            BO=16, BS=min(128, power_of_2(size)))
     return made
 
@@ -519,7 +523,7 @@ def triton_input_terms(
     a, b = input_terms_outputs(weight, folded, shift, rest, grad_var, grad_bias, total, count)
     groups, size = len(a), a.shape[2]
     launch(input_terms_kernel, (triton.cdiv(size, 16), groups), weight.contiguous(), folded, shift, rest, grad_var,
-           grad_bias, a, b, count if total is None else total, C=groups * size, O=len(weight), S=size,
+           grad_bias, a, b, count if total is None else total, C=groups * size, OUT=len(weight), S=size,
            COUNT_IS_TENSOR=total is not None, BI=16, BO=16, BS=min(128, power_of_2(size)))
     return a, b
 
@@ -537,7 +541,7 @@ def triton_input_gradient(
     cut = tiles(channels, len(a))
     n_tiles = triton.cdiv(channels, cut['WIDTH']) * triton.cdiv(cut['WIDTH'], cut['BC'])
     launch(input_gradient_kernel, (triton.cdiv(positions, 64) * n_tiles,), grad_y, y, x, weight, a, b, grad_x,
-           positions, C=channels, O=out, S=a.shape[2], **cut, RELU=y is not None,
+           positions, C=channels, OUT=out, S=a.shape[2], **cut, RELU=y is not None,
            BP=64, BO=min(64, power_of_2(out)), num_warps=8 if cut['BC'] > 64 else 4)
     return grad_x
 
@@ -575,14 +579,18 @@ class TritonPasses:
 
 
 class TritonAlgebra:
-    """The algebra of `TorchAlgebra`, a launch a method, for passes that take `x` itself: the biases are of its whole mean."""
+    """The algebra of `TorchAlgebra`, a launch a method, for passes that take `x` itself: biases hold its whole mean."""
 
     @staticmethod
-    def fold(weight, gamma, beta, shift, rest, cov, eps, dtype, running=None):
-        running_mean, running_var, momentum, unbiased = running or (None, None, 0., 1.)
-        folded, bias, mean, var, inv, w_cov = triton_fold(
+    def fold(weight, gamma, beta, shift, rest, cov, eps, dtype, running, count):
+        in_kernel = running is not None and not isinstance(count, torch.Tensor)
+        running_mean, running_var, momentum = running if in_kernel else (None, None, 0.)
+        unbiased = count / (count - 1) if in_kernel else 1.
+        made = triton_fold(
             weight, gamma, beta, shift, rest, cov, running_mean, running_var, eps, momentum, unbiased, dtype)
-        return folded, bias, mean, var, inv, w_cov
+        if running is not None and not in_kernel:
+            track(running, made[2], made[3], count)
+        return made
 
     @staticmethod
     def unfold(weight, gamma, rest, inv, w_cov, grad_folded, grad_bias):
