@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.report import RESULTS, command, markdown, write_block, write_rows
@@ -153,13 +152,171 @@ def counted_bytes():
         triton_passes.launch = launch
 
 
-PASSES = {  # what each moves at least, in x and y: gpu.md's four passes
-    'moments_kernel': (('x',), 'x'),
-    'convolve_kernel': (('x', 'y'), 'x + y'),
-    'weight_gradient_kernel': (('x', 'grad_y', 'y'), 'x + y'),
-    'input_gradient_kernel': (('x', 'grad_y', 'y', 'grad_x'), 'y + 2x'),
-}
+FEWEST = {  # what a pass over the activations has to move, times x and times y
+    'moments_kernel': (1, 0), 'convolve_kernel': (1, 1), 'weight_gradient_kernel': (1, 1), 'input_gradient_kernel': (2, 1)}
+ACTIVATIONS = ('x', 'y', 'grad_x', 'grad_y')
+
+
+def measure_bytes(shapes=((25, 100, 1), (50, 50, 2), (100, 100, 4), (200, 100, 2), (400, 200, 4)), positions=(896, 1024)):
+    """Bytes a position: of the activations, and of all else, which caches hold.
+
+    By the difference between two numbers of positions, as sums have as many parts in both.
+    """
+    from timm_finet.ops import triton_passes
+    parts_of = triton_passes.parts_of
+    for channels, out, groups in shapes:
+        counts = []
+        for rows in positions:
+            layer = inputs(channels, out, groups, torch.float16, shape=(1, rows // 32, 32))
+            triton_passes.parts_of = lambda *args: (1, rows)
+            with counted_bytes() as counted:
+                run_layer(*layer, groups)
+            counts.append(dict(counted))
+        for kernel, (times_x, times_y) in FEWEST.items():
+            moved = {name: (counts[1].get((kernel, name), 0) - counts[0].get((kernel, name), 0))
+                     / (positions[1] - positions[0]) for k, name in counts[1] if k == kernel}
+            activations = sum(moved.get(name, 0) for name in ACTIVATIONS)
+            yield dict(
+                channels=channels, out=out, groups=groups, kernel=kernel, activations=activations,
+                fewest=2 * (times_x * channels + times_y * out), cached=round(sum(moved.values()) - activations, 1))
+    triton_passes.parts_of = parts_of
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resources
+
+TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
+
+
+def layer_launches(channels, out, groups, relu=True):
+    """The launches of a step of a layer of bfloat16 with ReLU and running statistics, none of them run."""
+    from timm_finet.ops import moment_form, triton_passes
+    implementation, processors = moment_form.implementation, triton_passes.processors
+    moment_form.implementation = lambda *_: (triton_passes.TritonPasses, triton_passes.TritonAlgebra)
+    triton_passes.processors = lambda device: 132
+    try:
+        with recorded_launches(run=False) as launches:
+            layer = inputs(channels, out, groups, torch.bfloat16, shape=(256, 28, 28), device='meta')
+            running = *torch.empty(2, groups * out, device='meta'), 0.1
+            run_layer(*layer, groups, relu=relu, running=running)
+    finally:
+        moment_form.implementation, triton_passes.processors = implementation, processors
+    return launches
+
+
+def compile_for(card, kernel, args, options):
+    """A recorded launch, compiled for a card: pointers, as torch's, are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    constants = {name: value for name, value in options.items() if name not in ('num_warps', 'num_stages')}
+    types, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = args[i] if i < len(args) else constants[name]
+        if isinstance(value, torch.Tensor):
+            types[name], aligned[(i,)] = TYPES[value.dtype], [['tt.divisibility', 16]]
+        elif name in constants or value is None:
+            types[name], constants[name] = 'constexpr', value
+        else:
+            types[name] = 'fp32' if isinstance(value, float) else 'i32'
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    target = GPUTarget('cuda', int(card[3:]), 32) if card.startswith('sm_') else GPUTarget('hip', card, 64)
+    settings = {name: options[name] for name in ('num_warps', 'num_stages') if name in options}
+    return triton.compile(source, target=target, options=settings)
+
+
+def resources(compiled, card):
+    """Registers and spilled bytes of a thread, and KiB of shared memory of a block."""
+    import triton
+    if card.startswith('sm_'):
+        with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+            file.write(compiled.asm['cubin'])
+            file.flush()
+            tool = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+            text = subprocess.run([tool, '-res-usage', file.name], capture_output=True, text=True, check=True).stdout
+        registers, spilled = re.search(r'REG:(\d+)', text)[1], re.search(r'STACK:(\d+)', text)[1]
+    else:
+        text = compiled.asm['amdgcn']
+        registers = re.search(r'\.vgpr_count:\s+(\d+)', text)[1]
+        spilled = re.search(r'\.private_segment_fixed_size:\s+(\d+)', text)[1]
+    return dict(
+        registers=int(registers), spilled_bytes=int(spilled), shared_kib=round(compiled.metadata.shared / 1024, 1))
+
+
+def measure_resources(shapes=SHAPES, cards=CARDS):
+    for channels, out, groups in shapes:
+        for kernel, grid, args, options in layer_launches(channels, out, groups):
+            for card in cards:
+                yield dict(
+                    kernel=kernel.fn.__name__, channels=channels, out=out, groups=groups, card=card,
+                    **resources(compile_for(card, kernel, args, options), card))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+class Operators(TorchDispatchMode):
+    """Counts operators that launch a kernel at least: those that compute, convolution's backward by gradients."""
+
+    QUIET = ('empty', 'new_empty', 'empty_like', '_unsafe_view', 'detach', 'promote_types')
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split('::')[1]
+        if name == 'convolution_backward':
+            self.count += sum(args[-1])
+        elif not func.is_view and name not in self.QUIET:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure_launches(channels=100, out=100, groups=4):
+    """Of forward and backward pass of a layer in bfloat16, with running statistics, on a GPU.
+
+    Counted with tensors of the meta device, which take the GPU's way once they say that they are CUDA's.
+    """
+    from timm_finet.ops import moment_form, triton_passes
+
+    def batch_norm(x, weight, gamma, beta, running):
+        y = F.conv2d(x, weight.to(x.dtype))
+        return F.relu(F.batch_norm(y, *running, gamma, beta, True))
+
+    def fbn(x, weight, gamma, beta, running):
+        return F.relu(MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, False, (*running, 0.1))[0])
+
+    def fbn_relu(x, weight, gamma, beta, running):
+        return MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, True, (*running, 0.1))[0]
+
+    torch_passes = TorchPasses, TorchAlgebra
+    ours = triton_passes.TritonPasses, triton_passes.TritonAlgebra
+    implementation, processors = moment_form.implementation, triton_passes.processors
+    triton_passes.processors, torch.Tensor.is_cuda = lambda device: 132, True
+    try:
+        for name, layer, passes in (
+                ('convolution, BatchNorm, ReLU', batch_norm, torch_passes),
+                ("FBN, torch's passes, ReLU", fbn, torch_passes),
+                ('FBN, Triton passes, ReLU', fbn, ours), ('FBN, Triton passes, ReLU inside', fbn_relu, ours)):
+            moment_form.implementation = lambda *_, passes=passes: passes
+            layer_groups = 1 if layer is batch_norm else groups
+            x, weight, gamma, beta, grad_y = inputs(channels, out, layer_groups, torch.bfloat16, device='meta')
+            leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
+            running = torch.empty(2, layer_groups * out, device='meta').unbind()
+            with recorded_launches(run=False) as launches:
+                with Operators() as forward:
+                    y = layer(*leaves, running)
+                triton_forward = len(launches)
+                with Operators() as backward:
+                    torch.autograd.grad(y, leaves, grad_y)
+            yield dict(
+                layer=name, channels=channels, out=out, groups=layer_groups, forward=forward.count + triton_forward,
+                backward=backward.count + len(launches) - triton_forward)
+    finally:
+        moment_form.implementation, triton_passes.processors = implementation, processors
+        del torch.Tensor.is_cuda
 
 
 if __name__ == '__main__':
-    pass
+    for row in measure_launches():
+        print(row)

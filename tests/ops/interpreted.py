@@ -20,10 +20,11 @@ from timm_finet.ops.triton_passes import TritonPasses  # noqa: E402
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of a result of that dtype
 STATISTICS = 5e-5  # of float32 sums of half precision
-LAYERS = [  # channels, out, G, positions: groups of 6 to 200 channels; tiles of several groups, of one, of half a one
-    (6, 24, 1, (2, 5, 7)), (12, 6, 2, (2, 5, 7)), (25, 10, 1, (2, 9, 11)), (100, 40, 4, (2, 9, 11)),
-    (50, 50, 1, (2, 11, 13)), (100, 72, 2, (2, 11, 13)), (100, 130, 1, (2, 11, 19)), (200, 30, 8, (2, 9, 11)),
-    (200, 40, 1, (2, 19, 22))]
+LAYERS = [  # channels, out, G, positions, dtype: tiles of several groups, of one, of half a one
+    (6, 24, 1, (2, 5, 7), torch.float16), (12, 6, 2, (2, 5, 7), torch.float32), (25, 10, 1, (2, 9, 11), torch.float32),
+    (100, 40, 4, (2, 9, 11), torch.float16), (50, 50, 1, (2, 11, 13), torch.float16),
+    (100, 130, 1, (2, 11, 19), torch.float16), (200, 30, 8, (2, 9, 11), torch.float32),
+    (200, 24, 1, (2, 19, 22), torch.float16)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
-@pytest.mark.parametrize('channels, out, groups, shape', LAYERS)
+@pytest.mark.parametrize('channels, out, groups, shape, dtype', LAYERS)
 def test_layer_is_the_definition(channels, out, groups, shape, dtype):
     layer = inputs(channels, out, groups, dtype, shape=shape)
     with recorded_launches() as launches:
@@ -51,7 +51,7 @@ def test_layer_is_the_definition(channels, out, groups, shape, dtype):
 def test_a_mean_of_many_deviations_costs_nothing(ratio, dtype):
     layer = inputs(24, 40, 4, dtype, ratio, (4, 14, 15))
     y, mean, var, grad_x, *others = errors(run_layer(*layer, 4), exact_layer(*layer, 4))
-    assert max(y, grad_x) < 2 * ROUNDING[dtype] and max(mean, var, *others) < 4 * STATISTICS
+    assert max(y, grad_x) < 2 * ROUNDING[dtype] + 1e-7 * ratio and max(mean, var, *others) < 4 * STATISTICS
 
 
 @pytest.mark.parametrize('affine', [True, False])
@@ -143,11 +143,11 @@ def test_sums_do_not_depend_on_how_they_are_split(device_count, monkeypatch):
 
 def test_compiled_as_operators():
     """As torch.compile sees them: shapes, layouts and gradients without a look inside."""
-    x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
+    x, weight, gamma, beta, grad_y = inputs(12, 6, 2, torch.float16)
     leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
 
     def layer(*leaves):
-        return MomentForm.apply(*leaves, 4, 1e-5, None, True)[0]
+        return MomentForm.apply(*leaves, 2, 1e-5, None, True)[0]
     compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
     for run in (layer, compiled):
         y = run(*leaves)

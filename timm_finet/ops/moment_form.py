@@ -166,6 +166,7 @@ class MomentForm(torch.autograd.Function):
         ctx.count, ctx.process_group = count, process_group
         mean, var = mean.flatten(), var.flatten()
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # theirs would be filled with zeros, a launch each
         return y, mean, var, count
 
     @staticmethod

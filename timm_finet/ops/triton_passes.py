@@ -488,7 +488,7 @@ def triton_weight_gradient(
     launch(weight_gradient_kernel, (n_tiles, parts), grad_y, y, x, shift, sums, positions, rows,
            C=channels, OUT=out, RELU=y is not None, BP=32, BO=block_o, BC=block_c,
            num_warps=8 if max(block_o, block_c) > 64 else 4, num_stages=3)
-    launch(add_parts_kernel, (triton.cdiv(len(total), 64),), sums, total, parts, N=len(total), BK=16, BN=64)
+    launch(add_parts_kernel, (triton.cdiv(len(total), 128),), sums, total, parts, N=len(total), BK=16, BN=128)
     return total
 
 
