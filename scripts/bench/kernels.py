@@ -3,12 +3,11 @@
     python -m scripts.bench.kernels
 
 Writes to results: `kernels_errors.csv`, errors against float64 in Triton's interpreter; `kernels_bytes.csv`, the bytes
-that each kernel loads and stores, counted there, beside the fewest that a pass needs; `kernels_resources.csv`, registers,
+that each pass loads and stores, counted there, beside the fewest that it needs; `kernels_resources.csv`, registers,
 spills and shared memory of every kernel, compiled ahead for each card; `kernels_launches.csv`, launches of a layer with
 these passes and with torch's. Tables go to the documents. No GPU has run the kernels yet, and no time is measured.
 """
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -16,13 +15,14 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.report import RESULTS, command, markdown, write_block, write_rows
+from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
 from timm_finet.ops.moment_form import MomentForm, TorchAlgebra
 from timm_finet.ops.reference import fbn_reference
 from timm_finet.ops.torch_passes import TorchPasses
@@ -118,8 +118,8 @@ def recorded_launches(run=True):
 # Bytes
 
 @contextmanager
-def counted_bytes():
-    """A dict of `(kernel, argument)` to the bytes that the interpreter loads from it and stores to it."""
+def counted_bytes(kernels):
+    """A dict of `(kernel, argument)` to the bytes that the interpreter loads from it and stores to it; others are left."""
     from timm_finet.ops import triton_passes
     from triton.runtime.interpreter import InterpreterBuilder as Builder
     counts, owners, launch = {}, [], triton_passes.launch
@@ -142,7 +142,8 @@ def counted_bytes():
         owners[:] = [
             (v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), (kernel.fn.__name__, name))
             for v, name in zip(args, kernel.arg_names) if isinstance(v, torch.Tensor)]
-        launch(kernel, grid, *args, **options)
+        if kernel.fn.__name__ in kernels:
+            launch(kernel, grid, *args, **options)
     originals = Builder.create_masked_load, Builder.create_masked_store
     Builder.create_masked_load, Builder.create_masked_store, triton_passes.launch = load, store, owned
     try:
@@ -152,33 +153,50 @@ def counted_bytes():
         triton_passes.launch = launch
 
 
-FEWEST = {  # what a pass over the activations has to move, times x and times y
-    'moments_kernel': (1, 0), 'convolve_kernel': (1, 1), 'weight_gradient_kernel': (1, 1), 'input_gradient_kernel': (2, 1)}
+FEWEST = {  # what a pass over the activations has to move with ReLU inside, times x and times y
+    'moments_kernel': (1, 0), 'convolve_kernel': (1, 1), 'weight_gradient_kernel': (1, 2),
+    'input_gradient_kernel': (2, 2)}
 ACTIVATIONS = ('x', 'y', 'grad_x', 'grad_y')
+FINET_LARGE = {  # channels, out: layers, and positions of an image of 224 px
+    (24, 100): (1, 56 ** 2), (100, 100): (7, 28 ** 2), (100, 200): (1, 28 ** 2), (200, 200): (15, 14 ** 2),
+    (200, 400): (1, 14 ** 2), (400, 400): (7, 7 ** 2)}
 
 
-def measure_bytes(shapes=((25, 100, 1), (50, 50, 2), (100, 100, 4), (200, 100, 2), (400, 200, 4)), positions=(896, 1024)):
-    """Bytes a position: of the activations, and of all else, which caches hold.
+def run_passes(channels, out, groups, positions):
+    """The passes with ReLU inside, whatever values they take."""
+    from timm_finet.ops.triton_passes import TritonPasses
+    x, weight, _, _, grad_y = inputs(channels, out, 1, torch.float16, shape=(1, 1, positions))
+    forward = TritonPasses(x)
+    shift, rest, cov = forward.moments(groups, torch.float32)
+    y = forward.convolve(weight.half(), torch.zeros(groups, out), True)
+    backward = TritonPasses(x, shift, grad_y, y)
+    backward.weight_gradient(out, torch.float32)
+    backward.input_gradient(weight.half(), cov.half(), rest)
 
-    By the difference between two numbers of positions, as sums have as many parts in both.
+
+def measure_bytes(groups=4, positions=(128, 256)):
+    """Bytes a position of finet_large's layers: of the activations, and of the weights, which caches hold.
+
+    By the difference between two numbers of positions, as sums have one part in both.
     """
     from timm_finet.ops import triton_passes
     parts_of = triton_passes.parts_of
-    for channels, out, groups in shapes:
+    triton_passes.parts_of = lambda *args: (1, positions[1])
+    for (channels, out), (layers, image) in FINET_LARGE.items():
         counts = []
-        for rows in positions:
-            layer = inputs(channels, out, groups, torch.float16, shape=(1, rows // 32, 32))
-            triton_passes.parts_of = lambda *args: (1, rows)
-            with counted_bytes() as counted:
-                run_layer(*layer, groups)
-            counts.append(dict(counted))
+        for n in positions:
+            with counted_bytes(FEWEST) as counted:
+                run_passes(channels, out, groups, n)
+            counts.append(counted)
         for kernel, (times_x, times_y) in FEWEST.items():
-            moved = {name: (counts[1].get((kernel, name), 0) - counts[0].get((kernel, name), 0))
-                     / (positions[1] - positions[0]) for k, name in counts[1] if k == kernel}
+            moved = {
+                name: (counts[1][k, name] - counts[0][k, name]) / (positions[1] - positions[0])
+                for k, name in counts[1] if k == kernel}
             activations = sum(moved.get(name, 0) for name in ACTIVATIONS)
             yield dict(
-                channels=channels, out=out, groups=groups, kernel=kernel, activations=activations,
-                fewest=2 * (times_x * channels + times_y * out), cached=round(sum(moved.values()) - activations, 1))
+                channels=channels, out=out, groups=groups, layers=layers, positions=image, kernel=kernel,
+                activations=round(activations), fewest=2 * (times_x * channels + times_y * out),
+                weights=round(sum(moved.values()) - activations))
     triton_passes.parts_of = parts_of
 
 
@@ -317,6 +335,58 @@ def measure_launches(channels=100, out=100, groups=4):
         del torch.Tensor.is_cuda
 
 
+def write(name, rows):
+    """A results file with what it was made by."""
+    facts = dict(torch=torch.__version__, triton=version('triton'), date=date.today(), command=command())
+    write_rows(RESULTS / f'kernels_{name}.csv', [row | facts for row in rows])
+
+
+def tables():
+    """The documents' tables from the results files."""
+    rows = {name: read_rows(RESULTS / f'kernels_{name}.csv') for name in ('launches', 'bytes', 'resources', 'errors')}
+    write_block('kernels_launches', markdown(
+        ['launches of a layer', 'forward', 'backward'],
+        [[row['layer'], row['forward'], row['backward']] for row in rows['launches']]))
+
+    def total(kernel, column):
+        return 256e-9 * sum(
+            int(row['layers']) * int(row['positions']) * int(row[column])
+            for row in rows['bytes'] if row['kernel'] == kernel)
+    cells = [[kernel, *(f'{total(kernel, column):.2f}' for column in ('fewest', 'activations', 'weights'))]
+             for kernel in FEWEST]
+    sums = [sum(float(cell[column]) for cell in cells) for column in (1, 2, 3)]
+    write_block('kernels_bytes', markdown(
+        ['GB a step', 'fewest', 'loads and stores', 'of weights'], cells + [['all', *(f'{s:.2f}' for s in sums)]]))
+    write_block('kernels_resources', markdown(
+        ['registers / KiB of shared memory', *CARDS],
+        [[kernel, *(f"{max(int(row['registers']) for row in of)} / {max(float(row['shared_kib']) for row in of):g}"
+                    for card in CARDS
+                    for of in [[r for r in rows['resources'] if (r['kernel'], r['card']) == (kernel, card)]])]
+         for kernel in dict.fromkeys(row['kernel'] for row in rows['resources'])]))
+    write_block('kernels_errors', markdown(
+        ['dtype', 'mean/deviation', *WHAT],
+        [[row['dtype'], row['ratio'], *(row[what] for what in WHAT)] for row in rows['errors']]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', default=['launches', 'resources', 'errors', 'bytes'])
+    args = parser.parse_args()
+    measures = dict(
+        launches=measure_launches, resources=measure_resources, errors=measure_errors, bytes=measure_bytes)
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    for name in args.only:
+        if name in ('errors', 'bytes') and not interpreted:  # it has to be switched on before Triton is imported
+            environment = {**os.environ, 'TRITON_INTERPRET': '1', 'TIMM_FINET_TRITON': '1'}
+            subprocess.run(
+                [sys.executable, '-m', 'scripts.bench.kernels', '--only', name], env=environment, check=True)
+        else:
+            rows = list(measures[name]())
+            write(name, rows)
+            print(markdown(list(rows[0]), [row.values() for row in rows]), flush=True)
+    if all((RESULTS / f'kernels_{name}.csv').exists() for name in measures):
+        tables()
+
+
 if __name__ == '__main__':
-    for row in measure_launches():
-        print(row)
+    main()

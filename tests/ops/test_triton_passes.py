@@ -1,5 +1,4 @@
 """The Triton passes without a GPU: run by Triton's interpreter, and compiled ahead for the cards that may meet them."""
-import csv
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_interpreter_gives_the_definition():
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-n', '0', '--noconftest', '-p', 'no:cacheprovider', 'tests/ops/interpreted.py'],
+        [sys.executable, '-m', 'pytest', '-n', '0', '--noconftest', 'tests/ops/interpreted.py'],
         cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
