@@ -119,7 +119,7 @@ def recorded_launches(run=True):
 
 @contextmanager
 def counted_bytes(kernels):
-    """A dict of `(kernel, argument)` to the bytes that the interpreter loads from it and stores to it; others are left."""
+    """A dict of `(kernel, argument)` to the bytes that the interpreter loads and stores there; others do not run."""
     from timm_finet.ops import triton_passes
     from triton.runtime.interpreter import InterpreterBuilder as Builder
     counts, owners, launch = {}, [], triton_passes.launch

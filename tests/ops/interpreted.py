@@ -71,6 +71,13 @@ def test_any_number_of_positions(shape):
         torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_not_a_number_stays_one():
+    x, *rest = inputs(12, 20, 2, torch.float16)
+    x[0, 3, 2, 1] = float('nan')
+    y, mean, var, *grads = run_layer(x, *rest, 2, relu=True)
+    assert y.isnan().all() and mean[:20].isnan().all() and var[:20].isnan().all() and grads[0].isnan().any()
+
+
 def test_running_statistics_move_in_the_same_launches():
     x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
     mean, var = torch.zeros(160), torch.ones(160)

@@ -124,7 +124,7 @@ def convolve_kernel(
     for g in range(G):
         acc += tl.load(bias + g * OUT + o, exists, 0.0)[None, :]
     if RELU:
-        acc = tl.maximum(acc, 0.0)
+        acc = tl.where(acc < 0, 0.0, acc)  # a NaN stays one
     mask = (row[:, None] < P) & exists[None, :]
     tl.store(y + row[:, None].to(tl.int64) * OUT + o[None, :], acc.to(y.dtype.element_ty), mask)
 
@@ -255,7 +255,7 @@ def fold_kernel(
         mean += tl.sum(w * m[None, :], 1)  # mu = W m
         var += tl.sum(ws * w, 1)  # var = diag(W S W^T)
         tl.store(w_cov + o[:, None] * C + cj[None, :], ws, mask)
-    var = tl.maximum(var, 0.0)
+    var = tl.where(var < 0, 0.0, var)  # by rounding; a NaN stays one
     inv = 1 / tl.sqrt_rn(var + eps)
     scale = inv
     b = tl.zeros((BO,), tl.float32)
@@ -540,9 +540,10 @@ def triton_input_gradient(
     positions, channels, out = count_positions(x), x.shape[1], len(weight)
     cut = tiles(channels, len(a))
     n_tiles = triton.cdiv(channels, cut['WIDTH']) * triton.cdiv(cut['WIDTH'], cut['BC'])
-    launch(input_gradient_kernel, (triton.cdiv(positions, 64) * n_tiles,), grad_y, y, x, weight, a, b, grad_x,
+    block = 128 if cut['WIDTH'] <= cut['BC'] else 64  # a group in several tiles takes more shared memory
+    launch(input_gradient_kernel, (triton.cdiv(positions, block) * n_tiles,), grad_y, y, x, weight, a, b, grad_x,
            positions, C=channels, OUT=out, S=a.shape[2], **cut, RELU=y is not None,
-           BP=64, BO=min(64, power_of_2(out)), num_warps=8 if cut['BC'] > 64 else 4)
+           BP=block, BO=32, num_warps=8 if cut['BC'] > 32 else 4)
     return grad_x
 
 
