@@ -7,8 +7,8 @@ and by Triton: milliseconds, and bytes a second of the fewest bytes that the pas
 torch's passes begin with a centred copy, which in a layer two of them share. Then training steps of whole networks
 against torch's own modules, eager, as a CUDA graph and compiled: milliseconds, memory, kernels launched.
 
-Each line is written to results/gpu.csv as soon as it is known, with the card's name; the command, started again, goes on
-with what is missing. `--device cpu --tiny` rehearses all of it without a GPU.
+Each line is written to results/gpu.csv as soon as it is known, with the card's name; the command, started again, goes
+on with what is missing. `--device cpu --tiny` rehearses all of it without a GPU.
 """
 import argparse
 import csv
@@ -43,8 +43,10 @@ NETWORKS = {'finet_large': 4, 'finet_small': 4, 'resnet50': 2, 'mobilenetv3_larg
 BATCHES = ((224, 256), (32, 512), (32, 128))  # px, images
 FORMS = ('bn', 'torch', 'triton')
 RUNS = ('graph', 'eager', 'compiled')
-TINY = dict(networks={'finet_small': 4, 'mobilenetv3_small_050': 2}, batches=((32, 8),), images=1, rounds=1)
-FULL = dict(networks=NETWORKS, batches=BATCHES, images=256, rounds=10)
+FULL = dict(networks=NETWORKS, compiled=list(NETWORKS), batches=BATCHES, images=256, rounds=10)
+TINY = dict(
+    networks={'finet_small': 4, 'mobilenetv3_small_050': 2}, compiled=['mobilenetv3_small_050'], batches=((32, 8),),
+    images=1, rounds=1)
 
 
 class Results:
@@ -201,7 +203,8 @@ def bench_step(name, groups, form, size, batch, how, args, rounds):
 def bench_steps(results, args, sizes):
     for how in RUNS:
         for size, batch in sizes['batches']:
-            for name, groups in sizes['networks'].items():
+            for name in sizes['compiled' if how == 'compiled' else 'networks']:
+                groups = sizes['networks'][name]
                 for form in FORMS:
                     key = dict(kind='step', name=name, size=size, batch=batch, groups=groups, form=form, run=how)
                     if not results.missing(**key):
