@@ -35,7 +35,7 @@ FACTS = {  # for a recipe that is not named after its data set
     'cifar10': ('--num-classes', '10', '--mean', '0.4914', '0.4822', '0.4465', '--std', '0.2470', '0.2435', '0.2616'),
     'cifar100': ('--num-classes', '100', '--mean', '0.5071', '0.4865', '0.4409', '--std', '0.2673', '0.2564', '0.2762'),
 }
-PARTS = {'cifar10': 'torch/cifar10_first1000', 'cifar100': 'torch/cifar100_first100'}  # that recipe:cifar_long trains on
+PARTS = {'cifar10': 'torch/cifar10_first1000', 'cifar100': 'torch/cifar100_first100'}  # of recipe:cifar_long
 
 
 def dataset_args(dataset, recipe):

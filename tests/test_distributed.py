@@ -1,5 +1,6 @@
 """Synchronised FBN: two gloo processes with unequal batches against one process with the joined batch, in float64."""
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import timm
@@ -9,8 +10,12 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
 from timm_finet import FBNConv2d
+from timm_finet.fbn import as_reference
 from timm_finet.patches import train_on_several_cpus
 
 SPLIT = (3, 5)
@@ -132,3 +137,86 @@ def test_both_conversions_keep_names_and_one_process_alone_works(convert):
     assert all(isinstance(m.bn, nn.SyncBatchNorm) for m in synced.modules() if isinstance(m, FBNConv2d))
     x = torch.randn(2, 64, 8, 8)
     synced(x).sum().backward()
+
+
+def empty_worker(rank, folder):
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    for kernel in (1, 3):
+        torch.manual_seed(0)
+        alone = FBNConv2d(8, 6, kernel, padding=kernel // 2, fbn_groups=2)
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(alone))
+        x = torch.randn(4, 8, 5, 5)
+        expected = train(alone, x, x[:, :6])
+        mine = x if rank == 0 else x[:0]
+        y, grad = train(synced, mine, mine[:, :6])
+        if rank == 0:
+            torch.testing.assert_close((y, grad), expected)
+        assert y.shape == (len(mine), 6, 5, 5) and grad.shape == mine.shape
+        for p, q in zip(synced.parameters(), alone.parameters()):
+            dist.all_reduce(p.grad)
+            torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close(synced.bn.running_var, alone.bn.running_var)
+        assert synced.bn.num_batches_tracked == 1
+    dist.destroy_process_group()
+
+
+def test_a_process_without_images_takes_part(tmp_path):
+    mp.spawn(empty_worker, (str(tmp_path),), nprocs=2)
+
+
+def wrap(model, kind, mesh):
+    """`model` sharded over the processes, and the dtype that it computes in."""
+    if kind == 'FSDP2, every leaf':
+        for module in list(model.modules())[:0:-1]:
+            if next(module.parameters(recurse=False), None) is not None:
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh), torch.float32
+    if kind == 'FSDP2, every layer':
+        for layer in model:
+            if isinstance(layer, FBNConv2d):
+                fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh), torch.float32
+    shard = partial(FullyShardedDataParallel, device_id=torch.device('cpu'), use_orig_params='original' in kind)
+    if 'every layer' in kind:
+        return shard(model, auto_wrap_policy=ModuleWrapPolicy({FBNConv2d})), torch.float32
+    # The ordinary recipe: torch then wraps every BatchNorm apart.
+    return shard(
+        model, auto_wrap_policy=partial(size_based_auto_wrap_policy, min_num_params=10),
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)), torch.bfloat16
+
+
+SHARDED = [
+    'FSDP1, bfloat16', 'FSDP1, bfloat16, original parameters', 'FSDP1, every layer', 'FSDP2, every leaf',
+    'FSDP2, every layer']
+
+
+def sharded_worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    mesh = init_device_mesh('cpu', (2,))
+    for kind in SHARDED:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            FBNConv2d(8, 16, fbn_groups=4), nn.ReLU(), FBNConv2d(16, 8, 3, padding=1, fbn_groups=2))
+        plain = nn.Sequential(*(as_reference(deepcopy(m)) if isinstance(m, FBNConv2d) else m for m in model))
+        x = torch.randn(8, 8, 6, 6, generator=torch.Generator().manual_seed(rank))
+        sharded, dtype = wrap(model, kind, mesh)
+        close = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.08)
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype != torch.float32):
+            y, grad = train(plain, x, x)
+        for a, b in zip(train(sharded, x, x), (y, grad)):
+            torch.testing.assert_close(a, b, **close, check_dtype=False)
+        buffers = {name.replace('_fsdp_wrapped_module.', ''): value for name, value in sharded.named_buffers()}
+        for name, value in plain.named_buffers():
+            torch.testing.assert_close(buffers[name], value, **close, check_dtype=False)
+            assert 'tracked' not in name or value == 1
+        with torch.no_grad():
+            torch.testing.assert_close(sharded.eval()(x), plain.eval()(x), **close, check_dtype=False)
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_sharded_layers_train_and_evaluate_as_unsharded_ones(tmp_path):
+    mp.spawn(sharded_worker, (str(tmp_path),), nprocs=2)

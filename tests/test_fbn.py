@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 from timm.utils import freeze
+from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 
 from scripts.bench.bench_training import peak_bytes
 from timm_finet import FBNConv2d
@@ -106,7 +107,7 @@ def test_gradcheck():
     x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
 
     def run(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(dict(layer.named_parameters()), parameters)), (x,))
+        return functional_call(layer, dict(zip(dict(layer.named_parameters()), parameters)), (x,))
     torch.autograd.gradcheck(run, (x, *layer.parameters()))
 
 
@@ -247,12 +248,6 @@ def test_one_position_is_refused_in_training(kernel):
         FBNConv2d(8, 4, kernel, padding=kernel // 2)(torch.randn(1, 8, 1, 1))
 
 
-@pytest.mark.parametrize('fbn_groups', [3, 0, -1])
-def test_groups_that_do_not_divide_are_refused(fbn_groups):
-    with pytest.raises(ValueError, match=f'fbn_groups={fbn_groups} .* in_channels=8'):
-        FBNConv2d(8, 4, fbn_groups=fbn_groups)
-
-
 def test_wide_layers_with_few_positions_take_the_reference_form():
     """Their moments, and products with them, would be larger than the intermediate."""
     layer = FBNConv2d(64, 32, fbn_groups=4)
@@ -354,8 +349,124 @@ def test_torchscript_without_running_statistics():
     torch.testing.assert_close(torch.jit.script(deepcopy(layer)).eval()(x), layer.eval()(x))
 
 
-def test_unknown_and_unfit_arguments_are_named():
-    with pytest.raises(TypeError, match='bias'):
-        FBNConv2d(8, 4, bias=True)
-    with pytest.raises(ValueError, match='fbn_groups=2.0'):
-        FBNConv2d(8, 4, fbn_groups=2.0)
+@pytest.mark.parametrize('arguments, error, message', [
+    (dict(groups=2), TypeError, "FBNConv2d.*'groups'"),
+    (dict(bias=False), TypeError, "FBNConv2d.*'bias'"),
+    *((dict(fbn_groups=value), ValueError, f'fbn_groups={value!r} must be an integer that divides in_channels=8')
+      for value in (3, 0, -1, 2.0, '4', True, None)),
+])
+def test_unfit_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FBNConv2d(8, 4, **arguments)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('shape', [(8, 5, 5), (2, 5, 5, 5), (1, 2, 8, 5, 5)])
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_an_input_of_another_shape_is_named(kernel, shape, training):
+    with pytest.raises(ValueError, match=rf'\(N, 8, H, W\), not \[{", ".join(map(str, shape))}\]'):
+        FBNConv2d(8, 4, kernel, fbn_groups=2).train(training)(torch.randn(shape))
+
+
+@pytest.mark.parametrize('changed', ['weight', 'bn.weight', 'x'])
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_what_the_backward_pass_needs_must_not_change_before_it(kernel, changed):
+    layer = FBNConv2d(16, 8, kernel, padding=kernel // 2, fbn_groups=4)
+    x = torch.randn(8, 16, 8, 8, requires_grad=True)
+    leaf = x * 1
+    assert is_fast(layer, leaf)
+    loss = layer(leaf).square().sum()
+    with torch.no_grad():
+        (leaf if changed == 'x' else layer.get_parameter(changed)).mul_(2)
+    with pytest.raises(RuntimeError, match='modified .*inplace'):
+        loss.backward()
+
+
+def test_squares_that_overflow_take_the_reference_form():
+    """Sums of the input's squares overflow sooner than the variances of its partial sums."""
+    layer = FBNConv2d(16, 8, fbn_groups=4)
+    x = torch.randn(256, 16, 8, 8) * 1e17
+    x[..., ::2] *= 100
+    with torch.no_grad():
+        layer.weight.mul_(1e-3)
+    y, expected = layer(x), reference(layer)(x)
+    assert y.isfinite().all() and layer.bn.running_var.isfinite().all() and layer.bn.num_batches_tracked == 1
+    torch.testing.assert_close(y, expected)
+
+
+def test_collinear_channels_stay_finite_and_near_the_definition():
+    """Their partial sums may have no variance but rounding's: a computed one below zero must not become a NaN."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer = FBNConv2d(16, 8, fbn_groups=4)
+        direction = torch.randn(4, 4)  # of each group's channels
+        x = (torch.randn(4, 4, 1, 16, 16) * direction[:, :, None, None] * 100).flatten(1, 2)
+        with torch.no_grad():  # every weight but the first orthogonal to it
+            w = layer.weight.view(8, 4, 4)
+            w[1:] -= (w * direction).sum(2, keepdim=True)[1:] * direction / direction.square().sum(1, keepdim=True)
+        assert is_fast(layer, x)
+        layer.bn.reset_running_stats()
+        exact = deepcopy(layer).double()
+        y, grad = step(layer, x, torch.ones(4, 8, 16, 16))[:2]
+        assert y.isfinite().all() and grad.isfinite().all() and (layer.bn.running_var >= 0.9).all()
+        torch.testing.assert_close(y.double(), exact(x.double()), rtol=0, atol=0.05)
+
+
+def test_exported_training_uses_torchs_batchnorm():
+    """Whoever runs the graph differentiates it, and switches its BatchNorms to eval mode."""
+    model = nn.Sequential(FBNConv2d(16, 8, fbn_groups=4), nn.ReLU(), FBNConv2d(8, 8, 3, padding=1, fbn_groups=2))
+    x = torch.randn(4, 16, 8, 8)
+    graph = torch.export.export(deepcopy(model), (x,)).module()
+    for a, b in zip(step(graph, x, 1), step(model, x, 1), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    assert sum('batch_norm' in str(node.target) for node in graph.graph.nodes) == 2
+
+
+def test_quantisation_aware_training_of_an_exported_network():
+    pt2e = pytest.importorskip('torchao.quantization.pt2e')
+    quantize = pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e')
+    quantizers = pytest.importorskip('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer')
+    quantizer = quantizers.X86InductorQuantizer().set_global(
+        quantizers.get_default_x86_inductor_quantization_config(is_qat=True))
+    model = nn.Sequential(FBNConv2d(16, 8, fbn_groups=4), nn.ReLU(), FBNConv2d(8, 8, fbn_groups=2))
+    x = torch.randn(4, 16, 8, 8)
+    graph = quantize.prepare_qat_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    for _ in range(2):
+        graph(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in graph.parameters())
+    pt2e.move_exported_model_to_eval(graph)
+    assert quantize.convert_pt2e(graph)(x).isfinite().all()
+
+
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_torch_func_takes_gradients_in_training(kernel):
+    """Of the batch, and of each image as if it were alone."""
+    layer = FBNConv2d(16, 8, kernel, padding=kernel // 2, fbn_groups=4, dtype=torch.float64)
+    x = torch.randn(3, 16, 20, 20, dtype=torch.float64)
+    assert is_fast(layer, x[:1])
+    replace_all_batch_norm_modules_(layer)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,)).square().sin().sum()
+
+    def expected(x):
+        return dict(zip(parameters, torch.autograd.grad(loss(parameters, x), list(parameters.values()))))
+    torch.testing.assert_close(grad(loss)(parameters, x), expected(x))
+    each = vmap(grad(loss), (None, 0))(parameters, x[:, None])
+    torch.testing.assert_close({name: grad[1] for name, grad in each.items()}, expected(x[1:2]))
+
+
+@pytest.mark.parametrize('shape', [(16, 8, 3, 1, 1, 1, 4), (256, 8, 1, 1, 0, 1, 4), (16, 8, 1, 1, 0, 1, 4)])
+def test_second_derivatives_are_right_or_refused(shape):
+    fast, x = make(shape), torch.randn(2, shape[0], 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def second(layer):
+        (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        first.square().sum().backward()
+        return layer.weight.grad
+    if shape[:4] == (16, 8, 1, 1):
+        with pytest.raises(RuntimeError, match='once_differentiable'):
+            second(fast)
+    else:
+        torch.testing.assert_close(second(fast), second(reference(fast)))

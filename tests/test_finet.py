@@ -166,3 +166,26 @@ def test_tracing_takes_fbn_as_a_leaf_and_without_leaves_eval_mode_alone():
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
     with pytest.raises(torch.fx.proxy.TraceError):
         torch.fx.symbolic_trace(model.train())
+
+
+@pytest.mark.parametrize('name', ['finet_small_se_g4', 'finet_small', 'resnet18_fbn'])
+def test_timms_batchnorm_arguments_reach_every_norm_fbns_own_included(name):
+    """train.py --bn-eps --bn-momentum."""
+    model = timm.create_model(name, bn_eps=1e-3, bn_momentum=0.02)
+    assert {(m.eps, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)} == {(1e-3, 0.02)}
+    default = timm.create_model(name)
+    assert {(m.eps, m.momentum) for m in default.modules() if isinstance(m, _BatchNorm)} == {(1e-5, 0.1)}
+
+
+def test_stochastic_depth_rises_over_the_blocks_with_an_identity():
+    """train.py --drop-path."""
+    model = timm.create_model('finet_small_g4', drop_path_rate=0.3, drop_rate=0., num_classes=5).train()
+    blocks = [block for stage in model.stages for block in stage]
+    rates = [getattr(block.drop_path, 'drop_prob', None) for block in blocks]
+    assert rates == pytest.approx([0.02 * i if block.has_identity else None for i, block in enumerate(blocks)])
+    x = torch.randn(1, 120, 4, 4)
+    with torch.no_grad():
+        block = timm.create_model('finet_small_g4', drop_path_rate=1., channels=(32, 64, 120)).stages[-1][-1].train()
+        torch.testing.assert_close(block(x.repeat(9, 1, 1, 1)), x.repeat(9, 1, 1, 1))
+    keys = timm.create_model('finet_small_g4', num_classes=5).state_dict().keys()
+    assert model.state_dict().keys() == keys

@@ -5,25 +5,34 @@ added:
 
     y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
-`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `ReferenceFBNConv2d` computes that as it
-stands. `FBNConv2d` gives the same, in less time and memory: with known statistics as one plain convolution (`fold`), in
-training from the input's moments (moment_form.py) or, for kernels larger than 1x1, one group at a time.
+`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes that without the
+`z_g`: with known statistics as one plain convolution (`fold`), in training from the input's moments (moment_form.py)
+or, for kernels larger than 1x1, one group at a time. Where that is not known to be right it computes the `z_g` and
+calls its norm on them, as `ReferenceFBNConv2d` always does.
 """
-from typing import Optional, Tuple
+import math
+import warnings
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
 
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, to_2tuple
 
 from .moment_form import MomentForm, memory_format
 from .sync import sync_batch_norm
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
+
+# The norms whose results a layer may compute without calling them. timm's `freeze` puts the frozen one in.
+KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+# Their forwards as torch defines them: some programs replace those of a whole class.
+KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
 
 
 @torch.compiler.assume_constant_result  # torch 2.9 cannot trace the call
@@ -31,51 +40,32 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-class ReferenceFBNConv2d(nn.Conv2d):
-    """The paper's own form (Figure 3a), the measure of every other: G times the activations.
+@torch.compiler.assume_constant_result
+def _warn(text: str) -> None:
+    warnings.warn(text)  # without a caller's place Python shows a text once
 
-    Arguments as for `FBNConv2d`.
+
+@torch.fx.wrap  # symbolic tracing cannot take the branch
+def check_input(x: torch.Tensor, in_channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f'The input must be (N, {in_channels}, H, W), not {list(x.shape)}.')
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def operators_alone() -> bool:
+    """Whether torch.export, torch.jit.trace or torch.func is at work: they know torch's operators alone.
+
+    Whoever runs an exported graph differentiates it by himself, or switches its BatchNorms to eval mode.
     """
-
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: int = 1,
-            stride: int = 1,
-            padding: int = 0,
-            dilation: int = 1,
-            fbn_groups: int = 4,
-            affine: bool = True,
-            eps: float = 1e-5,
-            momentum: Optional[float] = 0.1,
-            device=None,
-            dtype=None,
-    ):
-        if not isinstance(fbn_groups, int) or fbn_groups < 1 or in_channels % fbn_groups:
-            raise ValueError(f'fbn_groups={fbn_groups} must be an integer that divides in_channels={in_channels}.')
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False, **dd)
-        self.fbn_groups = fbn_groups
-        self.bn = nn.BatchNorm2d(fbn_groups * out_channels, eps, momentum, affine, **dd)
-
-    def reference(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.unflatten(1, [self.fbn_groups, -1]).transpose(0, 1).flatten(0, 1)
-        z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.fbn_groups)
-        z = self.bn(z)
-        if self.fbn_groups == 1:
-            return z
-        parts = z.chunk(self.fbn_groups, 1)  # a sum over a dimension of its own would come out contiguous
-        y = parts[0] + parts[1]
-        for part in parts[2:]:
-            y = y + part
-        return y
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reference(x)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + f', fbn_groups={self.fbn_groups}'
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def fold(
@@ -85,6 +75,7 @@ def fold(
         gamma: Optional[torch.Tensor],
         beta: Optional[torch.Tensor],
         eps: float,
+        groups: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Fold statistics into a convolution (equations 8 and 9).
 
@@ -92,6 +83,7 @@ def fold(
         weight: `(out, in, kh, kw)`.
         mean, var: `(G * out,)`, the statistics of each group's partial sum, group-major.
         gamma, beta: `(G * out,)` or None.
+        groups: G.
 
     Returns:
         The weight, shaped as before, and the bias `(out,)`, both in the dtype of `mean`.
@@ -103,19 +95,25 @@ def fold(
     bias = -mean * scale
     if beta is not None:
         bias = bias + beta.to(scale.dtype)
-    scale = scale.view(-1, out).t()[:, :, None, None, None]
-    weight = weight.to(scale.dtype).unflatten(1, [scale.shape[1], -1]) * scale
-    return weight.flatten(1, 2), bias.view(-1, out).sum(0)
+    weight = weight.to(scale.dtype).unflatten(1, [groups, -1]) * scale.view(groups, out).t()[:, :, None, None, None]
+    return weight.flatten(1, 2), bias.view(groups, out).sum(0)
 
 
 @register_notrace_module
-class FBNConv2d(ReferenceFBNConv2d):
+class FBNConv2d(nn.Module):
     """Convolution with Fine-grained Batch Normalization: a drop-in for `nn.Conv2d(bias=False)` + `nn.BatchNorm2d`.
 
-    The weight is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine
-    pairs, group-major. In eval mode the running statistics are folded on the fly. Statistics are computed in at least
-    float32. Eager, `torch.compile`, fx (as a leaf); TorchScript trains in the reference form. A `bn` made a
-    SyncBatchNorm synchronises the statistics. There are no second derivatives.
+    `weight` is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine pairs,
+    group-major. In eval mode the running statistics are folded on the fly. Statistics are computed in at least float32.
+
+    It is no `nn.Conv2d`: whatever changes a convolution's weight by the BatchNorm behind it, or adds to its weight what
+    it has learnt beside it, would be wrong here, where the norm is inside.
+
+    `bn` is computed with, not called, as long as it is exactly torch's BatchNorm2d or SyncBatchNorm, or torchvision's
+    FrozenBatchNorm2d, without hooks. A SyncBatchNorm synchronises the statistics. Any other module in its place, or
+    round it (FSDP, checkpointing, peft), is called as in the paper's form, at G times the memory; a warning says so.
+    So it is under torch.export, torch.jit.script and torch.func. The fast 1x1 form has no second derivatives, all
+    others have.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
@@ -124,19 +122,104 @@ class FBNConv2d(ReferenceFBNConv2d):
         affine, eps, momentum: As for `nn.BatchNorm2d`; gamma and beta are per intermediate channel.
 
     Raises:
-        ValueError: `fbn_groups` does not divide `in_channels`; or, when training, one value per channel.
+        ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or, when training, it
+            has one value per channel.
         RuntimeError: The input's dtype is not the weight's, outside autocast.
 
     Shape:
         `(N, in, H, W)` to `(N, out, H', W')`, dtype and memory format as for `nn.Conv2d`.
     """
 
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]] = 1,
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[int, Tuple[int, int], str] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            fbn_groups: int = 4,
+            affine: bool = True,
+            eps: float = 1e-5,
+            momentum: Optional[float] = 0.1,
+            device=None,
+            dtype=None,
+    ):
+        if type(fbn_groups) is not int or fbn_groups < 1 or in_channels % fbn_groups:
+            raise ValueError(f'fbn_groups={fbn_groups!r} must be an integer that divides in_channels={in_channels}.')
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = to_2tuple(kernel_size)
+        self.stride = to_2tuple(stride)
+        self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
+        self.dilation = to_2tuple(dilation)
+        self.fbn_groups = fbn_groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **dd))
+        self.bn = nn.BatchNorm2d(fbn_groups * out_channels, eps, momentum, affine, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the weight as `nn.Conv2d` does; `bn` has a method of its own."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
+            f'padding={self.padding}, dilation={self.dilation}, fbn_groups={self.fbn_groups}')
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script, whose graph cannot ask what `bn` is."""
+        if type(self) is FBNConv2d and self._why_called():
+            return as_reference(self)
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, self.in_channels)
         if torch.jit.is_scripting():
             return self.reference(x) if self.bn.training or self.bn.running_mean is None else self.folded(x)
+        reason = self._why_called()
+        if reason:
+            if self.fbn_groups > 1:
+                _warn(f"{type(self).__name__} computes in the paper's form, at fbn_groups={self.fbn_groups} times the "
+                      f'memory of its output, because {reason}.')
+            return self.reference(x)
         if not self._uses_batch_statistics():
             return self.folded(x)
+        if operators_alone():
+            return self.reference(x)
         return self._fast_forms(x)
+
+    @torch.jit.unused
+    def _why_called(self) -> str:
+        """Why `bn` has to be called, or '' where its result may be computed without: in training, eval and folding."""
+        bn = self.bn
+        if type_before_parametrizations(bn) not in KNOWN_NORMS:
+            return f'bn is a {type(bn).__module__}.{type(bn).__name__}'
+        if 'forward' in vars(bn) or type(bn).forward not in KNOWN_FORWARDS:
+            return f"bn's forward is not {type(bn).__name__}'s own"
+        if has_hooks(bn):
+            return 'bn has hooks'
+        if is_parametrized(bn, 'running_mean') or is_parametrized(bn, 'running_var'):
+            return 'the statistics of bn are parametrised'
+        width = self.fbn_groups * self.out_channels
+        if getattr(bn, 'num_features', width) != width:
+            return f'bn has {bn.num_features} features, not fbn_groups * out_channels = {width}'
+        return ''
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        """The paper's own form (Figure 3a): a grouped convolution to `G * out` channels, the norm, the sum."""
+        weight = self.weight.unflatten(1, [self.fbn_groups, -1]).transpose(0, 1).flatten(0, 1)
+        z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.fbn_groups)
+        z = self.bn(z)
+        if self.fbn_groups == 1:
+            return z
+        parts = z.chunk(self.fbn_groups, 1)  # a sum over a dimension of its own would come out contiguous
+        y = parts[0] + parts[1]
+        for part in parts[2:]:
+            y = y + part
+        return y
 
     @torch.jit.unused
     def _fast_forms(self, x: torch.Tensor) -> torch.Tensor:
@@ -162,8 +245,9 @@ class FBNConv2d(ReferenceFBNConv2d):
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
-        # A frozen BatchNorm (torchvision's, timm's) is no _BatchNorm; one in eval mode is a common way to fine-tune.
-        return isinstance(self.bn, _BatchNorm) and (self.bn.training or self.bn.running_mean is None)
+        # Of the norms that may be passed by; one in eval mode is a common way to fine-tune.
+        bn = self.bn
+        return not isinstance(bn, FrozenBatchNorm2d) and (bn.training or bn.running_mean is None)
 
     @torch.jit.unused
     def _process_group(self):
@@ -181,26 +265,38 @@ class FBNConv2d(ReferenceFBNConv2d):
     def _folded_weight(self) -> Tuple[torch.Tensor, torch.Tensor]:
         bn = self.bn
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return fold(self.weight, bn.running_mean.to(dtype), bn.running_var.to(dtype), bn.weight, bn.bias, bn.eps)
+        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+        return fold(self.weight, mean, var, bn.weight, bn.bias, bn.eps, self.fbn_groups)
 
     def _moment_form(self, x: torch.Tensor, process_group) -> torch.Tensor:
+        original = x
         if self.stride != (1, 1):
             # Every stride-th position; a slice's gradient would come out contiguous.
             x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
         y, mean, var, count = MomentForm.apply(
             x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
+        if x.device.type == 'cpu' and process_group is None and not torch.compiler.is_compiling():
+            if not var.isfinite().all():  # squares overflow sooner than the partial sums' variance
+                return self.reference(original)
         self._track(mean, var * (count / (count - 1)))
         return y
 
     def _group_by_group(self, x: torch.Tensor, process_group) -> torch.Tensor:
         bn, out = self.bn, self.out_channels
-        like = self.weight if bn.running_mean is None else bn.running_mean
-        mean, var = torch.zeros(2, bn.num_features, dtype=like.dtype, device=like.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean, var = torch.zeros(2, bn.num_features, dtype=dtype, device=x.device)
         layout = memory_format(x)
+        weight, gamma, beta = self.weight.to(x.dtype), bn.weight, bn.bias
+        used = [] if torch.compiler.is_compiling() else [v for v in (x, weight, gamma) if v is not None]
+        versions = [v._version for v in used] if torch.is_grad_enabled() else []
 
         def part(g, x, weight):  # made again in the backward pass, which writes the same mean and variance once more
-            norm = [None if v is None else v[g * out:(g + 1) * out] for v in (mean, var, bn.weight, bn.bias)]
+            if versions and versions != [v._version for v in used]:
+                raise RuntimeError(
+                    'The input, the weight or the gamma of an FBNConv2d has been modified by an inplace operation '
+                    'between the forward and the backward pass, which needs it as it was.')
+            norm = [None if v is None else v[g * out:(g + 1) * out].to(dtype) for v in (mean, var, gamma, beta)]
             x = x.contiguous(memory_format=layout)  # once, not in each of the convolution's gradients
             z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
             if process_group is not None:
@@ -208,7 +304,6 @@ class FBNConv2d(ReferenceFBNConv2d):
             return F.batch_norm(z, *norm, training=True, momentum=1., eps=bn.eps)
 
         y = None
-        weight = self.weight.to(x.dtype)
         for g, (t, w) in enumerate(zip(x.chunk(self.fbn_groups, 1), weight.chunk(self.fbn_groups, 1))):
             z = checkpoint(part, g, t, w, use_reentrant=False, preserve_rng_state=False)
             y = z if y is None else y.add_(z)
@@ -219,8 +314,13 @@ class FBNConv2d(ReferenceFBNConv2d):
     def _track(self, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
         bn = self.bn
         if bn.training and bn.track_running_stats:
-            bn.num_batches_tracked.add_(1)
-            momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+            momentum = bn.momentum
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)
+                if momentum is None:
+                    momentum = 1 / float(bn.num_batches_tracked)
+            if momentum is None:  # nothing to average over: BatchNorm keeps its statistics as they are
+                return
             bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
             bn.running_var.lerp_(unbiased_var.to(bn.running_var.dtype), momentum)
 
@@ -229,8 +329,11 @@ class FBNConv2d(ReferenceFBNConv2d):
         """The plain convolution with bias that this layer is in eval mode; device, dtype, layout, `requires_grad` stay.
 
         Raises:
-            RuntimeError: In train mode, where the statistics are the batch's.
+            RuntimeError: In train mode, where the statistics are the batch's; or where `bn` has to be called.
         """
+        reason = self._why_called()
+        if reason:
+            raise RuntimeError(f'An FBNConv2d cannot be fused where {reason}.')
         if self._uses_batch_statistics():
             raise RuntimeError('An FBNConv2d in train mode has no fixed statistics to fuse: call .eval() first.')
         weight, bias = self._folded_weight()
@@ -240,3 +343,20 @@ class FBNConv2d(ReferenceFBNConv2d):
         conv.weight = nn.Parameter(torch.empty_like(self.weight).copy_(weight), self.weight.requires_grad)
         conv.bias = nn.Parameter(bias.to(self.weight.dtype), self.weight.requires_grad)
         return conv.train(self.training)
+
+
+class ReferenceFBNConv2d(FBNConv2d):
+    """The paper's own form (Figure 3a), the measure of every other: G times the activations.
+
+    Arguments as for `FBNConv2d`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reference(x)
+
+
+def as_reference(layer: FBNConv2d) -> ReferenceFBNConv2d:
+    """The same layer, its parameters and its norm, in the paper's form."""
+    reference = ReferenceFBNConv2d.__new__(ReferenceFBNConv2d)
+    reference.__dict__.update(layer.__dict__)
+    return reference

@@ -17,9 +17,10 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Linear, SelectAdaptivePool2d, get_device_dtype
+from timm.layers import DropPath, Linear, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
@@ -29,6 +30,13 @@ from .pretrained import WEIGHTS, build_model
 from .rewrite import check_form, fuse_fbn
 
 __all__ = ['Finet']
+
+
+def set_bn_args(model: nn.Module, eps: Optional[float], momentum: Optional[float]) -> None:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eps = module.eps if eps is None else eps
+            module.momentum = module.momentum if momentum is None else momentum
 
 
 class ConvNorm(nn.Sequential):
@@ -81,6 +89,7 @@ class Block(nn.Module):
             affine: bool,
             act_place: str,
             use_se: bool,
+            drop_path: float,
             fused: bool,
             **dd,
     ):
@@ -99,6 +108,7 @@ class Block(nn.Module):
         self.act2 = acts['pointwise']
         self.se = SqueezeExcite(in_chs, out_chs, fused=fused, **dd) if use_se else None
         self.has_identity = stride == 1
+        self.drop_path = DropPath(drop_path) if drop_path and self.has_identity else nn.Identity()
         self.act_out = acts['output']
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,7 +119,7 @@ class Block(nn.Module):
         if self.se is not None:
             x = x * self.se(identity)
         if self.has_identity:
-            x = x + identity
+            x = self.drop_path(x) + identity
         return self.act_out(x)
 
 
@@ -130,6 +140,8 @@ class Finet(nn.Module):
             default trained best on CIFAR-100.
         small_input: Stem for 32 px images: stride 1 and no max-pool (section 5.3).
         drop_rate: Dropout on the inputs of both fully connected layers.
+        drop_path_rate: Stochastic depth of the blocks with an identity, rising to this rate at the last one.
+        bn_eps, bn_momentum: Of every BatchNorm, FBN's own included; None is torch's 1e-5 and 0.1.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
 
     `torch.fx` traces it with FBN layers as leaves, as timm's `create_feature_extractor` does; plain `symbolic_trace`
@@ -152,6 +164,9 @@ class Finet(nn.Module):
             act_place: str = 'depthwise',
             small_input: bool = False,
             drop_rate: float = 0.2,
+            drop_path_rate: float = 0.,
+            bn_eps: Optional[float] = None,
+            bn_momentum: Optional[float] = None,
             num_classes: int = 1000,
             in_chans: int = 3,
             global_pool: str = 'avg',
@@ -191,13 +206,14 @@ class Finet(nn.Module):
         stride = stride * stride
         self.feature_info += [dict(num_chs=prev_chs, reduction=stride, module='pool')]
 
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (chs, depth) in enumerate(zip(map(widen, channels), depths)):
             blocks = []
             for j in range(depth):
                 blocks += [Block(
-                    prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se, fused,
-                    **dd)]
+                    prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se,
+                    drop_paths[i][j], fused, **dd)]
                 prev_chs = chs
             stages += [nn.Sequential(*blocks)]
             stride *= 2
@@ -214,6 +230,7 @@ class Finet(nn.Module):
         self.act3 = nn.ReLU(inplace=True)
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.classifier = Linear(num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        set_bn_args(self, bn_eps, bn_momentum)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         check_form(self, state_dict)

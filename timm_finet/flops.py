@@ -52,7 +52,9 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
     analysis.set_op_handle('aten::batch_norm', lambda inputs, outputs: prod(outputs[0].type().sizes()))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     try:
-        by_operator = analysis.by_operator()
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'FBNConv2d computes')  # fvcore hooks every module
+            by_operator = analysis.by_operator()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f'input_size={input_size} does not fit {type(model).__name__}: {reason}') from error

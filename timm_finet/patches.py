@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .checkpoint import one_line
+from .fbn import KNOWN_FORWARDS
 from .sync import sync_batch_norm
 
 __all__ = ['delete_torn_checkpoints', 'fuse_in_eval_mode', 'keep_buffers', 'stop_at_nan', 'train_on_several_cpus']
@@ -69,6 +70,7 @@ def train_on_several_cpus() -> None:
     # It raises, on the CPU alone.
     nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
     nn.SyncBatchNorm.forward = sync_forward_on_cpu
+    KNOWN_FORWARDS.append(sync_forward_on_cpu)  # FBN layers go on without calling it
 
 
 def init_without_devices(self, module, device_ids=None, **kwargs):

@@ -1,13 +1,13 @@
 """ResNet with Fine-grained Batch Normalization (arXiv 2005.06828, Table 7): timm's, its conv + BN pairs replaced."""
 import re
-from typing import Any
+from typing import Any, Optional
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .finet import CIFAR10
+from .finet import CIFAR10, set_bn_args
 from .pretrained import UNTRAINED, WEIGHTS, build_model
 from .rewrite import check_form, convert_fbn, fuse_fbn
 
@@ -22,12 +22,14 @@ class ResNetFBN(ResNet):
         fbn_groups: FBN groups of every convolution behind the stem; 1 is plain BN.
         affine: FBN's gamma and beta.
         small_input: Stem for 32 px images: 3x3, stride 1 and no max-pool (section 5.3).
+        bn_eps, bn_momentum: Of every BatchNorm, FBN's own included; None is torch's 1e-5 and 0.1.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
     """
 
     def __init__(
             self, block, layers, fbn_groups: int = 2, affine: bool = True, small_input: bool = False,
-            fused: bool = False, in_chans: int = 3, device=None, dtype=None, **kwargs):
+            bn_eps: Optional[float] = None, bn_momentum: Optional[float] = None, fused: bool = False,
+            in_chans: int = 3, device=None, dtype=None, **kwargs):
         super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         self.fbn_groups = fbn_groups
         if small_input:
@@ -35,6 +37,7 @@ class ResNetFBN(ResNet):
             self.maxpool = nn.Identity()
             for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8)):
                 info['reduction'] = reduction
+        set_bn_args(self, bn_eps, bn_momentum)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             convert_fbn(stage, fbn_groups, affine, inplace=True)
         if fused:

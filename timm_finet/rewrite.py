@@ -77,15 +77,16 @@ def fuse_fbn(model: nn.Module, inplace: bool = False) -> nn.Module:
     except Exception as error:
         pairs, read = [], set()
         _logger.warning(f'torch.fx cannot trace {type(model).__name__}, only its FBN layers are fused: {error}')
-    fused: Dict[nn.Module, nn.Module] = {layer: layer.fuse() for layer in layers if not is_watched(layer, read)}
+    fused: Dict[nn.Module, nn.Module] = {
+        layer: layer.fuse() for layer in layers if not is_watched(layer, read) and not layer._why_called()}
     for layer, norm in pairs:
         fused.update({layer: _fuse_pair(fused.get(layer, layer), norm), norm: _after_norm(norm)})
     _replace(model, fused)
     stayed = [name for name, module in model.named_modules() if isinstance(module, FBNConv2d)]
     if stayed:
         _logger.warning(
-            f'{len(stayed)} FBN layers of {type(model).__name__} stay, as hooks or its forward look into them: '
-            f"{', '.join(stayed)}")
+            f'{len(stayed)} FBN layers of {type(model).__name__} stay, as hooks or its forward look into them or their '
+            f"norm has to be called: {', '.join(stayed)}")
     if 'fused' in getattr(model, '_model_args', {}):
         update_model_args(model, fused=True)  # what timm's save_for_hf writes, and so what loads again
     return model

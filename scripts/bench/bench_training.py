@@ -38,7 +38,7 @@ def torch_modules(model):
         if isinstance(layer, (FBNConv2d, DepthwiseConv2d)):
             conv = nn.Conv2d(
                 layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                layer.groups, bias=False)
+                getattr(layer, 'groups', 1), bias=False)
             norm = [nn.BatchNorm2d(layer.out_channels)] if isinstance(layer, FBNConv2d) else []
             model.set_submodule(path, nn.Sequential(conv, *norm))
     return model

@@ -71,27 +71,33 @@ def errors(found, exact):
 
 
 @contextmanager
-def bfloat16_products():
-    """The interpreter multiplies the bit patterns of bfloat16: have it multiply their values."""
+def bfloat16_values():
+    """The interpreter multiplies the bit patterns of bfloat16, and cuts float32 off: have it take and round values."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
-    create_dot = InterpreterBuilder.create_dot
+    from triton.runtime.interpreter import InterpreterBuilder as Builder, TensorHandle
+    create_dot, cast_impl = Builder.create_dot, Builder.cast_impl
 
-    def by_value(self, a, b, *args):
+    def dot(self, a, b, *args):
         a, b = (self.cast_impl(v, tl.float32) if v.dtype.scalar == tl.bfloat16 else v for v in (a, b))
         return create_dot(self, a, b, *args)
-    InterpreterBuilder.create_dot = by_value
+
+    def cast(self, value, dtype):
+        if (value.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, value, dtype)
+        rounded = torch.as_tensor(value.data.copy()).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view('uint16'), tl.bfloat16)
+    Builder.create_dot, Builder.cast_impl = dot, cast
     try:
         yield
     finally:
-        InterpreterBuilder.create_dot = create_dot
+        Builder.create_dot, Builder.cast_impl = create_dot, cast_impl
 
 
 def measure_errors(shape=(50, 40, 2)):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for ratio in RATIOS:
             layer = inputs(*shape, dtype, ratio)
-            with bfloat16_products():
+            with bfloat16_values():
                 found = run_layer(*layer, shape[2])
             yield dict(dtype=str(dtype)[6:], ratio=ratio, **{
                 what: f'{error:.1e}' for what, error in zip(WHAT, errors(found, exact_layer(*layer, shape[2])))})

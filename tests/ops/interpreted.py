@@ -1,7 +1,7 @@
 """The Triton passes in Triton's interpreter, on the CPU, against float64; run by test_triton_passes.py.
 
 The interpreter has to be switched on before Triton is imported, so these tests have a process of their own. Whatever a
-pass allocates is full of NaN. bfloat16 is multiplied by `bfloat16_products`, as the interpreter cannot.
+pass allocates is full of NaN. `bfloat16_values` does what the interpreter does wrongly.
 """
 import os
 
@@ -12,7 +12,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from scripts.bench.kernels import (  # noqa: E402
-    bfloat16_products, errors, exact_layer, inputs, recorded_launches, run_layer)
+    bfloat16_values, errors, exact_layer, inputs, recorded_launches, run_layer)
 from timm_finet.ops import triton_passes  # noqa: E402
 from timm_finet.ops.moment_form import MomentForm, TorchAlgebra, implementation  # noqa: E402
 from timm_finet.ops.torch_passes import TorchPasses  # noqa: E402
@@ -31,7 +31,7 @@ LAYERS = [  # channels, out, G, positions, dtype: tiles of several groups, of on
 def poisoned():
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     assert torch.empty(3).isnan().all()
-    with bfloat16_products():
+    with bfloat16_values():
         yield
     torch.use_deterministic_algorithms(False)
 
@@ -51,7 +51,7 @@ def test_layer_is_the_definition(channels, out, groups, shape, dtype):
 def test_a_mean_of_many_deviations_costs_nothing(ratio, dtype):
     layer = inputs(24, 40, 4, dtype, ratio, (4, 14, 15))
     y, mean, var, grad_x, *others = errors(run_layer(*layer, 4), exact_layer(*layer, 4))
-    assert max(y, grad_x) < 2 * ROUNDING[dtype] + 1e-7 * ratio and max(mean, var, *others) < 4 * STATISTICS
+    assert max(y, grad_x) < ROUNDING[dtype] + 1e-7 * ratio and max(mean, var, *others) < STATISTICS
 
 
 @pytest.mark.parametrize('affine', [True, False])
