@@ -96,10 +96,10 @@ def moments_kernel(
     products += part.to(tl.int64) * C * S
     k = column_j[None, :] - column_i[:, None] // S * S
     mask = exists_i[:, None] & exists_j[None, :] & (k >= 0) & (k < S)
-    tl.store(products + column_i[:, None] * S + k, product, mask)
+    tl.store(products + (column_i[:, None] * S + k), product, mask)
     if i != j:
         k = column_i[None, :] - column_j[:, None] // S * S
-        tl.store(products + column_j[:, None] * S + k, tl.trans(product), exists_j[:, None] & exists_i[None, :])
+        tl.store(products + (column_j[:, None] * S + k), tl.trans(product), exists_j[:, None] & exists_i[None, :])
     if j == 0:
         tl.store(sums + part * C + column_i, tl.sum(total, 0), exists_i)
         if part == 0:
@@ -119,7 +119,7 @@ def convolve_kernel(
     for k in range(0, C, BC):
         c = k + tl.arange(0, BC)
         values = load_rows(x, row, P, c, c < C, C)
-        w = tl.load(weight + o[None, :] * C + c[:, None], exists[None, :] & (c[:, None] < C), 0.0)
+        w = tl.load(weight + (o[None, :] * C + c[:, None]), exists[None, :] & (c[:, None] < C), 0.0)
         acc = tl.dot(values, w, acc)
     for g in range(G):
         acc += tl.load(bias + g * OUT + o, exists, 0.0)[None, :]
@@ -159,7 +159,7 @@ def weight_gradient_kernel(
         product = tl.dot(tl.trans(grad), values, product)
         total += grad.to(tl.float32)
     parts += part.to(tl.int64) * (OUT * C + OUT)
-    tl.store(parts + o[:, None] * C + c[None, :], product, o_exists[:, None] & c_exists[None, :])
+    tl.store(parts + (o[:, None] * C + c[None, :]), product, o_exists[:, None] & c_exists[None, :])
     if tile == 0:
         tl.store(parts + OUT * C + o, tl.sum(total, 0), o_exists)
 
@@ -181,11 +181,11 @@ def input_gradient_kernel(
         j = column[None, :] - c[:, None] // S * S
         mask = c_exists[:, None] & exists[None, :] & (j >= 0) & (j < S)
         values = load_rows(x, row, P, c, c_exists, C)
-        acc = tl.dot(values, tl.load(a + c[:, None] * S + j, mask, 0.0), acc)
+        acc = tl.dot(values, tl.load(a + (c[:, None] * S + j), mask, 0.0), acc)
     for k in range(0, OUT, BO):
         o = k + tl.arange(0, BO)
         grad = load_grad(grad_y, y, row, P, o, o < OUT, OUT, RELU)
-        w = tl.load(weight + o[:, None] * C + column[None, :], (o[:, None] < OUT) & exists[None, :], 0.0)
+        w = tl.load(weight + (o[:, None] * C + column[None, :]), (o[:, None] < OUT) & exists[None, :], 0.0)
         acc = tl.dot(grad, w, acc)
     acc += tl.load(b + column, exists, 0.0)[None, :]
     mask = (row[:, None] < P) & exists[None, :]
@@ -540,7 +540,8 @@ def triton_input_gradient(
     positions, channels, out = count_positions(x), x.shape[1], len(weight)
     cut = tiles(channels, len(a))
     n_tiles = triton.cdiv(channels, cut['WIDTH']) * triton.cdiv(cut['WIDTH'], cut['BC'])
-    block = 128 if cut['WIDTH'] <= cut['BC'] else 64  # a group in several tiles takes more shared memory
+    # A group in several tiles takes more shared memory, odd columns more registers.
+    block = 128 if cut['WIDTH'] <= cut['BC'] and cut['WIDTH'] % 2 == 0 else 64
     launch(input_gradient_kernel, (triton.cdiv(positions, block) * n_tiles,), grad_y, y, x, weight, a, b, grad_x,
            positions, C=channels, OUT=out, S=a.shape[2], **cut, RELU=y is not None,
            BP=block, BO=32, num_warps=8 if cut['BC'] > 32 else 4)
