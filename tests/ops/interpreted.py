@@ -9,6 +9,7 @@ os.environ.update(TRITON_INTERPRET='1', TIMM_FINET_TRITON='1')
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from scripts.bench.kernels import (  # noqa: E402
@@ -85,6 +86,25 @@ def test_running_statistics_move_in_the_same_launches():
         found = run_layer(x, weight, gamma, beta, grad_y, 4, running=(mean, var, 0.3))
     assert len(launches) == 9
     count = x.numel() / 24
+    torch.testing.assert_close(mean, 0.3 * found[1])
+    torch.testing.assert_close(var, 0.7 + 0.3 * count / (count - 1) * found[2])
+
+
+def test_statistics_of_several_processes(tmp_path):
+    """One process that shares them with itself goes the same way: counts and sums come back as tensors."""
+    x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
+    leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
+    mean, var = torch.zeros(160), torch.ones(160)
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        with recorded_launches() as launches:
+            y, *statistics, count = MomentForm.apply(*leaves, 4, 1e-5, dist.group.WORLD, False, (mean, var, 0.3))
+            found = [y.detach(), *statistics, *torch.autograd.grad(y, leaves, grad_y)]
+    finally:
+        dist.destroy_process_group()
+    assert len(launches) == 9 and count == x.numel() / 24
+    y, *statistics, grad_x, a, b, c = errors(found, exact_layer(x, weight, gamma, beta, grad_y, 4))
+    assert max(y, grad_x) < ROUNDING[torch.float16] and max(*statistics, a, b, c) < STATISTICS
     torch.testing.assert_close(mean, 0.3 * found[1])
     torch.testing.assert_close(var, 0.7 + 0.3 * count / (count - 1) * found[2])
 
