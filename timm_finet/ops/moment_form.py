@@ -173,6 +173,8 @@ class MomentForm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *_):
         x, weight, gamma, shift, rest, w_cov, inv, folded, y = ctx.saved_tensors
+        if grad_y is None:  # zeros: other processes may be waiting for this one's sums
+            grad_y = x.new_zeros(len(x), len(weight), *x.shape[2:])
         passes = ctx.passes(x, shift, grad_y, y)
         grad_folded, grad_bias = passes.weight_gradient(len(weight), inv.dtype)
         grad_weight, grad_gamma, grad_beta, grad_var = ctx.algebra.unfold(
