@@ -147,16 +147,17 @@ def bench_passes(results, args, sizes, groups=4):
             x, grad_y = (torch.randn(
                 sizes['images'], width, side, side, device=args.device).to(torch.bfloat16).contiguous(
                 memory_format=torch.channels_last) for width in (channels, out))
-            try:
-                runs = passes_of(form, channels, out, groups, x, grad_y)
-                for name in names:
+            runs = None
+            for name in names:
+                try:
+                    runs = runs or passes_of(form, channels, out, groups, x, grad_y)
                     ms = timed(runs[name], args.device, sizes['rounds'])
                     times_x, times_y = FEWEST.get(name, (0, 0))
                     fewest = 2 * (times_x * channels + times_y * out) * positions * sizes['images']
-                    results.add(**key, name=f'{name} {channels} to {out}', ms=round(ms, 4),
-                                gb_per_s=round(fewest / ms / 1e6, 1) if fewest else '')
-            except Exception as error:  # the other lines are worth having
-                results.add(**key, name=f'{names[0]} {channels} to {out}', result=first_line(error))
+                    found = dict(ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1) if fewest else '')
+                except Exception as error:  # the other lines are worth having
+                    found = dict(result=first_line(error))
+                results.add(**key, name=f'{name} {channels} to {out}', **found)
 
 
 def network(name, groups, form, size, device):

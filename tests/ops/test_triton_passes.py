@@ -38,7 +38,7 @@ def test_the_committed_table_has_every_class_of_shapes_on_every_card():
 
 def test_launches_of_a_layer():
     rows = {row['layer']: row for row in kernels.measure_launches()}
-    ours = rows['FBN, Triton passes']
+    ours = rows['FBN, Triton passes, ReLU inside']
     assert ours['forward'] <= 4 and ours['backward'] <= 5
 
 
