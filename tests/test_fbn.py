@@ -366,7 +366,9 @@ def test_another_dtype_than_the_weights_is_refused_as_by_conv2d(shape, dtype, tr
 @pytest.mark.parametrize('shape', LAYERS)
 def test_meta_tensors_go_through(shape):
     layer = FBNConv2d(*shape, device='meta')
-    x = torch.randn(2, shape[0], 8, 8, device='meta')
+    x = torch.randn(2, shape[0], 8, 8, device='meta', requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and layer.bn.weight.grad.shape == layer.bn.weight.shape
     assert layer(x).shape == layer.eval()(x).shape == layer.fuse()(x).shape
 
 

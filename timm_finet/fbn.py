@@ -6,9 +6,9 @@ added:
     y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
 `mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes that without the
-`z_g`: with known statistics as one plain convolution (`fold`), in training from the input's moments (moment_form.py)
-or, for kernels larger than 1x1, one group at a time. Where that is not known to be right it computes the `z_g` and
-calls its norm on them, as `ReferenceFBNConv2d` always does.
+`z_g`: with known statistics as one plain convolution (`fold`), in training from the input's moments
+(ops/moment_form.py) or, for kernels larger than 1x1, one group at a time. Where that is not known to be right it
+computes the `z_g` and calls its norm on them, as `ReferenceFBNConv2d` always does.
 """
 import math
 import warnings
@@ -24,8 +24,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from timm.layers import register_notrace_module, to_2tuple
 
-from .moment_form import MomentForm, memory_format
-from .sync import sync_batch_norm
+from .ops.moment_form import MomentForm
+from .ops.sync import sync_batch_norm
+from .ops.torch_passes import memory_format
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
@@ -292,9 +293,14 @@ class FBNConv2d(nn.Module):
             # Every stride-th position; a slice's gradient would come out contiguous.
             x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
-        y, mean, var, count = MomentForm.apply(
-            x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
-        if x.device.type == 'cpu' and process_group is None and not torch.compiler.is_compiling():
+        arguments = (x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
+        on_cpu = x.device.type == 'cpu'
+        if not on_cpu and not torch.compiler.is_compiling():  # the passes move the statistics: no launch more
+            momentum = self._count_batch()
+            running = None if momentum is None else (bn.running_mean, bn.running_var, momentum)
+            return MomentForm.apply(*arguments, False, running)[0]
+        y, mean, var, count = MomentForm.apply(*arguments)
+        if on_cpu and process_group is None and not torch.compiler.is_compiling():
             if not math.isfinite(var.sum()):  # the input's squares overflow sooner than its partial sums' variances
                 return self.reference(original)
         self._track(mean, var * (count / (count - 1)))
@@ -329,16 +335,20 @@ class FBNConv2d(nn.Module):
         return y
 
     @torch.no_grad()
-    def _track(self, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
+    def _count_batch(self) -> Optional[float]:
+        """Count a batch. By how much it moves the running statistics, or None where they stay; as BatchNorm has it."""
         bn = self.bn
-        if bn.training and bn.track_running_stats:
-            momentum = bn.momentum
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.add_(1)
-                if momentum is None:
-                    momentum = 1 / float(bn.num_batches_tracked)
-            if momentum is None:  # nothing to average over: BatchNorm keeps its statistics as they are
-                return
+        if not (bn.training and bn.track_running_stats):
+            return None
+        if bn.num_batches_tracked is None:
+            return bn.momentum
+        bn.num_batches_tracked.add_(1)
+        return 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
+        bn, momentum = self.bn, self._count_batch()
+        if momentum is not None:
             bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
             bn.running_var.lerp_(unbiased_var.to(bn.running_var.dtype), momentum)
 
