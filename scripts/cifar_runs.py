@@ -164,8 +164,8 @@ PROTOCOLS = {
             f'G = {g}, lr {rate}': long(finet('small', g), SMALL, options=('--lr', str(rate)))
             for rate in (0.05, 0.2) for g in (1, 8)}, SEEDS[:1]),
         Section('cifar10', 'finet_small', small_long((1, 8), dataset='cifar10'), FIVE),
-        Section('mobilenet', 'mobilenetv2_050 through convert_fbn', {
-            f'G = {g}': long('mobilenetv2_050_fbn', f'fbn_groups={g}', module='scripts.paper.converted')
+        Section('mobilenet', 'mobilenetv2_035 through convert_fbn', {
+            f'G = {g}': long('mobilenetv2_035_fbn', f'fbn_groups={g}', module='scripts.paper.converted')
             for g in (1, 8)}, FIVE),
     ],
     'weights': [  # that the package embeds

@@ -10,11 +10,13 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from scripts import cifar_runs as runs
+from scripts.cifar_fit import fit
 from scripts.paper import cifar_tables as tables
 from scripts.paper import int8_groups
 from scripts.paper import converted, quiet_branches, tied_affine  # noqa: F401 (they register networks)
@@ -122,6 +124,35 @@ def test_the_long_protocol_compares_networks_of_equal_widths_by_ten_seeds():
     assert all(setting.args(0).count(f'torch/{part}') == 1 for part, dataset in (
         ('cifar100_first100', 'cifar100'), ('cifar10_first1000', 'cifar10'))
         for (name, _), rows in found.items() if name == dataset for setting in rows.values())
+
+
+@pytest.mark.parametrize('title', ['G = 1', 'G = 8, gamma from 1/sqrt(G)', 'G = 8, tied affine', 'MobileNetV2'])
+def test_fit_is_measured_on_the_training_images_of_every_kind_of_network(title, tmp_path):
+    found = tables.tables_of(['long'])
+    setting = found['cifar100', 'finet_small'].get(title)
+    setting = setting or found['cifar100', 'mobilenetv2_035 through convert_fbn']['G = 8']
+    kwargs = {k: ast.literal_eval(v) for k, v in (arg.split('=') for arg in setting.kwargs)} | dict(small_input=True)
+    torch.manual_seed(0)
+    model = timm.create_model(setting.model, num_classes=100, **kwargs).eval()
+    args = options(tmp_path, data_dir=str(tmp_path))
+    home = runs.folder(args.output, (setting, 0))
+    home.mkdir(parents=True)
+    mean, std = [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]
+    trained_with = Namespace(
+        model=setting.model, num_classes=100, model_kwargs=kwargs, dataset='torch/cifar100_first100', mean=mean,
+        std=std, input_size=[3, 32, 32], crop_pct=1.0, interpolation='bilinear', in_chans=None, gp=None, bn_eps=None)
+    torch.save(dict(state_dict=model.state_dict(), args=trained_with), home / 'last.pth.tar')
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
+        std).view(3, 1, 1)
+    with torch.no_grad():
+        logits = model(x)
+    labels = logits.argmax(1)
+    labels[:2] = (labels[:2] + 1) % 100
+    np.savez(tmp_path / 'cifar100.npz', train=images, train_labels=labels, test=images[:1], test_labels=labels[:1])
+    found = fit((setting, 0), args)
+    assert found['fit_top1'] == 75
+    assert found['fit_loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=2e-3)
 
 
 def test_quiet_branches_start_their_gammas_at_one_over_the_root_of_g():

@@ -114,7 +114,8 @@ def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
     model = timm.create_model(
         built_as, pretrained=is_ours and args.get('pretrained', False), **sizes, global_pool=args.get('gp'),
         bn_eps=args.get('bn_eps'), **args.get('model_kwargs') or {}).eval()
-    if is_model(name) and model.pretrained_cfg['architecture'] != architecture:
+    # A function that is registered may build another's network and change it, as people do in modules of their own.
+    if is_model(name) and architecture not in (built_as.split('.')[0], model.pretrained_cfg['architecture']):
         raise ValueError(f'it was trained as {built_as}.')
     if is_ours and not any(key.endswith('running_var') for key in weights):
         model = fuse_fbn(model, inplace=True)

@@ -259,6 +259,7 @@ def main():
         sys.exit(f'{results} holds all of these runs.')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = args.amp_dtype and getattr(torch, args.amp_dtype)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True  # as train.py
     recipe = read_recipe(runs[0][0])
     if any(read_recipe(setting) != recipe for setting, _ in runs):
         parser.error(f"--only {' '.join(args.only)}: networks that train together need one recipe.")
@@ -269,15 +270,19 @@ def main():
         training.epochs = args.epochs or training.epochs
     file = Path(args.output, 'together.pt')
     file.parent.mkdir(parents=True, exist_ok=True)
+
+    def key(training):
+        return f'{training.run[0]} seed {training.run[1]} {args.amp_dtype}'
+
     if file.exists():
         states = torch.load(file, map_location=device)
         for training in trainings:
-            if str(training.run) in states:
-                training.load(states[str(training.run)])
+            if key(training) in states:
+                training.load(states[key(training)])
 
     def save():
         part = file.with_suffix('.part')
-        torch.save({str(training.run): training.state() for training in trainings}, part)
+        torch.save({key(training): training.state() for training in trainings}, part)
         part.replace(file)
 
     train(trainings, data, test, args.minutes, save)
