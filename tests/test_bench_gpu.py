@@ -17,6 +17,8 @@ def rehearse(file, minutes='60'):
         cwd=ROOT, env={**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
 
 
+@pytest.mark.rehearsal
+@pytest.mark.skipif('"rehearsal" not in config.getoption("-m")', reason='takes minutes: pytest -m rehearsal')
 def test_every_line_is_written_and_a_second_start_finds_nothing_to_do(tmp_path):
     file = tmp_path / 'gpu.csv'
     assert rehearse(file, '0').returncode == 0 and not file.exists()
