@@ -5,19 +5,15 @@ change the network itself: its class, its other methods and the prefixes of its 
 """
 import logging
 import math
-import random
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, is_dataclass
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from timm.layers import Conv2dSame
 from timm.models._input import update_model_args
@@ -25,6 +21,7 @@ from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 
 from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
+from .trial import Example, copy_model, copy_to_run, distance, example_for, run, undisturbed
 from .watch import NO_LAYER, Watch, layers_and_norms, neighbours, why_untouchable
 
 __all__ = ['fuse_fbn', 'convert_fbn']
@@ -35,7 +32,6 @@ _logger = logging.getLogger(__name__)
 _KNOWN_LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
     Conv2dSame, DepthwiseConv2d)
-Example = Tuple[tuple, Dict[str, Any]]
 
 
 @dataclass
@@ -44,109 +40,10 @@ class _Found:
     pairs: List[Tuple[str, str]] = field(default_factory=list)  # a layer and the norm behind it
     fbn: List[str] = field(default_factory=list)
     stays: Dict[str, str] = field(default_factory=dict)  # FBN layers and norms: why
+    by_keyword: Set[str] = field(default_factory=set)  # layers that take their input so
     example: Optional[Example] = None
     outputs: Any = None  # of the example, before; None without a run
     rounding: float = 0.
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    copy = deepcopy(model)
-    for name, module in copy.named_modules():
-        module.training = model.get_submodule(name).training  # torchvision's traced feature extractors forget theirs
-    return copy
-
-
-def _trial(model: nn.Module) -> nn.Module:
-    """A copy to run, in eval mode, that shares the parameters. Whatever a forward counts or keeps, is kept there."""
-    tensors = (t for m in model.modules() for t in (*m._parameters.values(), *vars(m).values()))
-    shared = {
-        id(t): t for t in tensors
-        if isinstance(t, torch.Tensor) and (isinstance(t, nn.Parameter) or not t.is_leaf)}
-    copy = deepcopy(model, shared)
-    copy.eval()
-    return copy
-
-
-@contextmanager
-def _undisturbed():
-    """Without gradients and compilers, and with the random states at the end as they were."""
-    state = random.getstate()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance('force_eager'):
-            yield
-    finally:
-        random.setstate(state)
-
-
-def _example(model: nn.Module, example_inputs: Any) -> Optional[Example]:
-    """Arguments to run `model` on: those given, or for a network of timm an input as its cfg says; else None."""
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if example_inputs is not None:
-        raise TypeError(
-            f'example_inputs={type(example_inputs).__name__} must be a tensor, or a tuple or dict of arguments.')
-    size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size')
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if size is None or weight is None:
-        return None
-    shape = 2, getattr(model, 'in_chans', size[0]), *size[1:]  # two images, as `squeeze` would take one away
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return (x.to(weight.device, weight.dtype),), {}
-
-
-def _outputs(model: nn.Module, example: Example, call: Callable = lambda function, args, kwargs: function(
-        *args, **kwargs)) -> Dict[str, Any]:
-    """What `model` gives, and where timm's `forward_intermediates` runs, what that gives."""
-    outputs = {}
-    with _undisturbed():
-        for name, function in (('outputs', model), ('intermediates', getattr(model, 'forward_intermediates', None))):
-            if function is None:
-                continue
-            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), example)
-            try:
-                outputs[name] = call(function, args, kwargs)
-            except Exception:
-                if function is model:
-                    raise
-    return outputs
-
-
-def _distance(outputs: Any, others: Any) -> float:
-    """The largest difference of two tensors relative to the largest value; infinite between other structures."""
-    leaves, structure = tree_flatten(outputs)
-    other_leaves, other_structure = tree_flatten(others)
-    if structure != other_structure:
-        return math.inf
-    worst = 0.
-    for a, b in zip(leaves, other_leaves):
-        if type(a) is not type(b):
-            return math.inf
-        if is_dataclass(a):
-            worst = max(worst, _distance(vars(a), vars(b)))
-        if isinstance(a, float):
-            a, b = torch.tensor(a), torch.tensor(b)
-        if not isinstance(a, torch.Tensor):
-            continue
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            return math.inf
-        if a.is_meta:
-            continue
-        if not a.is_floating_point():
-            worst = worst if a.equal(b) else math.inf
-            continue
-        a, b = a.cpu().double(), b.cpu().double()
-        finite = a.isfinite()
-        if not finite.equal(b.isfinite()):
-            return math.inf
-        difference = (a - b)[finite].abs()
-        if difference.any():
-            worst = max(worst, (difference.max() / a[finite].abs().max()).item())
-    return worst
 
 
 @torch.no_grad()
@@ -185,7 +82,7 @@ def _is_folded_right(layer: nn.Module, norm: nn.Module, x: Optional[torch.Tensor
         x = torch.randn(x.shape, dtype=torch.float64, device=layer.weight.device)
         expected = norm(layer(x))
         _fold(layer, norm)
-        return _distance(expected, _after_norm(norm)(layer(x))) < 1e-9
+        return distance(expected, _after_norm(norm)(layer(x))) < 1e-9
     except Exception:  # whatever such a class may raise
         return False
 
@@ -259,12 +156,12 @@ def fits_fbn(conv: nn.Module, norm: nn.Module, fbn_groups: int) -> bool:
 
 def _find(model: nn.Module, example_inputs: Any) -> _Found:
     found = _Found()
-    example = _example(model, example_inputs)
+    example = example_for(model, example_inputs)
     if example is not None:
-        trial = _trial(model)
+        trial = copy_to_run(model)
         watch = Watch(trial)
         try:
-            found.outputs = _outputs(trial, example, watch.run)
+            found.outputs = run(trial, example, watch.run)
             found.example, found.rounding = example, watch.rounding
         except Exception as error:
             if example_inputs is not None:
@@ -287,13 +184,14 @@ def _find(model: nn.Module, example_inputs: Any) -> _Found:
         found.pairs = list(neighbours(model))
         return found
     names = {module: name for name, module in watch.layers.items()}
+    found.by_keyword = {name for name, layer in watch.layers.items() if layer in watch.by_keyword}
     for name, norm in watch.norms.items():
         layer, reason = watch.layer_of(norm)
         if layer is not None:
             if names[layer] in found.stays:
                 reason = f'behind a layer that is {found.stays[names[layer]]}'
             elif type(layer) not in _KNOWN_LAYERS and not isinstance(layer, FBNConv2d):
-                with _undisturbed():
+                with undisturbed():
                     if not _is_folded_right(layer, norm, watch.inputs.get(layer)):
                         reason = f'behind a {type(layer).__name__}, which does otherwise with a folded weight'
         if reason:
@@ -326,25 +224,25 @@ def _say_what_stays(model: nn.Module, found: _Found) -> None:
 
 def _prove(model: nn.Module, found: _Found, change: Callable, are_equal: bool = True) -> None:
     """Raise a RuntimeError if a copy of `model` gives something else on the example after `change`."""
-    trial = _trial(model)
+    trial = copy_to_run(model)
     change(trial)
     try:
-        outputs = _outputs(trial, found.example)
+        outputs = run(trial, found.example)
     except Exception as error:
         raise RuntimeError(
             f'{type(model).__name__} does not run once rewritten, so it is left unchanged: {error!r}') from error
-    distance = _distance(found.outputs, outputs)
-    if not are_equal or distance <= 100 * found.rounding:
+    difference = distance(found.outputs, outputs)
+    if not are_equal or difference <= 100 * found.rounding:
         return
     # A network may multiply what rounding does to its weights. How much so, is measured.
-    noisy = _trial(model)
-    with _undisturbed():
+    noisy = copy_to_run(model)
+    with undisturbed():
         for name in (*found.fbn, *(name for name, _ in found.pairs)):
             layer = noisy.get_submodule(name)
             layer.weight = nn.Parameter(layer.weight * (1 + found.rounding * torch.randn_like(layer.weight)))
-    expected = _distance(found.outputs, _outputs(noisy, found.example))
-    if distance > 100 * expected:
-        what = 'another structure' if math.isinf(distance) else f'values that differ by {distance:.1e} of the largest'
+    expected = distance(found.outputs, run(noisy, found.example))
+    if difference > 100 * expected:
+        what = 'another structure' if math.isinf(difference) else f'values that differ by {difference:.1e} of the largest'
         raise RuntimeError(
             f'{type(model).__name__} gives {what} once rewritten, and is left unchanged: rounding explains '
             f'{max(found.rounding, expected):.1e}.')
@@ -393,7 +291,7 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
     if found.outputs is not None:
         _prove(model, found, change)
     _say_what_stays(model, found)
-    model = model if inplace else _copy(model)
+    model = model if inplace else copy_model(model)
     change(model)
     if 'fused' in getattr(model, '_model_args', {}):
         update_model_args(model, fused=True)  # what timm's save_for_hf writes, and so what loads again
@@ -439,7 +337,8 @@ def convert_fbn(
         return model
     found = _find(model, example_inputs)
     found.fbn, found.pairs = [], [
-        names for names in found.pairs if fits_fbn(*map(model.get_submodule, names), fbn_groups)]
+        names for names in found.pairs
+        if names[0] not in found.by_keyword and fits_fbn(*map(model.get_submodule, names), fbn_groups)]
     if not found.pairs:
         raise ValueError(
             f'model={type(model).__name__} has no convolution + BatchNorm pair that fbn_groups={fbn_groups} fits'
@@ -451,7 +350,7 @@ def convert_fbn(
     if found.outputs is not None:
         _prove(model, found, change, are_equal=affine)
     _say_what_stays(model, found)
-    model = model if inplace else _copy(model)
+    model = model if inplace else copy_model(model)
     change(model)
     count = sum(isinstance(module, (nn.Conv2d, FBNConv2d)) for module in model.modules())
     _logger.info(f'{len(found.pairs)} of the {count} convolutions of {type(model).__name__} converted to FBN.')
@@ -462,17 +361,17 @@ def convert_fbn(
 def _to_fbn(conv: nn.Conv2d, norm: _BatchNorm, fbn_groups: int, affine: bool) -> FBNConv2d:
     layer = FBNConv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, fbn_groups,
-        affine and norm.affine, norm.eps, norm.momentum, device=conv.weight.device, dtype=conv.weight.dtype)
+        affine and norm.affine, norm.eps, norm.momentum, device='meta', dtype=norm.running_mean.dtype)
     layer.weight = conv.weight
-    layer.bn.to(norm.running_mean.dtype)
+    layer.bn.to_empty(device=conv.weight.device)
     mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
     layer.bn.running_mean.copy_((mean / fbn_groups).repeat(fbn_groups))
     layer.bn.running_var.copy_(norm.running_var.repeat(fbn_groups))
     layer.bn.num_batches_tracked.copy_(norm.num_batches_tracked)
     if layer.bn.affine:
         layer.bn.weight.copy_(norm.weight.repeat(fbn_groups)).requires_grad_(norm.weight.requires_grad)
-        if norm.bias is None:  # stays zero
-            layer.bn.bias.requires_grad_(False)
+        if norm.bias is None:
+            layer.bn.bias.zero_().requires_grad_(False)
         else:
             layer.bn.bias.copy_((norm.bias / fbn_groups).repeat(fbn_groups)).requires_grad_(norm.bias.requires_grad)
     layer.train(conv.training).bn.train(norm.training)

@@ -113,7 +113,9 @@ class Watch(TorchFunctionMode):
         self._watched = [*self.layers.values(), *self.norms.values()]
         self._sources: Dict[nn.Module, Set[Optional[nn.Module]]] = defaultdict(set)  # of a norm; None for all else
         self._readers: Dict[nn.Module, Set[nn.Module]] = defaultdict(set)  # of a layer: the norms
+        self.by_keyword: Set[nn.Module] = set()  # modules whose input has no place but a name
         self._owners: Dict[int, List[nn.Module]] = defaultdict(list)  # of a parameter or buffer, by its id
+        self._vanishing: Set[int] = set()  # those that will be no more, ids
         self._layer_of = WeakIdKeyDictionary()  # by the outputs that somebody holds
         self._running: List[nn.Module] = []
         self._calls: Counter = Counter()
@@ -125,6 +127,8 @@ class Watch(TorchFunctionMode):
                 for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
                     if isinstance(tensor, torch.Tensor):
                         self._owners[id(tensor)].append(module)
+                        if isinstance(part, _ALL_NORMS):
+                            self._vanishing.add(id(tensor))
 
     def run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """`function(*args, **kwargs)`, where `function` is the network or a method of it."""
@@ -138,7 +142,8 @@ class Watch(TorchFunctionMode):
         finally:
             for hook in hooks:
                 hook.remove()
-        gc.collect()
+        if any(layer in self._readers for layer in self._layer_of.values()):
+            gc.collect()  # what only a cycle keeps
         for layer in self._layer_of.values():
             self._uses.setdefault(layer, 'returned or kept')
         for module, count in self._calls.items():
@@ -152,6 +157,10 @@ class Watch(TorchFunctionMode):
         self._running.append(module)
         self._calls[module] += 1
         x = next(iter((*args, *kwargs.values())), None)
+        if not args:
+            self.by_keyword.add(module)
+            if 'input' not in kwargs:  # as Identity and a plain convolution call it
+                self.reasons.setdefault(module, 'called by keyword')
         if not isinstance(x, torch.Tensor):
             self._uses.setdefault(module, 'called without a tensor')
         elif isinstance(module, _LAYERS):
@@ -174,21 +183,18 @@ class Watch(TorchFunctionMode):
                 self.rounding = max(self.rounding, 2 ** -11 if coarse else torch.finfo(output.dtype).eps)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
-        if func not in _LOOKS:
-            running = self._running[-1] if self._running else None
-            for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, torch.Tensor):
-                    self._note(tensor, running)
+        running = self._running[-1] if self._running else None
+        for tensor in tree_leaves((args, kwargs)):
+            if not isinstance(tensor, torch.Tensor) or func in _LOOKS and id(tensor) not in self._vanishing:
+                continue
+            layer = self._layer_of.get(tensor)
+            if layer is not None and running not in self._readers[layer]:
+                self._uses.setdefault(layer, 'read elsewhere')
+            owners = self._owners.get(id(tensor), [running])
+            if running not in owners:
+                for module in owners:
+                    self.reasons.setdefault(module, 'looked into')
         return func(*args, **(kwargs or {}))
-
-    def _note(self, tensor: torch.Tensor, running: Optional[nn.Module]) -> None:
-        layer = self._layer_of.get(tensor)
-        if layer is not None and running not in self._readers[layer]:
-            self._uses.setdefault(layer, 'read elsewhere')
-        owners = self._owners.get(id(tensor), [running])
-        if running not in owners:
-            for module in owners:
-                self.reasons.setdefault(module, 'looked into')
 
     def layer_of(self, norm: nn.Module) -> Tuple[Optional[nn.Module], str]:
         """The layer that `norm` may be folded into and '', or None and why it stays."""

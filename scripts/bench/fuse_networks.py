@@ -2,11 +2,11 @@
 
     python -m scripts.bench.fuse_networks
 
-Weights are random, and so are the statistics of all BatchNorms; everything is float64 and runs on another input than the
-one that `fuse_fbn` has watched. A network is wrong if an output differs by more than 100 times what rounding does to it:
-float64's own, or where the network multiplies that, what a change of all weights by so much does.
+Weights are random, and so are the statistics of all BatchNorms; everything is float64 and runs on another input than
+the one that `fuse_fbn` has watched. A network is wrong if an output differs by more than 100 times what rounding does
+to it: float64's own, or where the network multiplies that, what a change of all weights by so much does.
 
-Besides the package's own requirements it takes `transformers`, `segmentation_models_pytorch`, `ultralytics`, `monai` and
+Besides what the package requires it takes `transformers`, `segmentation_models_pytorch`, `ultralytics`, `monai` and
 `efficientnet_pytorch`, each as far as it is installed. It goes on where it was stopped; --table only writes the table.
 """
 import argparse
@@ -23,8 +23,8 @@ import torch
 
 from scripts.bench.networks import networks
 from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
-from timm_finet import fuse_fbn, rewrite
-from timm_finet.watch import NO_LAYER, layers_and_norms
+from timm_finet import fuse_fbn, rewrite, trial
+from timm_finet.watch import layers_and_norms
 
 FILE = RESULTS / 'fuse_networks.csv'
 EPS = torch.finfo(torch.float64).eps
@@ -61,7 +61,7 @@ def again(example):
 
 def outputs(model, example):
     torch.manual_seed(1)
-    return rewrite._outputs(model, rewrite._example(model, example))
+    return trial.run(model, trial.example_for(model, example))
 
 
 @torch.no_grad()
@@ -95,10 +95,10 @@ def measure(build):
     left = len(layers_and_norms(fused)[1])
     example = again(example)
     expected = outputs(model, example)
-    difference = rewrite._distance(expected, outputs(fused, example))
+    difference = trial.distance(expected, outputs(fused, example))
     rounding = EPS
     if difference > 100 * EPS:
-        rounding = max(EPS, rewrite._distance(expected, outputs(perturbed(model), example)))
+        rounding = max(EPS, trial.distance(expected, outputs(perturbed(model), example)))
     wrong = difference > 100 * rounding
     return dict(
         norms=norms, left=left, reasons='; '.join(f'{count} {reason}' for reason, count in reasons.most_common()),
@@ -128,7 +128,8 @@ def run(only):
             signal.alarm(0)
         if row is None:
             continue
-        versions = ' '.join(f'{each} {importlib.metadata.version(each)}' for each in {'torch': 0, 'timm': 0, package: 0})
+        packages = dict.fromkeys(('torch', 'timm', package))
+        versions = ' '.join(f'{each} {importlib.metadata.version(each)}' for each in packages)
         rows.append({
             'package': package, 'network': name, 'norms': '', 'left': '', 'reasons': '', 'difference': '',
             'rounding': '', 'result': '', **row, 'seconds': f'{time.perf_counter() - start:.0f}',
@@ -152,8 +153,8 @@ def table():
     for package, counts in packages.items():
         tried = sum(counts[result] for result in RESULT_NAMES)
         why = '; '.join(f'{count} {reason}' for reason, count in reasons[package].most_common())
-        lines.append([
-            package, tried, *(counts[result] for result in RESULT_NAMES), f"{counts['gone']} of {counts['norms']}", why])
+        results = [counts[result] for result in RESULT_NAMES]
+        lines.append([package, tried, *results, f"{counts['gone']} of {counts['norms']}", why])
     head = ['package', 'networks tried', *RESULT_NAMES.values(), 'BatchNorms folded', 'those left are']
     write_block('fuse_networks', markdown(head, lines))
 

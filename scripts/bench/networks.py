@@ -2,7 +2,7 @@
 import timm
 import torch
 
-TIMM_PARAMS = 30e6
+TIMM_PARAMS = 12e6
 
 X = torch.rand(2, 3, 64, 64, dtype=torch.float64)
 LARGER = torch.rand(1, 3, 224, 224, dtype=torch.float64)
@@ -23,7 +23,7 @@ def build_timm(name):
     model = timm.create_model(name)
     size = model.pretrained_cfg['input_size']
     large = torch.rand(1, *size, dtype=torch.float64)
-    return (model, large) if model.pretrained_cfg.get('fixed_input_size') else (model, X, large)
+    return (model, large) if model.pretrained_cfg.get('fixed_input_size') else (model, X[:1], large)
 
 
 def of_smp():
@@ -166,7 +166,7 @@ def of_transformers():
         'LevitForImageClassification': lambda: (
             t.LevitForImageClassification(t.LevitConfig()), {'pixel_values': LARGER}),
         'CvtForImageClassification': lambda: (
-            t.CvtForImageClassification(t.CvtConfig(embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 1, 1])),
+            t.CvtForImageClassification(t.CvtConfig(embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 1, 1], drop_path_rate=[0., 0., 0.])),
             pixels),
         'HGNetV2ForImageClassification': lambda: (t.HGNetV2ForImageClassification(t.HGNetV2Config()), pixels),
         'SegformerForSemanticSegmentation': lambda: (
@@ -223,7 +223,7 @@ def of_transformers():
             t.Wav2Vec2ConformerModel(t.Wav2Vec2ConformerConfig(**audio)),
             {'input_values': torch.randn(2, 1600, dtype=torch.float64)}),
         'FastSpeech2ConformerModel': lambda: (
-            t.FastSpeech2ConformerModel(t.FastSpeech2ConformerConfig(vocab_size=20, encoder_layers=1, decoder_layers=1)),
+            t.FastSpeech2ConformerModel(t.FastSpeech2ConformerConfig(vocab_size=20)),
             {'input_ids': ids, 'attention_mask': torch.ones_like(ids)}),
         'ClapAudioModel': lambda: (
             t.ClapAudioModel(t.ClapAudioConfig(depths=[1, 1], num_attention_heads=[1, 1], patch_embeds_hidden_size=16)),
@@ -235,7 +235,7 @@ def of_transformers():
         'PatchTSMixerModel': lambda: (
             t.PatchTSMixerModel(t.PatchTSMixerConfig(num_input_channels=2, context_length=32, norm_mlp='BatchNorm')),
             {'past_values': torch.randn(2, 32, 2, dtype=torch.float64)}),
-        'TimmBackbone resnet10t': lambda: (t.TimmBackbone(t.TimmBackboneConfig('resnet10t')), pixels),
+        'TimmBackbone resnet10t': lambda: (t.TimmBackbone(t.TimmBackboneConfig(backbone='resnet10t', use_pretrained_backbone=False)), pixels),
         'DetrForObjectDetection timm': lambda: (
             t.DetrForObjectDetection(t.DetrConfig(**{**detr, 'backbone_config': None, **timm_backbone})), pixels),
     }
