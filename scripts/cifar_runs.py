@@ -3,7 +3,6 @@
 For cifar_tables.py, which is the command.
 """
 import ctypes
-import importlib
 import json
 import os
 import re
@@ -17,17 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Dict, NamedTuple, Tuple
 
-import torch
-import torch.nn.functional as F
 import yaml
-from timm.data import create_dataset
 
 from scripts.report import read_rows, write_rows
-from timm_finet.checkpoint import load_checkpoint
-from timm_finet.data import PAD
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
+FIVE = tuple(range(5))
 RATES = (0.1, 0.05)  # tried on plain BN; all else of recipe:cifar_short takes the first
 SMALL, LARGE = 'channels=(32,64,120)', 'channels=(104,200,400)'  # the widths at G = 8, which divide at every G
 QUARTER = 'channels=(16,32,64,128)'
@@ -156,8 +151,22 @@ PROTOCOLS = {
         Section('cifar10', 'finet_small', small((1, 8), dataset='cifar10')),
     ],
     'long': [  # the same once the network fits its training set: 100 images a class, 50 epochs, in order of worth
-        Section('deviation', 'finet_small', small_long((1,)), tuple(range(5))),  # how many seeds the rest needs
+        Section('deviation', 'finet_small', small_long((1,)), FIVE),  # how many seeds the rest needs
         Section('small', 'finet_small', small_long((1, 8)), tuple(range(10))),
+        Section('groups', 'finet_small', small_long((2, 4)), FIVE),
+        Section('quiet', 'finet_small', {
+            'G = 8, gamma from 1/sqrt(G)': long('finet_small_g8_quiet', SMALL, module='scripts.paper.quiet_branches')},
+            FIVE),
+        Section('tied', 'finet_small', {
+            'G = 8, tied affine': long('finet_small_g8_tied', SMALL, module='scripts.paper.tied_affine')}, FIVE),
+        Section('affine', 'finet_small without affine', small_long((1, 8), 'affine=False'), FIVE),
+        Section('rate', 'finet_small by learning rate', {
+            f'G = {g}, lr {rate}': long(finet('small', g), SMALL, options=('--lr', str(rate)))
+            for rate in (0.05, 0.2) for g in (1, 8)}, SEEDS[:1]),
+        Section('cifar10', 'finet_small', small_long((1, 8), dataset='cifar10'), FIVE),
+        Section('mobilenet', 'mobilenetv2_050 through convert_fbn', {
+            f'G = {g}': long('mobilenetv2_050_fbn', f'fbn_groups={g}', module='scripts.paper.converted')
+            for g in (1, 8)}, FIVE),
     ],
     'weights': [  # that the package embeds
         weights('finet_large_se_g4', 'cifar10', 72, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
@@ -248,23 +257,6 @@ def epochs_of(file):
     return sorted(rows.values(), key=lambda row: int(row['epoch']))
 
 
-@torch.no_grad()
-def fit(run, args):
-    """Loss and top-1 of a finished run on the images that it was trained on, uncropped, in eval mode and float32."""
-    setting = run[0]
-    if setting.module:
-        importlib.import_module(setting.module)
-    model, _ = load_checkpoint(str(folder(args.output, run) / 'last.pth.tar'), setting.model)
-    cfg = model.pretrained_cfg
-    data = create_dataset(dataset_args(setting.dataset, setting.recipe)[1], root=args.data_dir, split='train')
-    images, labels = torch.from_numpy(data.data[:, PAD:-PAD, PAD:-PAD]).permute(0, 3, 1, 2), torch.tensor(data.targets)
-    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
-    logits = torch.cat([model((part / 255 - mean) / std) for part in images.split(500)])
-    return dict(
-        fit_loss=round(F.cross_entropy(logits, labels).item(), 4),
-        fit_top1=round(100 * (logits.argmax(1) == labels).double().mean().item(), 3))
-
-
 def collect(run, output, extra=()):
     """The results' line of a run, or None if it has not finished.
 
@@ -307,6 +299,7 @@ def collect(run, output, extra=()):
 def record(line, run, args):
     """Add a finished run to the results: its line, and its epochs beside them."""
     if run[0].recipe == 'cifar_long':  # whose question is how networks generalise that fit what they are trained on
+        from scripts.cifar_fit import fit  # not above: a runner that waits needs no torch
         line = {**line, **fit(run, args)}
     curves = args.results.with_suffix('')
     curves.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import torch
 from scripts import cifar_runs as runs
 from scripts.paper import cifar_tables as tables
 from scripts.paper import int8_groups
-from scripts.paper import tied_affine  # noqa: F401 (registers a network)
+from scripts.paper import converted, quiet_branches, tied_affine  # noqa: F401 (they register networks)
 from scripts.report import RESULTS, read_block, read_rows
 from timm_finet import FBNConv2d, launch
 
@@ -107,6 +107,28 @@ def test_evidence_compares_networks_of_equal_widths_under_one_protocol():
     assert sorted({line[line.index('--lr') + 1] for line in lines}) == ['0.05', '0.1']
 
 
+def test_the_long_protocol_compares_networks_of_equal_widths_by_ten_seeds():
+    found = tables.tables_of(['long'])
+    for rows in found.values():
+        assert len({tuple(convs(build(setting))) for setting in rows.values()}) == 1
+        assert {setting.recipe for setting in rows.values()} == {'cifar_long'}
+    assert [*found['cifar100', 'finet_small']] == [
+        'G = 1', 'G = 2', 'G = 4', 'G = 8', 'G = 8, gamma from 1/sqrt(G)', 'G = 8, tied affine']
+    runs = planned('long')
+    assert [(str(setting).split()[2], seed) for setting, seed in runs[:5]] == [('finet_small', s) for s in range(5)]
+    for name in ('finet_small', 'finet_small_g8'):
+        plain = found['cifar100', 'finet_small']['G = 1' if name == 'finet_small' else 'G = 8']
+        assert sorted(seed for setting, seed in runs if setting == plain) == [*range(10)]
+    assert all(setting.args(0).count(f'torch/{part}') == 1 for part, dataset in (
+        ('cifar100_first100', 'cifar100'), ('cifar10_first1000', 'cifar10'))
+        for (name, _), rows in found.items() if name == dataset for setting in rows.values())
+
+
+def test_quiet_branches_start_their_gammas_at_one_over_the_root_of_g():
+    layer = next(m for m in timm.create_model('finet_small_g8_quiet').modules() if isinstance(m, FBNConv2d))
+    torch.testing.assert_close(layer.bn.weight.detach(), torch.full((layer.bn.num_features,), 8 ** -0.5))
+
+
 def build(setting):
     kwargs = {k: ast.literal_eval(v) for k, v in (arg.split('=') for arg in setting.kwargs if 'act_place' not in arg)}
     kwargs |= dict(arg.split('=') for arg in setting.kwargs if 'act_place' in arg)
@@ -115,7 +137,7 @@ def build(setting):
 
 
 def convs(model):
-    return [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    return [m.weight.shape for m in model.modules() if isinstance(m, (torch.nn.Conv2d, FBNConv2d))]
 
 
 def test_every_setting_builds_its_network():
@@ -150,8 +172,11 @@ def test_train_py_reads_the_commands_as_meant(monkeypatch):
         setting, seed = run
         classes = int(setting.dataset[5:])
         assert (args.model, args.seed, args.num_classes) == (setting.model, seed, classes)
-        assert args.dataset == f'torch/{setting.dataset}_pad2' and args.mean[0] == (0.4914 if classes == 10 else 0.5071)
-        epochs = {'modern': 300, 'cifar_short': 15}.get(setting.recipe, 200)
+        parts = {'cifar10': '_first1000', 'cifar100': '_first100'}
+        assert args.dataset.removeprefix(f'torch/{setting.dataset}') == (
+            parts[setting.dataset] if setting.recipe == 'cifar_long' else '_pad2')
+        assert args.mean[0] == (0.4914 if classes == 10 else 0.5071)
+        epochs = {'modern': 300, 'cifar_short': 15, 'cifar_long': 50}.get(setting.recipe, 200)
         if '--epochs' in setting.options:
             epochs = int(setting.options[setting.options.index('--epochs') + 1])
         assert (args.epochs, args.batch_size) == (epochs, 64 if setting.recipe == 'resnet_cifar' else 128)
@@ -282,6 +307,13 @@ def test_readme_shows_the_results_file(stem):
     assert read_block(stem) == tables.tables(read_rows(results) if results.exists() else [], runs.FILES[stem])
 
 
+def test_tables_of_networks_that_fit_show_how_well_they_do():
+    settings = tables.tables_of(['long'])['cifar100', 'finet_small']
+    rows = [line(settings['G = 1'], seed, 60 + seed) | dict(fit_loss='0.5', fit_top1='90') for seed in range(2)]
+    text = tables.tables(rows, ['long'])
+    assert 'loss on the training images | top-1 on them' in text and '| 0.50 ± 0.00 | 90.00 ± 0.00 |' in text
+
+
 def test_loss_by_int8_is_compared_seed_by_seed():
     rows = [dict(groups=name, seed=seed, top1_pytorch=float32, top1=int8) for name, seed, float32, int8 in (
         ('G = 8', '0', 60.0, 59.0), ('G = 8', '1', 62.0, 60.5), ('G = 1', '0', 60.0, 59.8), ('G = 1', '1', 60.0, 59.7))]
@@ -298,7 +330,7 @@ def test_plots(tmp_path):
         for seed in range(2):
             rows += [line(setting, seed, 92 + seed)]
             name = runs.folder('', (setting, seed)).name
-            (tmp_path / 'cifar_short' / f'{name}.csv').write_text('epoch,eval_top1\n0,10\n1,20\n')
+            (tmp_path / 'cifar_short' / f'{name}.csv').write_text('epoch,train_loss,eval_top1\n0,3,10\n1,2,20\n')
     tables.plot(rows, ['evidence'], tmp_path / 'cifar_short.csv')
     for name in ('cifar_short_groups.png', 'cifar_short_epochs.png'):
         assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'

@@ -74,6 +74,27 @@ def test_missing_data_names_the_ways_out(tmp_path):
         create_dataset('torch/cifar100_pad2', root=str(tmp_path), split='train')
 
 
+@pytest.mark.parametrize('name, count', [('cifar10_first1000', 1000), ('cifar100_first100', 100)])
+def test_parts_hold_the_first_images_of_each_class_and_all_test_images(name, count, tmp_path):
+    classes = 10 if name.startswith('cifar10_') else 100
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), count + 3)).astype(np.uint8)
+    images = np.zeros((len(labels), 32, 32, 3), np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(len(labels)) // 256, np.arange(len(labels)) % 256
+    np.savez(tmp_path / f"{name.split('_')[0]}.npz", train=images, train_labels=labels, test=images[:7],
+             test_labels=labels[:7])
+    train, test = (
+        create_dataset(f'torch/{name}', root=str(tmp_path), split=split) for split in ('train', 'validation'))
+    found = [int(image[2, 2, 0]) * 256 + int(image[2, 2, 1]) for image in train.data]
+    seen = dict.fromkeys(range(classes), 0)
+    expected = []
+    for index, label in enumerate(labels):
+        seen[label] += 1
+        if seen[label] <= count:
+            expected.append(index)
+    assert found == expected and train.targets == labels[expected].tolist()
+    assert len(test) == 7 and test.targets == labels[:7].tolist()
+
+
 def test_shipped_sample_splits_the_images():
     train, validation = (create_dataset('torch/cifar10_sample', split=split) for split in ('train', 'validation'))
     assert [np.bincount(data.targets).tolist() for data in (train, validation)] == [[30] * 10, [10] * 10]

@@ -6,9 +6,11 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from scripts.bench.kernels import SHAPES, errors, exact_layer, inputs, run_layer
 from timm_finet import FBNConv2d
 from timm_finet.cuda_graphs import captured
 from timm_finet.fbn import ReferenceFBNConv2d
+from timm_finet.ops import moment_form
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
@@ -49,3 +51,38 @@ def test_captured_step_is_the_eager_one():
     for a, b in zip([*eager.buffers(), *(p.grad for p in eager.parameters())],
                     [*graph.buffers(), *(p.grad for p in graph.parameters())]):
         assert (a - b).double().norm() <= 2e-2 * a.double().norm()
+
+
+@pytest.fixture
+def triton_passes(monkeypatch):
+    pytest.importorskip('triton')
+    monkeypatch.setattr(moment_form, 'TRITON', True)
+
+
+@pytest.mark.parametrize('dtype, error', [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize('ratio', [0, 10])
+@pytest.mark.parametrize('channels, out, groups', SHAPES)
+def test_triton_passes_are_the_definition_on_a_gpu(channels, out, groups, ratio, dtype, error, triton_passes):
+    layer = inputs(channels, out, groups, dtype, ratio, (16, 27, 27), 'cuda')
+    found = run_layer(*layer, groups, relu=True)
+    y, mean, var, grad_x, *others = errors(found, exact_layer(*layer, groups, relu=found[0] > 0))
+    assert max(y, grad_x) < error and max(mean, var, *others) < 2e-4
+    again = run_layer(*layer, groups, relu=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, again))
+
+
+def test_triton_passes_in_a_graph_and_compiled_are_the_eager_ones(triton_passes):
+    torch.manual_seed(0)
+    eager = torch.nn.Sequential(FBNConv2d(100, 100, fbn_groups=4), torch.nn.ReLU(), FBNConv2d(100, 72, fbn_groups=2))
+    eager = eager.cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 100, 28, 28, device='cuda').to(memory_format=torch.channels_last)
+    graph, compiled = captured(copy.deepcopy(eager), x, torch.bfloat16), torch.compile(copy.deepcopy(eager))
+    graph.load_state_dict(eager.state_dict())
+    results = []
+    for model in (eager, graph, compiled):
+        with torch.autocast('cuda', torch.bfloat16):
+            model(x).square().sum().backward()
+        results.append([*model.buffers(), *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert (a - b).double().norm() <= 1e-2 * a.double().norm()

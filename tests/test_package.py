@@ -37,7 +37,7 @@ def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
     assert all(f'"{pattern}"' in settings for pattern in ('recipes/*.yaml', 'weights/*', 'py.typed'))
     assert (ROOT / 'timm_finet' / 'py.typed').is_file()
     folders = {path.parent.name for path in (ROOT / 'timm_finet').glob('*/*')}
-    assert folders - {'__pycache__'} == {'recipes', 'weights'}
+    assert folders - {'__pycache__'} == {'ops', 'recipes', 'weights'}
 
 
 @pytest.mark.parametrize('extra, packages', [('export', PACKAGES['onnx']), ('executorch', PACKAGES['executorch'])])

@@ -16,8 +16,9 @@ from torchvision.transforms import InterpolationMode
 from timm_finet import launch
 
 PAPER = ['imagenet', 'tiny_in200', 'cifar10', 'cifar100', 'resnet_cifar']
-RECIPES = [*PAPER, 'cifar10_short', 'cifar_short', 'finetune', 'modern', 'modern_finetune', 'photos', 'smoke']
-CIFAR = ['cifar10', 'cifar100', 'resnet_cifar', 'modern', 'smoke', 'cifar10_short', 'cifar_short']
+RECIPES = [
+    *PAPER, 'cifar_long', 'cifar10_short', 'cifar_short', 'finetune', 'modern', 'modern_finetune', 'photos', 'smoke']
+CIFAR = ['cifar10', 'cifar100', 'resnet_cifar', 'modern', 'smoke', 'cifar10_short', 'cifar_short', 'cifar_long']
 UPDATES = 10  # an epoch
 ARRAY = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -61,13 +62,14 @@ def test_numbers_are_numbers_and_traps_are_named(name):
 @pytest.mark.parametrize('name, expected', [
     ('imagenet', [0.2 * (1 - epoch / 320) for epoch in range(321)]),
     ('tiny_in200', [0.2 * (1 - epoch / 40) for epoch in range(41)]),
+    ('cifar_long', [0.1] * 25 + [0.01] * 13 + [0.001] * 13),
     *((name, [0.1] * 100 + [0.01] * 50 + [0.001] * 51) for name in ('cifar10', 'cifar100', 'resnet_cifar')),
 ])
 def test_learning_rate_at_every_epoch_boundary(name, expected):
     assert rates(read(name)) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize('name', sorted(set(RECIPES) - set(PAPER)))
+@pytest.mark.parametrize('name', sorted(set(RECIPES) - {*PAPER, 'cifar_long'}))
 def test_other_schedules_rise_once_and_end_at_zero(name):
     args = read(name)
     found = rates(args)
@@ -79,7 +81,7 @@ def test_other_schedules_rise_once_and_end_at_zero(name):
 
 @pytest.mark.parametrize('name, batch, decay', [
     ('imagenet', 512, 4e-5), ('tiny_in200', 512, 4e-5), ('cifar10', 128, 5e-4), ('cifar100', 128, 5e-4),
-    ('resnet_cifar', 64, 5e-4)])
+    ('cifar_long', 128, 5e-4), ('resnet_cifar', 64, 5e-4)])
 def test_papers_optimizer_is_sgd_without_nesterov_that_decays_every_parameter(name, batch, decay):
     args = read(name)
     model = build(name)
@@ -103,8 +105,8 @@ def test_drop_rate_and_classes_reach_the_network(name):
     model = build(name)
     assert model.drop_rate == {'resnet_cifar': 0, 'cifar10_short': 0, 'cifar_short': 0, 'photos': 0}.get(name, 0.2)
     classes = {
-        'imagenet': 1000, 'tiny_in200': 200, 'photos': 200, 'cifar100': 100, 'cifar_short': 100, 'finetune': 3,
-        'modern_finetune': 3}
+        'imagenet': 1000, 'tiny_in200': 200, 'photos': 200, 'cifar100': 100, 'cifar_short': 100, 'cifar_long': 100,
+        'finetune': 3, 'modern_finetune': 3}
     classes = classes.get(name, 10)
     assert model.num_classes == classes
 

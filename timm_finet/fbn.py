@@ -6,9 +6,9 @@ added:
     y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
 `mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes that without the
-`z_g`: with known statistics as one plain convolution (`fold`), in training from the input's moments (moment_form.py)
-or, for kernels larger than 1x1, one group at a time. Where that is not known to be right it computes the `z_g` and
-calls its norm on them, as `ReferenceFBNConv2d` always does.
+`z_g`: with known statistics as one plain convolution (`fold`), in training from the input's moments
+(ops/moment_form.py) or, for kernels larger than 1x1, one group at a time. Where that is not known to be right it
+computes the `z_g` and calls its norm on them, as `ReferenceFBNConv2d` always does.
 """
 import math
 import warnings
@@ -24,8 +24,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from timm.layers import register_notrace_module, to_2tuple
 
-from .moment_form import MomentForm, memory_format
-from .sync import sync_batch_norm
+from .ops.moment_form import MomentForm
+from .ops.sync import sync_batch_norm
+from .ops.torch_passes import memory_format
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
@@ -120,6 +121,8 @@ class FBNConv2d(nn.Module):
         fbn_groups: G, into how many groups the *input channels* are split for normalisation. It has nothing to do with
             a grouped convolution; 1 is plain BatchNorm, and runs as such.
         affine, eps, momentum: As for `nn.BatchNorm2d`; gamma and beta are per intermediate channel.
+        save_memory: With one group too, keep nothing for the backward pass but the input. Plain BatchNorm keeps its own
+            input as well. It costs time.
 
     Raises:
         ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or, when training, it
@@ -142,6 +145,7 @@ class FBNConv2d(nn.Module):
             affine: bool = True,
             eps: float = 1e-5,
             momentum: Optional[float] = 0.1,
+            save_memory: bool = False,
             device=None,
             dtype=None,
     ):
@@ -156,6 +160,7 @@ class FBNConv2d(nn.Module):
         self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
         self.dilation = to_2tuple(dilation)
         self.fbn_groups = fbn_groups
+        self.save_memory = save_memory
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **dd))
         self.bn = nn.BatchNorm2d(fbn_groups * out_channels, eps, momentum, affine, **dd)
         self.reset_parameters()
@@ -167,7 +172,8 @@ class FBNConv2d(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
-            f'padding={self.padding}, dilation={self.dilation}, fbn_groups={self.fbn_groups}')
+            f'padding={self.padding}, dilation={self.dilation}, fbn_groups={self.fbn_groups}'
+            + (', save_memory=True' if self.save_memory else ''))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script, whose graph cannot ask what `bn` is."""
@@ -228,7 +234,7 @@ class FBNConv2d(nn.Module):
         # Not so with a process group: all processes have to go one way, whatever their share of the batch.
         if group is None and self._is_cheap(x):
             return self.reference(x)
-        form = self._moment_form if self.kernel_size == (1, 1) and self.padding == (0, 0) else self._group_by_group
+        form = self._moment_form if self._takes_moments() else self._group_by_group
         device = x.device.type
         if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -241,8 +247,20 @@ class FBNConv2d(nn.Module):
     @torch.jit.unused
     def _is_cheap(self, x: torch.Tensor) -> bool:
         """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
+        if self.fbn_groups == 1:
+            return not self.save_memory
         positions = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
-        return self.fbn_groups == 1 or self.fbn_groups * positions < 4 * self.weight[0].numel()
+        return self.fbn_groups * positions < 4 * self.weight[0].numel()
+
+    @torch.jit.unused
+    def _takes_moments(self) -> bool:
+        """Whether the moment form is possible, and not more work than one group made again in the backward pass.
+
+        A position takes C_in^2 / G multiply-adds in both passes for the moments, C_in * C_out to be made again.
+        """
+        if self.kernel_size != (1, 1) or self.padding != (0, 0):
+            return False
+        return self.fbn_groups > 1 or 2 * self.in_channels <= self.out_channels
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
@@ -275,9 +293,14 @@ class FBNConv2d(nn.Module):
             # Every stride-th position; a slice's gradient would come out contiguous.
             x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
-        y, mean, var, count = MomentForm.apply(
-            x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
-        if x.device.type == 'cpu' and process_group is None and not torch.compiler.is_compiling():
+        arguments = (x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
+        on_cpu = x.device.type == 'cpu'
+        if not on_cpu and not torch.compiler.is_compiling():  # the passes move the statistics: no launch more
+            momentum = self._count_batch()
+            running = None if momentum is None else (bn.running_mean, bn.running_var, momentum)
+            return MomentForm.apply(*arguments, False, running)[0]
+        y, mean, var, count = MomentForm.apply(*arguments)
+        if on_cpu and process_group is None and not torch.compiler.is_compiling():
             if not math.isfinite(var.sum()):  # the input's squares overflow sooner than its partial sums' variances
                 return self.reference(original)
         self._track(mean, var * (count / (count - 1)))
@@ -312,16 +335,20 @@ class FBNConv2d(nn.Module):
         return y
 
     @torch.no_grad()
-    def _track(self, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
+    def _count_batch(self) -> Optional[float]:
+        """Count a batch. By how much it moves the running statistics, or None where they stay; as BatchNorm has it."""
         bn = self.bn
-        if bn.training and bn.track_running_stats:
-            momentum = bn.momentum
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.add_(1)
-                if momentum is None:
-                    momentum = 1 / float(bn.num_batches_tracked)
-            if momentum is None:  # nothing to average over: BatchNorm keeps its statistics as they are
-                return
+        if not (bn.training and bn.track_running_stats):
+            return None
+        if bn.num_batches_tracked is None:
+            return bn.momentum
+        bn.num_batches_tracked.add_(1)
+        return 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
+        bn, momentum = self.bn, self._count_batch()
+        if momentum is not None:
             bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
             bn.running_var.lerp_(unbiased_var.to(bn.running_var.dtype), momentum)
 

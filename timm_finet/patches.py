@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint import one_line
 from .fbn import KNOWN_FORWARDS
-from .sync import sync_batch_norm
+from .ops.sync import sync_batch_norm
 
 __all__ = ['delete_torn_checkpoints', 'fuse_in_eval_mode', 'keep_buffers', 'stop_at_nan', 'train_on_several_cpus']
 

@@ -4,9 +4,10 @@
     python -m scripts.paper.cifar_tables evidence             # tables and plots alone
 
 `cifar10` and `cifar100` are Tables 5, 6 and 7 of the paper, 200 epochs, for a GPU. `placement` and `evidence` are
-shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. `weights` are to be
-embedded. Results go to results/cifar.csv, cifar_short.csv and cifar_weights.csv, the epochs and plots beside them, the
-tables to docs/cifar.md and docs/weights.md.
+shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. `long` asks the latter
+of networks that fit the few images they are trained on. `weights` are to be embedded. Results go to results/cifar.csv,
+cifar_short.csv, cifar_long.csv and cifar_weights.csv, the epochs and plots beside them, the tables to docs/cifar.md and
+docs/weights.md.
 
 DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started, in
 order of worth, `--jobs` at a time; cut off, by `--minutes` or otherwise, it goes on from each run's last epoch when
@@ -48,6 +49,7 @@ PAPER = {  # top-1 of Tables 5, 6 and 7, of 200 epochs
         'resnet50': {'G = 1': 77.796, 'G = 2': 78.122}},
 }
 BN = 'G = 1'
+FIT = {'fit_loss': 'loss on the training images', 'fit_top1': 'top-1 on them'}
 
 
 def tables_of(protocols):
@@ -124,6 +126,7 @@ def against_bn(lines, baseline):
 def tables(rows, protocols):
     """All tables as Markdown."""
     parts = []
+    fit = FIT if rows and 'fit_top1' in rows[0] else {}
     for (dataset, title), settings in tables_of(protocols).items():
         lines = {name: of(rows, setting) for name, setting in settings.items()}
         if not any(lines.values()):
@@ -139,10 +142,11 @@ def tables(rows, protocols):
                 name, pm(*mean_deviation(top1(mine.values()))),
                 ', '.join(f'{value:.2f}' for value in top1(mine.values())),
                 *against_bn(mine, lines.get(BN, {})), f'{figure:.2f}{gain}' if figure else '',
+                *(pm(*mean_deviation(top1(mine.values(), column))) for column in fit),
                 middle(mine.values(), 'seconds_an_epoch', 1), middle(mine.values(), 'peak_mb', 0)])
         parts += [f'**{title}, {title_of(dataset)}**', markdown(
             ['', 'top-1, mean ± deviation', 'every seed', 'minus BN ± standard error', 'p, paired by seed',
-             'paper (minus BN)', 'seconds an epoch', 'peak MB'], cells)]
+             'paper (minus BN)', *fit.values(), 'seconds an epoch', 'peak MB'], cells)]
     return '\n\n'.join(parts)
 
 
@@ -169,11 +173,11 @@ def plot(rows, protocols, results):
             families.append((dataset, title, settings, points))
     if not families:
         return
-    figure_of_epochs, curves = plt.subplots(
-        1, len(families), figsize=(5 * len(families), 4.2), squeeze=False, layout='constrained')
+    figure_of_epochs, (curves, losses) = plt.subplots(
+        2, len(families), figsize=(5 * len(families), 7.5), squeeze=False, sharex='col', layout='constrained')
     figure_of_groups, bars = plt.subplots(
         1, len(families), figsize=(5 * len(families), 4.2), squeeze=False, layout='constrained')
-    for curve, bar, (dataset, title, settings, points) in zip(curves[0], bars[0], families):
+    for curve, loss, bar, (dataset, title, settings, points) in zip(curves, losses, bars[0], families):
         samples = [(g, *mean_deviation(top1(lines.values()))) for g, lines in points]
         x, y, deviations = zip(*samples)
         bar.errorbar(x, y, [d or 0 for d in deviations], color='#1b7fbd', marker='o', capsize=3, label='measured')
@@ -186,12 +190,18 @@ def plot(rows, protocols, results):
         bar.set(title=f'{title}, {title_of(dataset)}', xlabel='FBN groups G (1 is plain BN)', xticks=x,
                 ylabel='top-1 in %, not from 0: mean, deviation, seeds')
         for color, (g, lines) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), points):
-            for i, (seed, line) in enumerate(lines.items()):
-                epochs = read_rows(results.with_suffix('') / f"{folder('', (settings[f'G = {g}'], seed)).name}.csv")
-                curve.plot([int(e['epoch']) + 1 for e in epochs], [float(e['eval_top1']) for e in epochs],
-                           color=color, lw=1, label=None if i else f'G = {g}')
-        curve.set(title=f'{title}, {title_of(dataset)}', xlabel='epoch', ylabel='top-1 in %, every seed')
-        for ax in (bar, curve):
+            epochs = [
+                read_rows(results.with_suffix('') / f"{folder('', (settings[f'G = {g}'], seed)).name}.csv")
+                for seed in lines]
+            x = [int(row['epoch']) + 1 for row in epochs[0]]
+            for ax, key in ((curve, 'eval_top1'), (loss, 'train_loss')):
+                seeds = [[float(row[key]) for row in rows] for rows in epochs]
+                for y in seeds:
+                    ax.plot(x, y, color=color, lw=0.5, alpha=0.4)
+                ax.plot(x, [mean(values) for values in zip(*seeds)], color=color, lw=2, label=f'G = {g}')
+        curve.set(title=f'{title}, {title_of(dataset)}', ylabel='top-1 in %: every seed, mean')
+        loss.set(xlabel='epoch', ylabel='training loss, with crops and dropout')
+        for ax in (bar, curve, loss):
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
     for name, figure in (('groups', figure_of_groups), ('epochs', figure_of_epochs)):

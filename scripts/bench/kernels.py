@@ -1,0 +1,398 @@
+"""What the Triton passes take and give, as far as it can be known without a GPU.
+
+    python -m scripts.bench.kernels
+
+Writes to results: `kernels_errors.csv`, errors against float64 in Triton's interpreter; `kernels_bytes.csv`, the bytes
+that each pass loads and stores, counted there, beside the fewest that it needs; `kernels_resources.csv`, registers,
+spills and shared memory of every kernel, compiled ahead for each card; `kernels_launches.csv`, launches of a layer with
+these passes and with torch's. Tables go to the documents. No GPU has run the kernels yet, and no time is measured.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
+from timm_finet.ops.moment_form import MomentForm, TorchAlgebra
+from timm_finet.ops.reference import fbn_reference
+from timm_finet.ops.torch_passes import TorchPasses
+
+SEED = 0
+SHAPES = [  # channels, out, G: a class of tiles each
+    (6, 24, 1), (25, 100, 1), (50, 50, 2), (100, 100, 4), (200, 100, 2), (200, 400, 8), (400, 200, 2), (1024, 256, 2)]
+CARDS = {  # KiB of shared memory that a block may take
+    'sm_80': 163, 'sm_86': 99, 'sm_89': 99, 'sm_90': 227, 'gfx942': 64}
+RATIOS = (0, 1, 10, 100)
+WHAT = ('y', 'mean', 'var', 'grad_x', 'grad_weight', 'grad_gamma', 'grad_beta')
+
+
+def inputs(channels, out, groups, dtype, ratio=0, shape=(2, 9, 11), device='cpu'):
+    """x, weight, gamma, beta and the output's gradient; each channel's mean is `ratio` deviations."""
+    torch.manual_seed(SEED)
+    images, *size = shape
+    x = torch.randn(images, channels, *size, device=device) + ratio * torch.randn(channels, 1, 1, device=device).sign()
+    weight = torch.randn(out, channels, 1, 1, device=device) / channels ** 0.5
+    gamma, beta = torch.rand(groups * out, device=device) + 0.5, torch.randn(groups * out, device=device)
+    grad_y = torch.randn(images, out, *size, device=device)
+    x, grad_y = (v.to(dtype).contiguous(memory_format=torch.channels_last) for v in (x, grad_y))
+    return x, weight, gamma, beta, grad_y
+
+
+def run_layer(x, weight, gamma, beta, grad_y, groups, relu=False, running=None):
+    """`WHAT`, of the passes that this process takes."""
+    leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta) if v is not None]
+    y, mean, var, _ = MomentForm.apply(*leaves, *[None] * (4 - len(leaves)), groups, 1e-5, None, relu, running)
+    return [y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_y)]
+
+
+def exact_layer(x, weight, gamma, beta, grad_y, groups, relu=None):
+    """The same by definition in float64; `relu`: where its output is positive."""
+    leaves = [v.detach().double().requires_grad_() for v in (x, weight, gamma, beta) if v is not None]
+    y, mean, var = fbn_reference(*leaves, *[None] * (4 - len(leaves)), groups, 1e-5)
+    y = y if relu is None else y * relu
+    return [y.detach(), mean.detach(), var.detach(), *torch.autograd.grad(y, leaves, grad_y.double())]
+
+
+def errors(found, exact):
+    """Relative, by norm; of the variance that of its worst entry."""
+    sizes = [((f - e).norm() / e.norm()).item() for f, e in zip(found, exact)]
+    sizes[2] = ((found[2] - exact[2]) / exact[2]).abs().max().item()
+    return sizes
+
+
+@contextmanager
+def bfloat16_values():
+    """The interpreter multiplies the bit patterns of bfloat16, and cuts float32 off: have it take and round values."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder as Builder, TensorHandle
+    create_dot, cast_impl = Builder.create_dot, Builder.cast_impl
+
+    def dot(self, a, b, *args):
+        a, b = (self.cast_impl(v, tl.float32) if v.dtype.scalar == tl.bfloat16 else v for v in (a, b))
+        return create_dot(self, a, b, *args)
+
+    def cast(self, value, dtype):
+        if (value.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, value, dtype)
+        rounded = torch.as_tensor(value.data.copy()).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view('uint16'), tl.bfloat16)
+    Builder.create_dot, Builder.cast_impl = dot, cast
+    try:
+        yield
+    finally:
+        Builder.create_dot, Builder.cast_impl = create_dot, cast_impl
+
+
+def measure_errors(shape=(50, 40, 2)):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for ratio in RATIOS:
+            layer = inputs(*shape, dtype, ratio)
+            with bfloat16_values():
+                found = run_layer(*layer, shape[2])
+            yield dict(dtype=str(dtype)[6:], ratio=ratio, **{
+                what: f'{error:.1e}' for what, error in zip(WHAT, errors(found, exact_layer(*layer, shape[2])))})
+
+
+@contextmanager
+def recorded_launches(run=True):
+    """A list that receives each launch `(kernel, grid, arguments, options)`."""
+    from timm_finet.ops import triton_passes
+    launches, launch = [], triton_passes.launch
+
+    def record(kernel, grid, *args, **options):
+        launches.append((kernel, grid, args, options))
+        if run:
+            launch(kernel, grid, *args, **options)
+    triton_passes.launch = record
+    try:
+        yield launches
+    finally:
+        triton_passes.launch = launch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+@contextmanager
+def counted_bytes(kernels):
+    """A dict of `(kernel, argument)` to the bytes that the interpreter loads and stores there; others do not run."""
+    from timm_finet.ops import triton_passes
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    counts, owners, launch = {}, [], triton_passes.launch
+
+    def count(ptrs, mask):
+        addresses = ptrs.data[mask.data] if mask.data.shape else ptrs.data[None]
+        if addresses.size:
+            name = next(name for start, end, name in owners if start <= addresses.flat[0] < end)
+            counts[name] = counts.get(name, 0) + addresses.size * ptrs.get_element_ty().primitive_bitwidth // 8
+
+    def load(self, ptrs, mask, *args, original=Builder.create_masked_load):
+        count(ptrs, mask)
+        return original(self, ptrs, mask, *args)
+
+    def store(self, ptrs, value, mask, *args, original=Builder.create_masked_store):
+        count(ptrs, mask)
+        return original(self, ptrs, value, mask, *args)
+
+    def owned(kernel, grid, *args, **options):
+        owners[:] = [
+            (v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), (kernel.fn.__name__, name))
+            for v, name in zip(args, kernel.arg_names) if isinstance(v, torch.Tensor)]
+        if kernel.fn.__name__ in kernels:
+            launch(kernel, grid, *args, **options)
+    originals = Builder.create_masked_load, Builder.create_masked_store
+    Builder.create_masked_load, Builder.create_masked_store, triton_passes.launch = load, store, owned
+    try:
+        yield counts
+    finally:
+        Builder.create_masked_load, Builder.create_masked_store = originals
+        triton_passes.launch = launch
+
+
+FEWEST = {  # what a pass over the activations has to move with ReLU inside, times x and times y
+    'moments_kernel': (1, 0), 'convolve_kernel': (1, 1), 'weight_gradient_kernel': (1, 2),
+    'input_gradient_kernel': (2, 2)}
+ACTIVATIONS = ('x', 'y', 'grad_x', 'grad_y')
+FINET_LARGE = {  # channels, out: layers, and positions of an image of 224 px
+    (24, 100): (1, 56 ** 2), (100, 100): (7, 28 ** 2), (100, 200): (1, 28 ** 2), (200, 200): (15, 14 ** 2),
+    (200, 400): (1, 14 ** 2), (400, 400): (7, 7 ** 2)}
+
+
+def run_passes(channels, out, groups, positions):
+    """The passes with ReLU inside, whatever values they take."""
+    from timm_finet.ops.triton_passes import TritonPasses
+    x, weight, _, _, grad_y = inputs(channels, out, 1, torch.float16, shape=(1, 1, positions))
+    forward = TritonPasses(x)
+    shift, rest, cov = forward.moments(groups, torch.float32)
+    y = forward.convolve(weight.half(), torch.zeros(groups, out), True)
+    backward = TritonPasses(x, shift, grad_y, y)
+    backward.weight_gradient(out, torch.float32)
+    backward.input_gradient(weight.half(), cov.half(), rest)
+
+
+def measure_bytes(groups=4, positions=(128, 256)):
+    """Bytes a position of finet_large's layers: of the activations, and of the weights, which caches hold.
+
+    By the difference between two numbers of positions, as sums have one part in both.
+    """
+    from timm_finet.ops import triton_passes
+    parts_of = triton_passes.parts_of
+    triton_passes.parts_of = lambda *args: (1, positions[1])
+    for (channels, out), (layers, image) in FINET_LARGE.items():
+        counts = []
+        for n in positions:
+            with counted_bytes(FEWEST) as counted:
+                run_passes(channels, out, groups, n)
+            counts.append(counted)
+        for kernel, (times_x, times_y) in FEWEST.items():
+            moved = {
+                name: (counts[1][k, name] - counts[0][k, name]) / (positions[1] - positions[0])
+                for k, name in counts[1] if k == kernel}
+            activations = sum(moved.get(name, 0) for name in ACTIVATIONS)
+            yield dict(
+                channels=channels, out=out, groups=groups, layers=layers, positions=image, kernel=kernel,
+                activations=round(activations), fewest=2 * (times_x * channels + times_y * out),
+                weights=round(sum(moved.values()) - activations))
+    triton_passes.parts_of = parts_of
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resources
+
+TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
+
+
+def layer_launches(channels, out, groups, relu=True):
+    """The launches of a step of a layer of bfloat16 with ReLU and running statistics, none of them run."""
+    from timm_finet.ops import moment_form, triton_passes
+    implementation, processors = moment_form.implementation, triton_passes.processors
+    moment_form.implementation = lambda *_: (triton_passes.TritonPasses, triton_passes.TritonAlgebra)
+    triton_passes.processors = lambda device: 132
+    try:
+        with recorded_launches(run=False) as launches:
+            layer = inputs(channels, out, groups, torch.bfloat16, shape=(256, 28, 28), device='meta')
+            running = *torch.empty(2, groups * out, device='meta'), 0.1
+            run_layer(*layer, groups, relu=relu, running=running)
+    finally:
+        moment_form.implementation, triton_passes.processors = implementation, processors
+    return launches
+
+
+def compile_for(card, kernel, args, options):
+    """A recorded launch, compiled for a card: pointers, as torch's, are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    constants = {name: value for name, value in options.items() if name not in ('num_warps', 'num_stages')}
+    types, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = args[i] if i < len(args) else constants[name]
+        if isinstance(value, torch.Tensor):
+            types[name], aligned[(i,)] = TYPES[value.dtype], [['tt.divisibility', 16]]
+        elif name in constants or value is None:
+            types[name], constants[name] = 'constexpr', value
+        else:
+            types[name] = 'fp32' if isinstance(value, float) else 'i32'
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    target = GPUTarget('cuda', int(card[3:]), 32) if card.startswith('sm_') else GPUTarget('hip', card, 64)
+    settings = {name: options[name] for name in ('num_warps', 'num_stages') if name in options}
+    return triton.compile(source, target=target, options=settings)
+
+
+def resources(compiled, card):
+    """Registers and spilled bytes of a thread, and KiB of shared memory of a block."""
+    import triton
+    if card.startswith('sm_'):
+        with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+            file.write(compiled.asm['cubin'])
+            file.flush()
+            tool = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+            text = subprocess.run([tool, '-res-usage', file.name], capture_output=True, text=True, check=True).stdout
+        registers, spilled = re.search(r'REG:(\d+)', text)[1], re.search(r'STACK:(\d+)', text)[1]
+    else:
+        text = compiled.asm['amdgcn']
+        registers = re.search(r'\.vgpr_count:\s+(\d+)', text)[1]
+        spilled = re.search(r'\.private_segment_fixed_size:\s+(\d+)', text)[1]
+    return dict(
+        registers=int(registers), spilled_bytes=int(spilled), shared_kib=round(compiled.metadata.shared / 1024, 1))
+
+
+def measure_resources(shapes=SHAPES, cards=CARDS):
+    for channels, out, groups in shapes:
+        for kernel, grid, args, options in layer_launches(channels, out, groups):
+            for card in cards:
+                yield dict(
+                    kernel=kernel.fn.__name__, channels=channels, out=out, groups=groups, card=card,
+                    **resources(compile_for(card, kernel, args, options), card))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+class Operators(TorchDispatchMode):
+    """Counts operators that launch a kernel at least: those that compute, convolution's backward by gradients."""
+
+    QUIET = ('empty', 'new_empty', 'empty_like', '_unsafe_view', 'detach', 'promote_types')
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split('::')[1]
+        if name == 'convolution_backward':
+            self.count += sum(args[-1])
+        elif not func.is_view and name not in self.QUIET:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure_launches(channels=100, out=100, groups=4):
+    """Of forward and backward pass of a layer in bfloat16, with running statistics, on a GPU.
+
+    Counted with tensors of the meta device, which take the GPU's way once they say that they are CUDA's.
+    """
+    from timm_finet.ops import moment_form, triton_passes
+
+    def batch_norm(x, weight, gamma, beta, running):
+        y = F.conv2d(x, weight.to(x.dtype))
+        return F.relu(F.batch_norm(y, *running, gamma, beta, True))
+
+    def fbn(x, weight, gamma, beta, running):
+        return F.relu(MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, False, (*running, 0.1))[0])
+
+    def fbn_relu(x, weight, gamma, beta, running):
+        return MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, True, (*running, 0.1))[0]
+
+    torch_passes = TorchPasses, TorchAlgebra
+    ours = triton_passes.TritonPasses, triton_passes.TritonAlgebra
+    implementation, processors = moment_form.implementation, triton_passes.processors
+    triton_passes.processors, torch.Tensor.is_cuda = lambda device: 132, True
+    try:
+        for name, layer, passes in (
+                ('convolution, BatchNorm, ReLU', batch_norm, torch_passes),
+                ("FBN, torch's passes, ReLU", fbn, torch_passes),
+                ('FBN, Triton passes, ReLU', fbn, ours), ('FBN, Triton passes, ReLU inside', fbn_relu, ours)):
+            moment_form.implementation = lambda *_, passes=passes: passes
+            layer_groups = 1 if layer is batch_norm else groups
+            x, weight, gamma, beta, grad_y = inputs(channels, out, layer_groups, torch.bfloat16, device='meta')
+            leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
+            running = torch.empty(2, layer_groups * out, device='meta').unbind()
+            with recorded_launches(run=False) as launches:
+                with Operators() as forward:
+                    y = layer(*leaves, running)
+                triton_forward = len(launches)
+                with Operators() as backward:
+                    torch.autograd.grad(y, leaves, grad_y)
+            yield dict(
+                layer=name, channels=channels, out=out, groups=layer_groups, forward=forward.count + triton_forward,
+                backward=backward.count + len(launches) - triton_forward)
+    finally:
+        moment_form.implementation, triton_passes.processors = implementation, processors
+        del torch.Tensor.is_cuda
+
+
+def write(name, rows):
+    """A results file with what it was made by."""
+    facts = dict(torch=torch.__version__, triton=version('triton'), date=date.today(), command=command())
+    write_rows(RESULTS / f'kernels_{name}.csv', [row | facts for row in rows])
+
+
+def tables():
+    """The documents' tables from the results files."""
+    rows = {name: read_rows(RESULTS / f'kernels_{name}.csv') for name in ('launches', 'bytes', 'resources', 'errors')}
+    write_block('kernels_launches', markdown(
+        ['launches of a layer', 'forward', 'backward'],
+        [[row['layer'], row['forward'], row['backward']] for row in rows['launches']]))
+
+    def total(kernel, column):
+        return 256e-9 * sum(
+            int(row['layers']) * int(row['positions']) * int(row[column])
+            for row in rows['bytes'] if row['kernel'] == kernel)
+    cells = [[kernel, *(f'{total(kernel, column):.2f}' for column in ('fewest', 'activations', 'weights'))]
+             for kernel in FEWEST]
+    sums = [sum(float(cell[column]) for cell in cells) for column in (1, 2, 3)]
+    write_block('kernels_bytes', markdown(
+        ['GB a step', 'fewest', 'loads and stores', 'of weights'], cells + [['all', *(f'{s:.2f}' for s in sums)]]))
+    write_block('kernels_resources', markdown(
+        ['registers / KiB of shared memory', *CARDS],
+        [[kernel, *(f"{max(int(row['registers']) for row in of)} / {max(float(row['shared_kib']) for row in of):g}"
+                    for card in CARDS
+                    for of in [[r for r in rows['resources'] if (r['kernel'], r['card']) == (kernel, card)]])]
+         for kernel in dict.fromkeys(row['kernel'] for row in rows['resources'])]))
+    write_block('kernels_errors', markdown(
+        ['dtype', 'mean/deviation', *WHAT],
+        [[row['dtype'], row['ratio'], *(row[what] for what in WHAT)] for row in rows['errors']]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', default=['launches', 'resources', 'errors', 'bytes'])
+    args = parser.parse_args()
+    measures = dict(
+        launches=measure_launches, resources=measure_resources, errors=measure_errors, bytes=measure_bytes)
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    for name in args.only:
+        if name in ('errors', 'bytes') and not interpreted:  # it has to be switched on before Triton is imported
+            environment = {**os.environ, 'TRITON_INTERPRET': '1', 'TIMM_FINET_TRITON': '1'}
+            subprocess.run(
+                [sys.executable, '-m', 'scripts.bench.kernels', '--only', name], env=environment, check=True)
+        else:
+            rows = list(measures[name]())
+            write(name, rows)
+            print(markdown(list(rows[0]), [row.values() for row in rows]), flush=True)
+    if all((RESULTS / f'kernels_{name}.csv').exists() for name in measures):
+        tables()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,79 @@
+"""The moment form, ReLU inside and without images in one process, against the definition in float64."""
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from timm_finet.ops.moment_form import MomentForm
+from timm_finet.ops.reference import fbn_reference
+from timm_finet.ops.torch_passes import group_products
+
+SPLIT = (0, 3)  # images in each process
+
+
+def layer(channels, out, groups, images):
+    x = torch.randn(images, channels, 5, 4, dtype=torch.float64) * 2 + 3
+    weight = torch.randn(out, channels, 1, 1, dtype=torch.float64)
+    gamma, beta = torch.rand(groups * out, dtype=torch.float64) + 0.5, torch.randn(groups * out, dtype=torch.float64)
+    return x, weight, gamma, beta
+
+
+def gradients(y, grad_y, inputs):
+    return torch.autograd.grad(y, [v for v in inputs if v is not None], grad_y)
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_agrees_with_the_definition(layout, affine, relu):
+    x, *rest = layer(12, 10, 3, 4)
+    inputs = [v.requires_grad_() for v in (x.contiguous(memory_format=layout), *(rest if affine else rest[:1]))]
+    inputs += [None, None][:4 - len(inputs)]
+    y, mean, var, count = MomentForm.apply(*inputs, 3, 1e-5, None, relu)
+    expected, expected_mean, expected_var = fbn_reference(*inputs, 3, 1e-5)
+    if relu:
+        expected = expected.relu()
+    grad_y = torch.randn_like(y)
+    torch.testing.assert_close((y, mean, var), (expected, expected_mean, expected_var))
+    torch.testing.assert_close(gradients(y, grad_y, inputs), gradients(expected, grad_y, inputs))
+    assert count == 80 and y.is_contiguous(memory_format=layout)
+
+
+def test_relu_inside_keeps_no_second_output():
+    x, *rest = (v.requires_grad_() for v in layer(12, 10, 3, 4))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y, *_ = MomentForm.apply(x, *rest, 3, 1e-5, None, True)
+    large = {t.data_ptr() for t in saved if t is not None and t.numel() >= y.numel()}
+    assert large == {x.data_ptr(), y.data_ptr()}
+
+
+def test_no_positions_have_no_products():
+    assert torch.equal(group_products(torch.empty(0, 6, 4, 4), 2, torch.float32), torch.zeros(2, 3, 3))
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    x, grad_y, *rest = torch.load(f'{folder}/job.pt')
+    inputs = [v.requires_grad_() for v in (x.split(SPLIT)[rank].clone(), *rest)]
+    y, mean, var, count = MomentForm.apply(*inputs, 2, 1e-5, dist.group.WORLD)
+    torch.save((y.detach(), mean, var, count, gradients(y, grad_y.split(SPLIT)[rank], inputs)), f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_a_process_without_images_joins_the_others(tmp_path):
+    x, *rest = layer(8, 6, 2, sum(SPLIT))
+    grad_y = torch.randn(sum(SPLIT), 6, 5, 4, dtype=torch.float64)
+    torch.save((x, grad_y, *rest), tmp_path / 'job.pt')
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    (y0, *statistics0, grads0), (y1, *statistics1, grads1) = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    inputs = [v.requires_grad_() for v in (x, *rest)]
+    expected, mean, var = fbn_reference(*inputs, 2, 1e-5)
+    torch.testing.assert_close(torch.cat((y0, y1)), expected.detach())
+    for found in (statistics0, statistics1):
+        torch.testing.assert_close(found, [mean.detach(), var.detach(), torch.tensor(60.).double()])
+    grad_x, *others = gradients(expected, grad_y, inputs)
+    torch.testing.assert_close(torch.cat((grads0[0], grads1[0])), grad_x)
+    for mine, theirs, whole in zip(grads0[1:], grads1[1:], others):
+        torch.testing.assert_close(mine + theirs, whole)

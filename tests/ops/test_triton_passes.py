@@ -1,0 +1,50 @@
+"""The Triton passes without a GPU: run by Triton's interpreter, and compiled ahead for the cards that may meet them."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('triton', reason='comes with torch for CUDA and ROCm')
+
+from scripts.bench import kernels  # noqa: E402
+from scripts.report import read_rows  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_interpreter_gives_the_definition():
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-n', '0', '--noconftest', 'tests/ops/interpreted.py'],
+        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize('card', kernels.CARDS)
+def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(card):
+    rows = list(kernels.measure_resources([(100, 100, 4)], [card]))
+    assert len(rows) == 9
+    assert [row for row in rows if row['spilled_bytes'] or row['shared_kib'] > kernels.CARDS[card]] == []
+
+
+def test_the_committed_table_has_every_class_of_shapes_on_every_card():
+    rows = read_rows(kernels.RESULTS / 'kernels_resources.csv')
+    shapes = {(row['channels'], row['out'], row['groups'], row['card']) for row in rows}
+    assert shapes == {(*map(str, shape), card) for shape in kernels.SHAPES for card in kernels.CARDS}
+    for row in rows:
+        assert row['spilled_bytes'] == '0' and float(row['shared_kib']) <= kernels.CARDS[row['card']], row
+
+
+def test_launches_of_a_layer():
+    rows = {row['layer']: row for row in kernels.measure_launches()}
+    ours = rows['FBN, Triton passes, ReLU inside']
+    assert ours['forward'] <= 4 and ours['backward'] <= 5
+
+
+def test_every_pass_moves_about_the_fewest_bytes():
+    """Tiles read again what does not fit into one; weights come from the cache."""
+    rows = read_rows(kernels.RESULTS / 'kernels_bytes.csv')
+    for row in rows:
+        if int(row['channels']) <= 128 and int(row['out']) <= 128:
+            assert float(row['activations']) <= 1.001 * float(row['fewest']), row

@@ -1,0 +1,1 @@
+"""The arithmetic of FBN: functions of tensors, which know no modules and no networks."""

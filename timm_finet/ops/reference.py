@@ -1,0 +1,37 @@
+"""FBN as the paper defines it: what every faster form is measured against."""
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ['fbn_reference']
+
+
+def fbn_reference(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        gamma: Optional[torch.Tensor],
+        beta: Optional[torch.Tensor],
+        groups: int,
+        eps: float,
+        stride=1,
+        padding=0,
+        dilation=1,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Equation (4) of arXiv 2005.06828, `G` times wide, by plain differentiable operations.
+
+    Args:
+        x: `(N, C, H, W)`; weight: `(out, C, kh, kw)`; gamma, beta: `(G * out,)`, group-major, or None.
+
+    Returns:
+        y: `(N, out, H', W')`.
+        mean, var: `(G * out,)`, of the partial sums `z_g = W_g x_g` over the batch; `var` is biased.
+    """
+    weight = torch.cat(weight.chunk(groups, 1))
+    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    # y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ]
+    z = (z - mean.view(-1, 1, 1)) / torch.sqrt(var + eps).view(-1, 1, 1)
+    if gamma is not None:
+        z = z * gamma.view(-1, 1, 1) + beta.view(-1, 1, 1)
+    return sum(z.chunk(groups, 1)), mean, var
