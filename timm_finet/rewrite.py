@@ -69,7 +69,7 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
     factors = factors[(..., *[None] * (weight.dim() - 2))]
     layer.weight = nn.Parameter(torch.empty_like(weight).copy_(weight.to(wide) * factors), weight.requires_grad)
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
-    if isinstance(layer, DepthwiseConv2d):
+    if type(layer) is DepthwiseConv2d:
         layer.__class__ = nn.Conv2d
 
 
@@ -78,11 +78,12 @@ def _is_folded_right(layer: nn.Module, norm: nn.Module, x: Optional[torch.Tensor
     if x is None or layer.weight.is_meta:
         return False
     try:
-        layer, norm = deepcopy(layer).double(), deepcopy(norm).double()
-        x = torch.randn(x.shape, dtype=torch.float64, device=layer.weight.device)
-        expected = norm(layer(x))
-        _fold(layer, norm)
-        return distance(expected, _after_norm(norm)(layer(x))) < 1e-9
+        with undisturbed():
+            layer, norm = deepcopy(layer).double(), deepcopy(norm).double()
+            x = torch.randn(x.shape, dtype=torch.float64, device=layer.weight.device)
+            expected = norm(layer(x))
+            _fold(layer, norm)
+            return distance(expected, _after_norm(norm)(layer(x))) < 1e-9
     except Exception:  # whatever such a class may raise
         return False
 
@@ -154,46 +155,45 @@ def fits_fbn(conv: nn.Module, norm: nn.Module, fbn_groups: int) -> bool:
         and isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm))
 
 
-def _find(model: nn.Module, example_inputs: Any) -> _Found:
+def _find(model: nn.Module, example_inputs: Any, fuse: bool) -> _Found:
+    """Judge each norm, and if `fuse`, each FBN layer; without a run as they stand."""
     found = _Found()
     example = example_for(model, example_inputs)
-    if example is not None:
-        trial = copy_to_run(model)
-        watch = Watch(trial)
+    layers, norms = layers_and_norms(model)
+    fbn = {name: layer for name, layer in layers.items() if fuse and isinstance(layer, FBNConv2d)}
+    watch = Watch(model if example is None else copy_to_run(model))
+    if example is not None and (norms or fbn):
         try:
-            found.outputs = run(trial, example, watch.run)
+            found.outputs = run(watch.model, example, watch.run)
             found.example, found.rounding = example, watch.rounding
         except Exception as error:
             if example_inputs is not None:
                 raise
-            _logger.warning(f'{type(model).__name__} does not run on an input as its cfg says, {error!r}: give one.')
+            _logger.warning(f'{type(model).__name__} does not run on images as its pretrained_cfg says: {error!r}')
 
-    layers, norms = layers_and_norms(model)
-    for name, layer in layers.items():
-        if isinstance(layer, FBNConv2d):
-            reason = why_untouchable(layer) if found.outputs is None else watch.reasons.get(watch.layers[name], '')
-            try:
-                reason or layer.fuse()
-            except RuntimeError as error:
-                reason = str(error)
-            if reason:
-                found.stays[name] = reason
-            else:
-                found.fbn.append(name)
+    for name, layer in fbn.items():
+        reason = watch.reasons.get(watch.layers[name])
+        try:
+            reason or layer.fuse()
+        except RuntimeError as error:
+            reason = str(error)
+        if reason:
+            found.stays[name] = reason
+        else:
+            found.fbn.append(name)
     if found.outputs is None:
         found.pairs = list(neighbours(model))
         return found
-    names = {module: name for name, module in watch.layers.items()}
-    found.by_keyword = {name for name, layer in watch.layers.items() if layer in watch.by_keyword}
+
+    names = {layer: name for name, layer in watch.layers.items()}
+    found.by_keyword = {names.get(layer) for layer in watch.by_keyword}
     for name, norm in watch.norms.items():
         layer, reason = watch.layer_of(norm)
-        if layer is not None:
-            if names[layer] in found.stays:
-                reason = f'behind a layer that is {found.stays[names[layer]]}'
-            elif type(layer) not in _KNOWN_LAYERS and not isinstance(layer, FBNConv2d):
-                with undisturbed():
-                    if not _is_folded_right(layer, norm, watch.inputs.get(layer)):
-                        reason = f'behind a {type(layer).__name__}, which does otherwise with a folded weight'
+        if names.get(layer) in found.stays:
+            reason = 'behind an FBN layer that stays'
+        elif layer is not None and type(layer) not in _KNOWN_LAYERS and not isinstance(layer, FBNConv2d):
+            if not _is_folded_right(layer, norm, watch.inputs.get(layer)):
+                reason = f'behind a {type(layer).__name__}, which does otherwise with a folded weight'
         if reason:
             found.stays[name] = reason
         else:
@@ -222,7 +222,17 @@ def _say_what_stays(model: nn.Module, found: _Found) -> None:
         _logger.warning(f'None of the {len(norms)} BatchNorm layers of {kind} can be folded.')
 
 
-def _prove(model: nn.Module, found: _Found, change: Callable, are_equal: bool = True) -> None:
+def _rewrite(
+        model: nn.Module, found: _Found, inplace: bool, change: Callable, are_equal: bool = True) -> nn.Module:
+    if found.outputs is not None and (found.pairs or found.fbn):
+        _prove(model, found, change, are_equal)
+    _say_what_stays(model, found)
+    model = model if inplace else copy_model(model)
+    change(model)
+    return model
+
+
+def _prove(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -> None:
     """Raise a RuntimeError if a copy of `model` gives something else on the example after `change`."""
     trial = copy_to_run(model)
     change(trial)
@@ -242,10 +252,10 @@ def _prove(model: nn.Module, found: _Found, change: Callable, are_equal: bool = 
             layer.weight = nn.Parameter(layer.weight * (1 + found.rounding * torch.randn_like(layer.weight)))
     expected = distance(found.outputs, run(noisy, found.example))
     if difference > 100 * expected:
-        what = 'another structure' if math.isinf(difference) else f'values that differ by {difference:.1e} of the largest'
+        what = f'values that differ by {difference:.1e} of the largest'
         raise RuntimeError(
-            f'{type(model).__name__} gives {what} once rewritten, and is left unchanged: rounding explains '
-            f'{max(found.rounding, expected):.1e}.')
+            f"{type(model).__name__} gives {'another structure' if math.isinf(difference) else what} once rewritten, "
+            f'so it is left unchanged: rounding explains {max(found.rounding, expected):.1e}.')
 
 
 def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
@@ -283,16 +293,8 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
                 f'Cannot fuse {name or type(model).__name__} in train mode: call .eval() on the model first.')
     if isinstance(model, FBNConv2d) and not why_untouchable(model):
         return model.fuse()
-    found = _find(model, example_inputs)
-
-    def change(network):
-        fuse_named(network, found.pairs, found.fbn)
-
-    if found.outputs is not None:
-        _prove(model, found, change)
-    _say_what_stays(model, found)
-    model = model if inplace else copy_model(model)
-    change(model)
+    found = _find(model, example_inputs, fuse=True)
+    model = _rewrite(model, found, inplace, lambda network: fuse_named(network, found.pairs, found.fbn))
     if 'fused' in getattr(model, '_model_args', {}):
         update_model_args(model, fused=True)  # what timm's save_for_hf writes, and so what loads again
     return model
@@ -335,8 +337,8 @@ def convert_fbn(
         model = model if inplace else deepcopy(model)
         convert_fbn(getattr(model, wrapped), fbn_groups, affine, example_inputs, inplace=True)
         return model
-    found = _find(model, example_inputs)
-    found.fbn, found.pairs = [], [
+    found = _find(model, example_inputs, fuse=False)
+    found.pairs = [
         names for names in found.pairs
         if names[0] not in found.by_keyword and fits_fbn(*map(model.get_submodule, names), fbn_groups)]
     if not found.pairs:
@@ -344,14 +346,9 @@ def convert_fbn(
             f'model={type(model).__name__} has no convolution + BatchNorm pair that fbn_groups={fbn_groups} fits'
             f"{'.' if found.outputs is not None else ', as far as is known without example_inputs.'}")
 
-    def change(network):
-        convert_named(network, found.pairs, fbn_groups, affine)
-
-    if found.outputs is not None:
-        _prove(model, found, change, are_equal=affine)
-    _say_what_stays(model, found)
-    model = model if inplace else copy_model(model)
-    change(model)
+    model = _rewrite(
+        model, found, inplace, lambda network: convert_named(network, found.pairs, fbn_groups, affine),
+        are_equal=affine)
     count = sum(isinstance(module, (nn.Conv2d, FBNConv2d)) for module in model.modules())
     _logger.info(f'{len(found.pairs)} of the {count} convolutions of {type(model).__name__} converted to FBN.')
     return model

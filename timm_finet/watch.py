@@ -19,7 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
-from .fbn import FBNConv2d
+from .fbn import FBNConv2d, has_hooks
 
 __all__ = ['NO_LAYER', 'Watch', 'layers_and_norms', 'neighbours', 'why_untouchable']
 
@@ -60,14 +60,9 @@ def layers_and_norms(model: nn.Module) -> Tuple[Dict[str, nn.Module], Dict[str, 
     return layers, norms
 
 
-def is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def why_untouchable(module: nn.Module) -> str:
     """Why a layer or norm has to stay whatever the network does with it, or ''."""
-    if any(map(is_hooked, module.modules())):
+    if any(map(has_hooks, module.modules())):
         return 'hooked'
     if any('forward' in vars(part) for part in module.modules()):
         return 'patched'
@@ -105,6 +100,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        self.model = model
         self.layers, self.norms = layers_and_norms(model)
         self.reasons: Dict[nn.Module, str] = {}  # why a layer or norm itself has to stay
         self._uses: Dict[nn.Module, str] = {}  # why no norm may be folded into a layer, or none be left out
@@ -119,7 +115,7 @@ class Watch(TorchFunctionMode):
         self._layer_of = WeakIdKeyDictionary()  # by the outputs that somebody holds
         self._running: List[nn.Module] = []
         self._calls: Counter = Counter()
-        self._hooked = [set(module.modules()) for module in model.modules() if is_hooked(module)]
+        self._hooked = [set(module.modules()) for module in model.modules() if has_hooks(module)]
         for module in self._watched:
             if why_untouchable(module):
                 self.reasons[module] = why_untouchable(module)
@@ -142,6 +138,7 @@ class Watch(TorchFunctionMode):
         finally:
             for hook in hooks:
                 hook.remove()
+            self._running.clear()
         if any(layer in self._readers for layer in self._layer_of.values()):
             gc.collect()  # what only a cycle keeps
         for layer in self._layer_of.values():

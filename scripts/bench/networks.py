@@ -166,7 +166,8 @@ def of_transformers():
         'LevitForImageClassification': lambda: (
             t.LevitForImageClassification(t.LevitConfig()), {'pixel_values': LARGER}),
         'CvtForImageClassification': lambda: (
-            t.CvtForImageClassification(t.CvtConfig(embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 1, 1], drop_path_rate=[0., 0., 0.])),
+            t.CvtForImageClassification(t.CvtConfig(
+                embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 1, 1], drop_path_rate=[0., 0., 0.])),
             pixels),
         'HGNetV2ForImageClassification': lambda: (t.HGNetV2ForImageClassification(t.HGNetV2Config()), pixels),
         'SegformerForSemanticSegmentation': lambda: (
@@ -235,7 +236,8 @@ def of_transformers():
         'PatchTSMixerModel': lambda: (
             t.PatchTSMixerModel(t.PatchTSMixerConfig(num_input_channels=2, context_length=32, norm_mlp='BatchNorm')),
             {'past_values': torch.randn(2, 32, 2, dtype=torch.float64)}),
-        'TimmBackbone resnet10t': lambda: (t.TimmBackbone(t.TimmBackboneConfig(backbone='resnet10t', use_pretrained_backbone=False)), pixels),
+        'TimmBackbone resnet10t': lambda: (
+            t.TimmBackbone(t.TimmBackboneConfig(backbone='resnet10t', use_pretrained_backbone=False)), pixels),
         'DetrForObjectDetection timm': lambda: (
             t.DetrForObjectDetection(t.DetrConfig(**{**detr, 'backbone_config': None, **timm_backbone})), pixels),
     }
