@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from torchvision.ops import FrozenBatchNorm2d
 
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBatchNormAct
 
+from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d, has_hooks
 
 __all__ = ['NO_LAYER', 'Watch', 'layers_and_norms', 'neighbours', 'why_untouchable']
@@ -32,7 +33,8 @@ NORMS = (
 
 _NORM_BEHIND = {
     nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d,
-    nn.ConvTranspose1d: nn.BatchNorm1d, nn.ConvTranspose2d: nn.BatchNorm2d, nn.ConvTranspose3d: nn.BatchNorm3d}
+    nn.ConvTranspose1d: nn.BatchNorm1d, nn.ConvTranspose2d: nn.BatchNorm2d, nn.ConvTranspose3d: nn.BatchNorm3d,
+    DepthwiseConv2d: nn.BatchNorm2d, Conv2dSame: nn.BatchNorm2d}
 
 # Calls that learn nothing of a tensor's values, and give no other name to them.
 _LOOKS = {
@@ -88,7 +90,7 @@ def neighbours(model: nn.Module) -> Iterator[Tuple[str, str]]:
             norm_type = nn.BatchNorm2d if type(norm) is BatchNormAct2d else type(norm)
             if norm_type is not _NORM_BEHIND.get(type(layer)) or max(places[layer], places[norm]) > 1:
                 continue
-            if layer.weight.shape[0] and not why_untouchable(layer) and not why_untouchable(norm):
+            if not why_untouchable(layer) and not why_untouchable(norm):
                 yield tuple(f'{prefix}.{name}'.lstrip('.') for name in (layer_name, norm_name))
 
 
