@@ -12,11 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
-from timm.layers import BatchNormAct2d, StdConv2d
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, StdConv2d
 from timm.models import reparameterize_model
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import FrozenBatchNorm2d
 
 from timm_finet import FBNConv2d, convert_fbn, fuse_fbn, rewrite
 
@@ -119,6 +120,13 @@ def test_layers_whose_forward_is_patched_stay(name, randomise, caplog):
     assert isinstance(fused.bn, nn.BatchNorm2d) and 'patched: bn' in caplog.text
 
 
+@pytest.mark.parametrize('example', [None, SMALL])
+def test_a_norm_whose_class_has_another_forward_stays(example, randomise, monkeypatch):
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()).eval()
+    monkeypatch.setattr(nn.BatchNorm2d, 'forward', lambda self, x: F.batch_norm(x, None, None, training=True))
+    torch.testing.assert_close(fuse_fbn(model, example)(SMALL), model(SMALL))
+
+
 class Keeps(nn.Module):
     def __init__(self):
         super().__init__()
@@ -215,6 +223,17 @@ def test_convolutions_of_every_kind_fuse(kind, dims, conv_kwargs, norm_kwargs, r
     for fused in (fuse_fbn(model, x), fuse_fbn(model)):
         assert norms(fused) == 0 and type(fused[0]) is type(conv)
         torch.testing.assert_close(fused(x), model(x))
+
+
+def test_frozen_norms_fuse(randomise):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 1), FrozenBatchNormAct2d(4))
+    for norm in model[1::2]:
+        norm.running_mean.normal_()
+        norm.weight.normal_()
+    model = model.double().eval()
+    fused = fuse_fbn(model, X)
+    assert [type(m) for m in fused] == [nn.Conv2d, nn.Identity, nn.Conv2d, nn.ReLU]
+    torch.testing.assert_close(fused(X), model(X))
 
 
 class SelfPadding(nn.Conv2d):
@@ -346,13 +365,13 @@ def test_without_an_example_neighbours_fuse_and_the_rest_is_counted(randomise, c
     assert norms(fused) == 1 and isinstance(fused.bn, nn.BatchNorm2d)
     torch.testing.assert_close(fused(SMALL), model(SMALL))
     assert len(caplog.records) == 1 and '1 BatchNorm layers of Net stay' in caplog.text
-    assert 'example_inputs would take the others' in caplog.text
+    assert 'give example_inputs' in caplog.text
 
 
 def test_a_network_in_which_nothing_can_be_folded_is_a_warning(caplog):
     model = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(4)).eval()
     fuse_fbn(model, SMALL.float())
-    assert 'None of the 1 BatchNorm layers of Net can be folded' in caplog.text
+    assert 'Nothing of Net can be folded: 1 BatchNorm' in caplog.text
 
 
 # --- what stays
@@ -490,7 +509,7 @@ def test_accelerates_hooks_and_offload_stay_in_force(randomise, caplog):
     torch.testing.assert_close(fused(x), expected)
     offloaded = cpu_offload(model, execution_device='cpu')
     fused = fuse_fbn(offloaded, x)
-    assert norms(fused) == 2 and 'None of the 2 BatchNorm layers' in caplog.text
+    assert norms(fused) == 2 and 'Nothing of Net can be folded: 2 BatchNorm' in caplog.text
     torch.testing.assert_close(fused(x), expected)
 
 

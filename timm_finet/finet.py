@@ -62,7 +62,7 @@ class ConvNorm(nn.Sequential):
         """
         if self.bn.training:
             raise RuntimeError('A ConvNorm in train mode has no fixed statistics to fuse: call .eval() first.')
-        if isinstance(self.bn, NORMS) and not why_untouchable(self.conv) and not why_untouchable(self.bn):
+        if type(self.bn) in NORMS and not why_untouchable(self.conv) and not why_untouchable(self.bn):
             fuse_named(self, [('conv', 'bn')], [])
         return self
 

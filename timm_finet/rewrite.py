@@ -44,6 +44,7 @@ class _Found:
     example: Optional[Example] = None
     outputs: Any = None  # of the example, before; None without a run
     rounding: float = 0.
+    unknown: int = 0  # norms that nothing is known of without a run
 
 
 @torch.no_grad()
@@ -183,6 +184,7 @@ def _find(model: nn.Module, example_inputs: Any, fuse: bool) -> _Found:
             found.fbn.append(name)
     if found.outputs is None:
         found.pairs = list(neighbours(model))
+        found.unknown = len(norms) - len(found.pairs)
         return found
 
     names = {layer: name for name, layer in watch.layers.items()}
@@ -213,13 +215,12 @@ def _say_what_stays(model: nn.Module, found: _Found) -> None:
         count = sum(map(len, by_reason.values()))
         reasons = '; '.join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
         _logger.warning(f'{count} FBN and BatchNorm layers of {kind} stay. {reasons}')
-    norms = layers_and_norms(model)[1]
-    if found.outputs is None and len(norms) > len(found.pairs):
+    if found.unknown:
         _logger.warning(
-            f'{len(norms) - len(found.pairs)} BatchNorm layers of {kind} stay, as only neighbours in an nn.Sequential '
-            f'are known without a run: example_inputs would take the others.')
-    elif norms and not found.pairs and not found.fbn:
-        _logger.warning(f'None of the {len(norms)} BatchNorm layers of {kind} can be folded.')
+            f'{found.unknown} BatchNorm layers of {kind} stay, as without a run only neighbours in nn.Sequential are '
+            f'known: give example_inputs.')
+    elif found.stays and not found.pairs and not found.fbn:
+        _logger.warning(f'Nothing of {kind} can be folded: {len(found.stays)} BatchNorm and FBN layers stay.')
 
 
 def _rewrite(

@@ -26,10 +26,10 @@ __all__ = ['NO_LAYER', 'Watch', 'layers_and_norms', 'neighbours', 'why_untouchab
 
 _LAYERS = (_ConvNd, nn.Linear, FBNConv2d)
 _ALL_NORMS = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
-# By exact type: a subclass may compute something else.
-NORMS = (
+# By exact type, as a subclass may compute something else, and with their forwards, which some programs replace.
+NORMS = {norm: norm.forward for norm in (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct,
-    FrozenBatchNorm2d, FrozenBatchNormAct2d)
+    FrozenBatchNorm2d, FrozenBatchNormAct2d)}
 
 _NORM_BEHIND = {
     nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d,
@@ -76,6 +76,8 @@ def why_untouchable(module: nn.Module) -> str:
         return ''
     if type(module) not in NORMS:
         return f'of class {type(module).__name__}'
+    if type(module).forward is not NORMS[type(module)]:
+        return 'patched'
     return 'without running statistics' if module.running_mean is None else ''
 
 
