@@ -3,8 +3,9 @@ import pytest
 import timm
 import torch
 from timm.models.resnet import ResNet
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_finet import FBNConv2d
+from timm_finet import FBNConv2d, fuse_fbn
 
 
 @pytest.mark.parametrize('name, plain, fbn_groups', [
@@ -45,3 +46,17 @@ def test_small_input_stem():
     model = timm.create_model('resnet18_fbn', features_only=True, small_input=True, in_chans=1).eval()
     assert [x.shape[-1] for x in model(torch.zeros(1, 1, 32, 32))] == [32, 32, 16, 8, 4]
     assert model.feature_info.reduction() == [1, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(name='resnet18_fbn'), dict(name='resnet18_fbn', small_input=True),
+    dict(name='resnet50_fbn_g4', stem_type='deep', stem_width=32, avg_down=True, cardinality=2)])
+def test_the_deploy_form_takes_what_fuse_fbn_gives(kwargs, randomise):
+    model = randomise(timm.create_model(**kwargs)).eval()
+    deploy = timm.create_model(**kwargs, fused=True)
+    assert deploy.training and all(module.training for module in deploy.modules())
+    assert not any(isinstance(module, (FBNConv2d, _BatchNorm)) for module in deploy.modules())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    deploy.load_state_dict(fuse_fbn(model, x.float()).state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(deploy.eval().double()(x), model.double()(x), rtol=1e-3, atol=1e-3)

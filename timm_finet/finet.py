@@ -27,7 +27,8 @@ from timm.models._features import feature_take_indices
 from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
 from .pretrained import WEIGHTS, build_model
-from .rewrite import check_form, fuse_fbn
+from .rewrite import check_form, fuse_named
+from .watch import NORMS, why_untouchable
 
 __all__ = ['Finet']
 
@@ -54,7 +55,16 @@ class ConvNorm(nn.Sequential):
         self.bn = nn.Identity() if fused else nn.BatchNorm2d(out_chs, **dd)
 
     def fuse(self) -> nn.Module:
-        return fuse_fbn(self, inplace=True)
+        """Fold `bn` into `conv`, once; a pair with hooks, or with another norm than torch's, stays.
+
+        Raises:
+            RuntimeError: In train mode.
+        """
+        if self.bn.training:
+            raise RuntimeError('A ConvNorm in train mode has no fixed statistics to fuse: call .eval() first.')
+        if type(self.bn) in NORMS and not why_untouchable(self.conv) and not why_untouchable(self.bn):
+            fuse_named(self, [('conv', 'bn')], [])
+        return self
 
 
 def fbn_conv(in_chs: int, out_chs: int, fbn_groups: int, affine: bool, fused: bool, **dd) -> nn.Module:

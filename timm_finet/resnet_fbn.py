@@ -1,17 +1,31 @@
 """ResNet with Fine-grained Batch Normalization (arXiv 2005.06828, Table 7): timm's, its conv + BN pairs replaced."""
 import re
-from typing import Any, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .finet import CIFAR10, set_bn_args
 from .pretrained import UNTRAINED, WEIGHTS, build_model
-from .rewrite import check_form, convert_fbn, fuse_fbn
+from .rewrite import check_form, convert_named, fits_fbn, fuse_named
+from .watch import neighbours
 
 __all__ = ['ResNetFBN']
+
+
+def _pairs(modules: Dict[str, nn.Module]) -> List[Tuple[str, str]]:
+    """Names of convolutions and their norms: `bn2` behind `conv2` in the blocks, neighbours elsewhere."""
+    pairs = list(neighbours(modules['']))
+    for name, norm in modules.items():
+        if isinstance(norm, _BatchNorm) and re.search(r'bn\d?$', name):
+            layer = re.sub(r'bn(\d?)$', r'conv\1', name)
+            if isinstance(modules[layer], nn.Sequential):  # the deep stems'
+                layer = f'{layer}.{len(modules[layer]) - 1}'
+            pairs.append((layer, name))
+    return pairs
 
 
 class ResNetFBN(ResNet):
@@ -38,10 +52,15 @@ class ResNetFBN(ResNet):
             for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8)):
                 info['reduction'] = reduction
         set_bn_args(self, bn_eps, bn_momentum)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            convert_fbn(stage, fbn_groups, affine, inplace=True)
+        modules = dict(self.named_modules())
+        pairs = _pairs(modules)
+        in_stages = [names for names in pairs if names[0].startswith('layer')]
+        converted = [names for names in in_stages if fits_fbn(*map(modules.get, names), fbn_groups)]
+        convert_named(self, converted, fbn_groups, affine)
         if fused:
-            fuse_fbn(self.eval(), inplace=True).train()
+            self.eval()
+            fuse_named(self, [names for names in pairs if names not in converted], [name for name, _ in converted])
+            self.train()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Takes the checkpoints of timm's and torchvision's ResNets too, where `fbn_groups` is 1."""
