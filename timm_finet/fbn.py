@@ -121,8 +121,6 @@ class FBNConv2d(nn.Module):
         fbn_groups: G, into how many groups the *input channels* are split for normalisation. It has nothing to do with
             a grouped convolution; 1 is plain BatchNorm, and runs as such.
         affine, eps, momentum: As for `nn.BatchNorm2d`; gamma and beta are per intermediate channel.
-        save_memory: With one group too, keep nothing for the backward pass but the input. Plain BatchNorm keeps its own
-            input as well. It costs time.
 
     Raises:
         ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or, when training, it
@@ -145,7 +143,6 @@ class FBNConv2d(nn.Module):
             affine: bool = True,
             eps: float = 1e-5,
             momentum: Optional[float] = 0.1,
-            save_memory: bool = False,
             device=None,
             dtype=None,
     ):
@@ -160,7 +157,6 @@ class FBNConv2d(nn.Module):
         self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
         self.dilation = to_2tuple(dilation)
         self.fbn_groups = fbn_groups
-        self.save_memory = save_memory
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **dd))
         self.bn = nn.BatchNorm2d(fbn_groups * out_channels, eps, momentum, affine, **dd)
         self.reset_parameters()
@@ -172,8 +168,7 @@ class FBNConv2d(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
-            f'padding={self.padding}, dilation={self.dilation}, fbn_groups={self.fbn_groups}'
-            + (', save_memory=True' if self.save_memory else ''))
+            f'padding={self.padding}, dilation={self.dilation}, fbn_groups={self.fbn_groups}')
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script, whose graph cannot ask what `bn` is."""
@@ -234,7 +229,7 @@ class FBNConv2d(nn.Module):
         # Not so with a process group: all processes have to go one way, whatever their share of the batch.
         if group is None and self._is_cheap(x):
             return self.reference(x)
-        form = self._moment_form if self._takes_moments() else self._group_by_group
+        form = self._moment_form if self.kernel_size == (1, 1) and self.padding == (0, 0) else self._group_by_group
         device = x.device.type
         if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -247,20 +242,8 @@ class FBNConv2d(nn.Module):
     @torch.jit.unused
     def _is_cheap(self, x: torch.Tensor) -> bool:
         """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
-        if self.fbn_groups == 1:
-            return not self.save_memory
         positions = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
-        return self.fbn_groups * positions < 4 * self.weight[0].numel()
-
-    @torch.jit.unused
-    def _takes_moments(self) -> bool:
-        """Whether the moment form is possible, and not more work than one group made again in the backward pass.
-
-        A position takes C_in^2 / G multiply-adds in both passes for the moments, C_in * C_out to be made again.
-        """
-        if self.kernel_size != (1, 1) or self.padding != (0, 0):
-            return False
-        return self.fbn_groups > 1 or 2 * self.in_channels <= self.out_channels
+        return self.fbn_groups == 1 or self.fbn_groups * positions < 4 * self.weight[0].numel()
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
