@@ -87,6 +87,7 @@ CALLED = {
     'a subclass with its own forward': like(Doubled),
     'BatchNormAct2d': like(BatchNormAct2d),
     'InstanceNorm2d with statistics': like(nn.InstanceNorm2d, affine=True, track_running_stats=True),
+    'BatchNorm2d without a bias': lambda layer: setattr(layer.bn, 'bias', None),
     'GroupNorm': set_norm(lambda bn: nn.GroupNorm(4, bn.num_features)),
     'Identity': set_norm(lambda bn: nn.Identity()),
     'SplitBatchNorm2d': set_norm(lambda bn: convert_splitbn_model(nn.Sequential(bn), 2)[0]),

@@ -205,6 +205,8 @@ class FBNConv2d(nn.Module):
             return f"bn's forward is not {type(bn).__name__}'s own"
         if has_hooks(bn):
             return 'bn has hooks'
+        if (bn.weight is None) != (bn.bias is None):
+            return 'bn has one of weight and bias alone'
         width = self.fbn_groups * self.out_channels
         if getattr(bn, 'num_features', width) != width:
             return f'bn has {bn.num_features} features, not fbn_groups * out_channels = {width}'
