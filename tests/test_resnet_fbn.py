@@ -49,8 +49,8 @@ def test_small_input_stem():
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(name='resnet18_fbn'), dict(name='resnet18_fbn', small_input=True),
-    dict(name='resnet50_fbn_g4', stem_type='deep', stem_width=32, avg_down=True, cardinality=2)])
+    dict(model_name='resnet18_fbn'), dict(model_name='resnet18_fbn', small_input=True),
+    dict(model_name='resnet50_fbn_g4', stem_type='deep', stem_width=32, cardinality=2)])
 def test_the_deploy_form_takes_what_fuse_fbn_gives(kwargs, randomise):
     model = randomise(timm.create_model(**kwargs)).eval()
     deploy = timm.create_model(**kwargs, fused=True)

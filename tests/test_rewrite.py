@@ -88,15 +88,15 @@ class Asks(nn.Module):
     def forward(self, x, y=None):
         c = self.conv(x)
         try:
-            return self.bn(c) + c if self.question(c, y) else self.bn(c)
+            return self.bn(c) + c if self.question(x, c, y) else self.bn(c)
         except Exception:
             return self.bn(c)
 
 
 @pytest.mark.parametrize('question', [
-    lambda c, y: y is None,
-    lambda c, y: isinstance(c, torch.Tensor),
-    lambda c, y: int(c.shape[1]) == 4,
+    lambda x, c, y: y is None,
+    lambda x, c, y: isinstance(c, torch.Tensor),
+    lambda x, c, y: int(x.shape[1]) == 4,
 ], ids=['is None', 'isinstance', 'int'])
 def test_python_that_asks_what_a_tensor_is_gets_the_right_answer(question, randomise):
     model = randomise(Asks(question).double()).eval()
@@ -119,7 +119,7 @@ def test_networks_that_check_their_input_fuse(randomise):
 
 @pytest.mark.parametrize('name', ['conv', 'bn'])
 def test_layers_whose_forward_is_patched_stay(name, randomise, caplog):
-    model = randomise(Asks(lambda c, y: False).double()).eval()
+    model = randomise(Asks(lambda x, c, y: False).double()).eval()
     layer = model.get_submodule(name)
     layer.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), layer)
     fused = fuse_fbn(model, SMALL)
