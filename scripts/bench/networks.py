@@ -64,9 +64,9 @@ def of_torchvision():
             'ssdlite320_mobilenet_v3_large'):
         sizes = {} if 'ssdlite' in name else {'min_size': 96, 'max_size': 96}
         keep = {}  # of some, so that there are detections to compare
-        if name == 'keypointrcnn_resnet50_fpn':
+        if name.startswith(('keypointrcnn', 'fasterrcnn_mobilenet')):
             keep = {'box_score_thresh': 0., 'box_detections_per_img': 10}
-        elif name == 'retinanet_resnet50_fpn_v2':
+        elif name in ('retinanet_resnet50_fpn_v2', 'fcos_resnet50_fpn'):
             keep = {'score_thresh': 0.}
         yield f'detection.{name}', lambda name=name, kwargs={**sizes, **keep}: (
             models.get_model(name, weights=None, weights_backbone=None, **kwargs), ([X[0]],))
