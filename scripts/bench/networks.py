@@ -239,4 +239,5 @@ def networks():
         for name, build in builders:
             yield package, name, build
     for name in in_turn():
-        yield 'timm', name, lambda name=name: build_timm(name)
+        ours = timm.models._registry._model_to_module[name] in ('finet', 'resnet_fbn')
+        yield 'timm_finet' if ours else 'timm', name, lambda name=name: build_timm(name)
