@@ -365,6 +365,13 @@ def test_networks_that_multiply_rounding_are_not_refused(randomise):
     assert isinstance(fuse_fbn(model, SMALL.float()).bn, nn.Identity)
 
 
+def test_outputs_that_rounding_alone_decides_are_said_to_prove_nothing(randomise, caplog):
+    """As of a detector that sorts by almost equal scores."""
+    model = randomise(Net(lambda net, x: (net.bn(net.conv(x)) * 1e17).long(), **pair()).double()).eval()
+    assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
+    assert 'Nothing is proven: rounding alone' in caplog.text
+
+
 def test_wrong_examples_are_refused():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
     for change in (fuse_fbn, convert_fbn):

@@ -4,7 +4,8 @@
 
 Weights are random, and so are the statistics of all BatchNorms; everything is float64 and runs on another input than
 the one that `fuse_fbn` has watched. A network is wrong if an output differs by more than 100 times what rounding does
-to it: float64's own, or where the network multiplies that, what a change of all weights by so much does.
+to it: float64's own, or where the network multiplies that, what a change of all weights by so much does. It is
+undecided if there is nothing to compare, as a detector finds nothing, or if rounding already changes what it finds.
 
 Besides what the package requires it takes `transformers`, `segmentation_models_pytorch`, `ultralytics`, `monai` and
 `efficientnet_pytorch`, each as far as it is installed. It goes on where it was stopped; --table only writes the table.
@@ -12,6 +13,7 @@ Besides what the package requires it takes `transformers`, `segmentation_models_
 import argparse
 import importlib.metadata
 import logging
+import math
 import signal
 import sys
 import time
@@ -20,6 +22,7 @@ from copy import deepcopy
 from datetime import date
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from scripts.bench.networks import networks
 from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
@@ -29,7 +32,8 @@ from timm_finet.watch import layers_and_norms
 FILE = RESULTS / 'fuse_networks.csv'
 EPS = torch.finfo(torch.float64).eps
 SECONDS = 240  # for one network
-RESULT_NAMES = {'whole': 'fused whole', 'left': 'left, with reasons', 'refused': 'refused', 'wrong': 'wrong'}
+RESULT_NAMES = {'whole': 'fused whole', 'left': 'left, with reasons', 'refused': 'refused', 'undecided': 'undecided',
+                'wrong': 'wrong'}
 
 
 def randomise(model):
@@ -99,11 +103,14 @@ def measure(build):
     rounding = EPS
     if difference > 100 * EPS:
         rounding = max(EPS, trial.distance(expected, outputs(perturbed(model), example)))
-    wrong = difference > 100 * rounding
+    result = 'left' if left else 'whole'
+    if math.isinf(rounding) or not any(t.numel() for t in tree_leaves(expected) if isinstance(t, torch.Tensor)):
+        result = 'undecided'
+    elif difference > 100 * rounding:
+        result = 'wrong'
     return dict(
         norms=norms, left=left, reasons='; '.join(f'{count} {reason}' for reason, count in reasons.most_common()),
-        difference=f'{difference:.1e}', rounding=f'{rounding:.1e}',
-        result='wrong' if wrong else 'left' if left else 'whole')
+        difference=f'{difference:.1e}', rounding=f'{rounding:.1e}', result=result)
 
 
 def stop(*_):

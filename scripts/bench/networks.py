@@ -60,11 +60,16 @@ def of_torchvision():
     for name in (
             'fasterrcnn_resnet50_fpn', 'fasterrcnn_resnet50_fpn_v2', 'fasterrcnn_mobilenet_v3_large_fpn',
             'fasterrcnn_mobilenet_v3_large_320_fpn', 'fcos_resnet50_fpn', 'keypointrcnn_resnet50_fpn',
-            'maskrcnn_resnet50_fpn', 'maskrcnn_resnet50_fpn_v2', 'retinanet_resnet50_fpn', 'retinanet_resnet50_fpn_v2'):
-        yield f'detection.{name}', lambda name=name: (
-            models.get_model(name, weights=None, weights_backbone=None, min_size=96, max_size=96), ([X[0]],))
-    yield 'detection.ssdlite320_mobilenet_v3_large', lambda: (models.get_model(
-        'ssdlite320_mobilenet_v3_large', weights=None, weights_backbone=None), ([X[0]],))
+            'maskrcnn_resnet50_fpn', 'retinanet_resnet50_fpn', 'retinanet_resnet50_fpn_v2',
+            'ssdlite320_mobilenet_v3_large'):
+        sizes = {} if 'ssdlite' in name else {'min_size': 96, 'max_size': 96}
+        keep = {}  # of some, so that there are detections to compare
+        if name.startswith(('keypointrcnn', 'fasterrcnn_mobilenet')):
+            keep = {'box_score_thresh': 0., 'box_detections_per_img': 10}
+        elif name in ('retinanet_resnet50_fpn_v2', 'fcos_resnet50_fpn'):
+            keep = {'score_thresh': 0.}
+        yield f'detection.{name}', lambda name=name, kwargs={**sizes, **keep}: (
+            models.get_model(name, weights=None, weights_backbone=None, **kwargs), ([X[0]],))
     for name in ('fcn_resnet50', 'deeplabv3_resnet50', 'deeplabv3_mobilenet_v3_large', 'lraspp_mobilenet_v3_large'):
         yield f'segmentation.{name}', lambda name=name: (
             models.get_model(name, weights=None, weights_backbone=None), X)
@@ -234,4 +239,5 @@ def networks():
         for name, build in builders:
             yield package, name, build
     for name in in_turn():
-        yield 'timm', name, lambda name=name: build_timm(name)
+        ours = timm.models._registry._model_to_module[name] in ('finet', 'resnet_fbn')
+        yield 'timm_finet' if ours else 'timm', name, lambda name=name: build_timm(name)
