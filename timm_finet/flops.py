@@ -6,6 +6,7 @@ from math import prod
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 import timm
+import torch
 import torch.nn as nn
 import torchvision
 from timm.utils import reparameterize_model
@@ -82,7 +83,7 @@ def count_row(name: str, input_size: Optional[Tuple[int, int, int]] = None, fuse
         input_size = (3, 224, 224) if name.startswith(TORCHVISION) else model.pretrained_cfg['input_size']
     counts = None if fused else count_flops(model, input_size)
     params_train = sum(p.numel() for p in model.parameters())
-    model = fuse_fbn(reparameterize_model(model, inplace=True), inplace=True)
+    model = fuse_fbn(reparameterize_model(model, inplace=True), torch.rand(2, *input_size), inplace=True)
     params_fused = sum(p.numel() for p in model.parameters())
     counts = counts or count_flops(model, input_size)
     return {

@@ -9,10 +9,10 @@ import argparse
 import matplotlib
 import timm
 import torch.nn as nn
+from torch.fx import Tracer
 
 from scripts.report import RESULTS
 from timm_finet import FBNConv2d, fuse_fbn
-from timm_finet.pairs import _Tracer
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -20,6 +20,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 FILES = {'finet_large_g4': 'block.png', 'finet_large_se_g4': 'block_se.png'}
 COLORS = {'conv': '#cfe3f5', 'norm': '#fbd9b5', 'act': '#d7ead0', 'math': '#e8e8e8'}
 HEIGHT, GAP, WIDTH = 0.62, 0.38, 3.3
+
+
+class LayerTracer(Tracer):
+    """Stops at convolutions of this package too."""
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, (nn.Conv2d, FBNConv2d)) or super().is_leaf_module(module, name)
 
 
 def describe(node, block):
@@ -47,7 +54,7 @@ def describe(node, block):
 def draw(ax, block, title):
     boxes, behind_conv1, bottoms = {}, set(), [0.0, 0.0]
     sources = {}  # the node whose box stands for a node: another's, where it draws none itself
-    for node in _Tracer(()).trace(block).nodes:
+    for node in LayerTracer().trace(block).nodes:
         inputs = [sources[i] for i in node.all_input_nodes]
         if node.target == 'conv1' or any(i in behind_conv1 for i in inputs):
             behind_conv1.add(node)
@@ -90,11 +97,12 @@ def connect(ax, source, target, skip):
 
 
 def draw_forms(name, file):
-    block = timm.create_model(name).stages[0][1].eval()
+    model = timm.create_model(name).eval()
+    block, fused = (network.stages[0][1] for network in (model, fuse_fbn(model)))
     fig, axes = plt.subplots(1, 2, figsize=(5.5 if block.se is None else 9.5, 6.4), layout='constrained')
     bottoms = [
         draw(ax, form, f'{title}, {sum(p.numel() for p in form.parameters()):,} parameters')
-        for ax, form, title in zip(axes, (block, fuse_fbn(block)), ('train form', 'fused'))]
+        for ax, form, title in zip(axes, (block, fused), ('train form', 'fused'))]
     for ax in axes:
         ax.set_ylim(min(bottoms) - 0.2, 0)
     fig.suptitle(f'{name}: a block of stride 1, {block.conv1.in_channels} channels', fontsize=11)

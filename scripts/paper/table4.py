@@ -46,7 +46,7 @@ FILE = RESULTS / 'table4.csv'
 
 def fused(name):
     torch.manual_seed(SEED)
-    model = fuse_fbn(create(name).eval())
+    model = fuse_fbn(create(name).eval(), torch.rand(2, 3, 224, 224))
     assert not any(isinstance(m, _BatchNorm) for m in model.modules()), name
     return model
 
