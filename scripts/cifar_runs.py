@@ -165,7 +165,7 @@ PROTOCOLS = {
             for rate in (0.05, 0.2) for g in (1, 8)}, SEEDS[:1]),
         Section('cifar10', 'finet_small', small_long((1, 8), dataset='cifar10'), FIVE),
         Section('mobilenet', 'mobilenetv2_035 through convert_fbn', {
-            f'G = {g}': long('mobilenetv2_035_fbn', f'fbn_groups={g}', module='scripts.paper.converted')
+            f'G = {g}': long('mobilenetv2_035_converted', f'fbn_groups={g}', module='scripts.paper.converted')
             for g in (1, 8)}, FIVE),
     ],
     'weights': [  # that the package embeds
