@@ -377,6 +377,7 @@ def _to_fbn(conv: nn.Conv2d, norm: _BatchNorm, fbn_groups: int, affine: bool) ->
     layer.train(conv.training).bn.train(norm.training)
     return layer
 
+
 def check_form(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
     """Refuse a train-form state dict for a fused model and the reverse, which `strict=False` would half load."""
     own = model.state_dict()
