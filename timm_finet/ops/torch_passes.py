@@ -67,6 +67,12 @@ def moments_dtype(x: torch.Tensor, groups: int) -> torch.dtype:
     return torch.float64 if few and x.device.type != 'mps' else torch.promote_types(x.dtype, torch.float32)
 
 
+def convolution_gradients(grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask):
+    """Those of a 1x1 convolution. (`torch.nn.grad`'s expand a number to the input's shape, and lose channels_last.)"""
+    return torch.ops.aten.convolution_backward(
+        grad_y, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
+
+
 class TorchPasses:
     """The passes over one layer's input, and over its output's gradient, all with the centred copy `c = x - shift`.
 
@@ -112,7 +118,8 @@ class TorchPasses:
 
     def weight_gradient(self, out: int, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
         """`sum dy c^T` `(out, C)` and `sum dy` `(out,)` over all positions, in `dtype`."""
-        products = torch.nn.grad.conv2d_weight(self.c, (out, self.c.shape[1], 1, 1), self.grad_y)
+        weight = self.c.new_empty(out, self.c.shape[1], 1, 1)  # for its shape
+        products = convolution_gradients(self.grad_y, self.c, weight, [False, True, False])[1]
         return products.flatten(1).to(dtype), self.grad_y.sum((0, 2, 3)).to(dtype)
 
     def input_gradient(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -121,10 +128,9 @@ class TorchPasses:
         del self.c
         a, b = a.to(c.dtype), b.to(c.dtype)
         if c.device.type == 'cpu':
-            shape = c.shape
             grad_x = F.conv2d(c, a.view(c.shape[1], -1, 1, 1), b, groups=len(a))
             del c  # its memory is used again
-            grad_x += torch.nn.grad.conv2d_input(shape, weight, self.grad_y)
+            grad_x += convolution_gradients(self.grad_y, grad_x, weight, [True, False, False])[0]
             return grad_x
         grad_x = torch.addmm(b, rows(self.grad_y), weight.flatten(1)).addmm_(rows(c), torch.block_diag(*a))
         grad_x = grad_x.view(*c.shape[:1], *c.shape[2:], -1).permute(0, 3, 1, 2)
