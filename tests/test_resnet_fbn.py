@@ -37,6 +37,12 @@ def test_one_group_is_timms_resnet_and_takes_its_checkpoints(name, randomise, tm
         timm.create_model(f'{name}_fbn', checkpoint_path=str(tmp_path / 'plain.pth'))
 
 
+def test_a_checkpoint_of_its_own_with_pooled_shortcuts_loads():
+    model, other = (timm.create_model('resnet18_fbn', avg_down=True) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_last_norms_start_at_zero_as_in_timm():
     block = timm.create_model('resnet18_fbn').layer1[0]
     assert block.conv2.bn.weight.count_nonzero() == 0 and block.conv1.bn.weight.eq(1).all()

@@ -1,10 +1,14 @@
 """fuse_fbn and convert_fbn on networks of all kinds."""
+import collections
 import io
 import logging
+import math
 import random
 import types
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -74,6 +78,59 @@ def test_timms_networks_fuse_on_the_meta_device():
     assert norms(fused) == 0 and all(p.is_meta for p in fused.parameters())
 
 
+# --- modules that a network also reaches past its registered children
+
+
+class Steps(nn.Module):
+    """Calls its layers by a list of its own."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        for i, layer in enumerate(layers):
+            self.add_module(f'layer{i}', layer)
+        self.steps = list(layers)
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize('layers', [
+    lambda: (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+    lambda: (FBNConv2d(4, 4, 1, fbn_groups=2), nn.BatchNorm2d(4)),
+], ids=['conv', 'fbn'])
+def test_layers_also_held_in_a_list_stay(layers, randomise, caplog):
+    model = randomise(Steps(*layers()).double()).eval()
+    fused = fuse_fbn(model, SMALL)
+    torch.testing.assert_close(fused(SMALL), model(SMALL))
+    assert norms(fused) == norms(model) and 'called where no replacement reaches: ' in caplog.text
+    with pytest.raises(ValueError, match='no convolution'):
+        convert_fbn(model, 2, example_inputs=SMALL)
+
+
+def test_a_norm_that_a_closure_calls_too_stays(randomise, caplog):
+    model = Net(lambda net, x: net.after(net.bn(net.conv(x)).relu()), **pair(affine=False))
+    model.after = lambda x: model.bn(x)  # in a copy of the network it still calls this network's
+    randomise(model.double()).eval()
+    expected = model(SMALL)
+    for fused in (fuse_fbn(model, SMALL), fuse_fbn(model, SMALL, inplace=True)):
+        torch.testing.assert_close(fused(SMALL), expected)
+    assert 'looked into: bn' in caplog.text
+
+
+def test_an_fbn_layer_that_is_compiled_by_itself_fuses(randomise):
+    model = randomise(nn.Sequential(FBNConv2d(4, 4, 1, fbn_groups=2), nn.ReLU()).double()).eval()
+    expected = model(SMALL)
+    model[0] = torch.compile(model[0], backend='eager')
+    for fused in (fuse_fbn(model, SMALL), fuse_fbn(model[0], SMALL), fuse_fbn(model[0], SMALL, inplace=True)):
+        torch.testing.assert_close(fused(SMALL).relu(), expected)
+        fused.requires_grad_(False)
+        for parameter in fused.parameters():
+            parameter.zero_()
+        assert norms(fused) == 0 and fused(SMALL).count_nonzero() == 0  # the old layer is not called
+
+
 # --- what a run shows and a symbolic trace does not
 
 
@@ -117,6 +174,29 @@ def test_networks_that_check_their_input_fuse(randomise):
         torch.testing.assert_close(rewritten(SMALL), model(SMALL))
 
 
+class Outputs(dict):
+    """A container that torch's pytree does not know."""
+
+
+@pytest.mark.parametrize('pack', [
+    lambda y: Outputs(y=y), lambda y: types.SimpleNamespace(y=y), lambda y: collections.deque([y.numpy()]),
+    lambda y: y * 1j], ids=['dict', 'object', 'numpy', 'complex'])
+def test_outputs_of_any_kind_are_compared(pack, randomise, monkeypatch):
+    model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
+    assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
+    give = rewrite._give
+    monkeypatch.setattr(rewrite, '_give', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
+    with pytest.raises(RuntimeError, match='values that differ by'):
+        fuse_fbn(model, SMALL)
+
+
+@pytest.mark.parametrize('pack, example', [
+    (lambda y: y, SMALL[:0]), (lambda y: y, SMALL * math.nan), (lambda y: {y}, SMALL)], ids=['empty', 'nan', 'set'])
+def test_that_nothing_is_proven_is_said(pack, example, randomise, caplog):
+    fuse_fbn(randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval(), example)
+    assert 'Nothing is proven: Net gives no finite number on the example' in caplog.text
+
+
 @pytest.mark.parametrize('name', ['conv', 'bn'])
 def test_layers_whose_forward_is_patched_stay(name, randomise, caplog):
     model = randomise(Asks(lambda x, c, y: False).double()).eval()
@@ -132,6 +212,68 @@ def test_a_norm_whose_class_has_another_forward_stays(example, randomise, monkey
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()).eval()
     monkeypatch.setattr(nn.BatchNorm2d, 'forward', lambda self, x: F.batch_norm(x, None, None, training=True))
     torch.testing.assert_close(fuse_fbn(model, example)(SMALL), model(SMALL))
+
+
+@torch.jit.script
+def scripted(x):
+    return x.clamp(min=3.).sub(3.)
+
+
+def in_a_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+STATISTICS = [(torch.zeros(4).double(), torch.ones(4).double()), (torch.ones(4).double(), 2 * torch.ones(4).double())]
+
+
+def swaps_statistics(net, x):
+    net.bn.running_mean, net.bn.running_var = STATISTICS[int(x.mean() > 0)]
+    return net.bn(net.conv(x))
+
+
+def sets_eps(net, x):
+    net.bn.eps = x.var().item()
+    return net.bn(net.conv(x))
+
+
+def brings_a_weight(net, x):
+    return net.bn(torch.func.functional_call(net.conv, dict(weight=net.conv.weight * x.mean()), (x,)))
+
+
+@pytest.mark.parametrize('forward, reason', [
+    (lambda net, x: (lambda y: net.bn(y) + scripted(y))(net.conv(x)), 'behind a layer that is read elsewhere'),
+    (lambda net, x: in_a_thread(net.bn, net.conv(x)), 'called in another thread'),
+    (swaps_statistics, 'changed by the forward'),
+    (sets_eps, 'changed by the forward'),
+    (brings_a_weight, 'behind a layer that is looked into'),
+], ids=['scripted', 'thread', 'statistics', 'eps', 'weight'])
+def test_layers_that_others_read_or_change_unseen_by_python_stay(forward, reason, randomise, caplog):
+    model = randomise(Net(forward, **pair()).double()).eval()
+    example = -SMALL.abs() / 10  # it takes the other way
+    fused = fuse_fbn(model, example)
+    torch.testing.assert_close(fused(SMALL.abs() * 10), model(SMALL.abs() * 10))
+    assert f'{reason}: bn' in caplog.text
+
+
+class OwnForward(FBNConv2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class OwnStart(FBNConv2d):
+    def __init__(self):
+        super().__init__(4, 4, fbn_groups=2)
+
+
+def test_of_fbn_layers_only_those_with_a_forward_of_their_own_stay(randomise, caplog):
+    for example in (None, SMALL):
+        model = randomise(nn.Sequential(OwnForward(4, 4, fbn_groups=2), OwnStart()).double()).eval()
+        fused = fuse_fbn(model, example)
+        torch.testing.assert_close(fused(SMALL), model(SMALL))
+        assert type(fused[0]) is OwnForward and type(fused[1]) is nn.Conv2d
+        assert type(fuse_fbn(model[0], example)) is OwnForward
+    assert 'of class OwnForward: 0' in caplog.text
 
 
 class Keeps(nn.Module):
@@ -260,9 +402,21 @@ class Squared(nn.Conv2d):
         return F.conv2d(x, self.weight.square(), self.bias)
 
 
-@pytest.mark.parametrize('cls', [SelfPadding, StdConv2d, Squared])
+class Masked(nn.Conv2d):
+    """Gives nothing where there is nothing, not even a bias."""
+
+    def forward(self, x):
+        return super().forward(x) * (x.abs().amax(1, keepdim=True) > 0)
+
+
+class Clamped(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).clamp(-100, 100)
+
+
+@pytest.mark.parametrize('cls', [SelfPadding, StdConv2d, Squared, Masked, Clamped])
 def test_convolutions_of_other_classes_fuse_in_place_where_that_is_right(cls, randomise, caplog):
-    model = randomise(nn.Sequential(cls(4, 4, 3), nn.BatchNorm2d(4)).double()).eval()
+    model = randomise(nn.Sequential(cls(4, 4, 1), nn.BatchNorm2d(4)).double()).eval()
     fused = fuse_fbn(model, SMALL)
     assert type(fused[0]) is cls
     torch.testing.assert_close(fused(SMALL), model(SMALL))
@@ -317,13 +471,8 @@ def test_what_a_wrapper_wraps_is_rewritten(wrap, name, process_group, randomise)
 def test_other_outputs_are_an_error_that_says_by_how_much_and_nothing_changes(dtype, randomise, monkeypatch):
     model = randomise(Net(lambda net, x: net.bn(net.conv(x)), **pair())).to(dtype).eval()
     before, x = deepcopy(model.state_dict()), SMALL.to(dtype)
-    fold = rewrite._fold
-
-    def wrong(layer, norm):
-        fold(layer, norm)
-        layer.bias.data.add_(1e-3)
-
-    monkeypatch.setattr(rewrite, '_fold', wrong)
+    give = rewrite._give
+    monkeypatch.setattr(rewrite, '_give', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
     for inplace in (False, True):
         with pytest.raises(RuntimeError, match=r'values that differ by \d\.\de-0\d of the largest'):
             fuse_fbn(model, x, inplace)
@@ -580,23 +729,61 @@ class Counts(nn.Module):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.register_buffer('count', torch.zeros((), dtype=torch.long))
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
         self.calls = []
+
+    def train(self, mode=True):
+        self.scale.data += 1 if mode else -1  # as adapters are merged
+        return super().train(mode)
 
     def forward(self, x):
         self.count += 1
-        self.calls.append(random.random())
-        return self.bn(self.conv(x)) + self.count + torch.rand(()) + self.calls[-1]
+        self.scale.mul_(2)
+        self.calls.append(random.random() + np.random.rand())
+        return self.bn(self.conv(x)) * self.scale + self.count + torch.rand(()) + self.calls[-1]
 
 
 @pytest.mark.parametrize('inplace', [False, True])
-def test_the_runs_leave_buffers_and_random_states_as_they_were(inplace, randomise):
-    model = randomise(Counts().double()).eval()
-    states = torch.get_rng_state(), random.getstate()
+def test_the_runs_leave_the_network_and_random_states_as_they_were(inplace, randomise):
+    model = randomise(Counts().double()).train()
+    model.bn.eval()
+    scale = model.scale.item()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
     for change in (fuse_fbn, convert_fbn):
         rewritten = change(deepcopy(model), example_inputs=SMALL, inplace=inplace)
         assert isinstance(rewritten.bn, nn.Identity)
         assert model.count == rewritten.count == 0 and model.calls == rewritten.calls == []
-    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+        assert model.scale == rewritten.scale == scale
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[2]) == states[1:]
+
+
+def test_examples_of_any_kind_are_left_as_they_are(randomise):
+    def forward(net, batch):
+        assert batch.x.requires_grad
+        return net.bn(net.conv(batch.__dict__.pop('x').mul_(2)))
+
+    batch = types.SimpleNamespace(x=SMALL.clone().requires_grad_() * 1)
+    fused = fuse_fbn(randomise(Net(forward, **pair()).double()).eval(), (batch,))
+    assert isinstance(fused.bn, nn.Identity) and torch.equal(batch.x, SMALL)
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_without_an_example_an_error_leaves_nothing_half_changed(inplace, randomise):
+    model = randomise(nn.Sequential(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))))
+    model[1].to('meta')
+    model[1][0].to_empty(device='cpu')
+    before = deepcopy(model.eval().state_dict())
+    with pytest.raises(RuntimeError):
+        fuse_fbn(model, inplace=inplace)
+    assert list(model.state_dict()) == list(before) and norms(model) == 2
+    torch.testing.assert_close(model[0].state_dict(), {k[2:]: v for k, v in before.items() if k[0] == '0'}, rtol=0, atol=0)
+
+
+def test_neighbours_of_other_widths_are_no_pair(randomise):
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(3)).eval()
+    assert norms(fuse_fbn(model)) == 1
 
 
 def test_layout_dtype_and_requires_grad_stay(randomise):
@@ -668,6 +855,27 @@ def test_networks_that_fold_themselves_do_so_before_and_after(name, randomise):
             torch.testing.assert_close(other(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
 
 
+class Adds(nn.Module):
+    """Its `fuse` adds two branches; it is none of those that fold."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+
+    def fuse(self, a, b):
+        return a + b
+
+    def forward(self, x):
+        return self.fuse(self.a(x), self.b(x))
+
+
+def test_a_method_named_fuse_that_takes_arguments_is_left(randomise):
+    model = randomise(Adds().double()).eval()
+    fused = fuse_fbn(model, SMALL)
+    assert norms(fused) == 0
+    torch.testing.assert_close(fused(SMALL), model(SMALL))
+
+
 def test_timms_reparameterize_model_fuses_all_of_finet(randomise):
     model = randomise(timm.create_model('finet_small_se_g4').double()).eval()
     fused = reparameterize_model(model)
@@ -731,6 +939,16 @@ def test_converting_keeps_bias_freezing_and_mode(norm_kwargs, randomise):
     assert converted[0].training and not converted[0].bn.training
     assert not any(p.requires_grad for p in converted.parameters())
     torch.testing.assert_close(converted(SMALL), norm(model[0](SMALL)))
+
+
+def test_converting_keeps_how_statistics_are_tracked(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).double()
+    model[1].num_batches_tracked = None
+    model[1].track_running_stats = False  # in training they stay as they are
+    converted = convert_fbn(model, 1)
+    torch.testing.assert_close(converted(SMALL), model(SMALL))
+    torch.testing.assert_close(converted[0].bn.running_var, model[1].running_var)
+    assert converted[0].bn.num_batches_tracked is None
 
 
 def test_converting_without_affine_terms_may_change_outputs(randomise):

@@ -232,20 +232,22 @@ class FBNConv2d(nn.Module):
         if group is None and self._is_cheap(x):
             return self.reference(x)
         form = self._moment_form if self.kernel_size == (1, 1) and self.padding == (0, 0) else self._group_by_group
+        weight = self.weight  # once, as a parametrisation may compute another one each time
         device = x.device.type
         if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return form(x.to(dtype), group)
-        if x.dtype != self.weight.dtype:
-            raise RuntimeError(f'Input type ({x.dtype}) and weight type ({self.weight.dtype}) should be the same.')
-        return form(x, group)
+                return form(x.to(dtype), weight, group)
+        if x.dtype != weight.dtype:
+            raise RuntimeError(f'Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same.')
+        return form(x, weight, group)
 
     @torch.jit.unused
     def _is_cheap(self, x: torch.Tensor) -> bool:
         """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
+        weights = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # of one output channel
         positions = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
-        return self.fbn_groups == 1 or self.fbn_groups * positions < 4 * self.weight[0].numel()
+        return self.fbn_groups == 1 or self.fbn_groups * positions < 4 * weights
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
@@ -262,23 +264,23 @@ class FBNConv2d(nn.Module):
         return None
 
     def folded(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._folded_weight()
-        weight, bias = weight.to(self.weight.dtype), bias.to(self.weight.dtype)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
+        weight = self.weight
+        folded, bias = self._folded(weight)
+        return F.conv2d(x, folded.to(weight.dtype), bias.to(weight.dtype), self.stride, self.padding, self.dilation)
 
-    def _folded_weight(self) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _folded(self, weight: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         bn = self.bn
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-        return fold(self.weight, mean, var, bn.weight, bn.bias, bn.eps, self.fbn_groups)
+        return fold(weight, mean, var, bn.weight, bn.bias, bn.eps, self.fbn_groups)
 
-    def _moment_form(self, x: torch.Tensor, process_group) -> torch.Tensor:
+    def _moment_form(self, x: torch.Tensor, weight: torch.Tensor, process_group) -> torch.Tensor:
         original = x
         if self.stride != (1, 1):
             # Every stride-th position; a slice's gradient would come out contiguous.
             x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
-        arguments = (x, self.weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
+        arguments = (x, weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
         on_cpu = x.device.type == 'cpu'
         if not on_cpu and not torch.compiler.is_compiling():  # the passes move the statistics: no launch more
             momentum = self._count_batch()
@@ -291,14 +293,15 @@ class FBNConv2d(nn.Module):
         self._track(mean, var * (count / (count - 1)))
         return y
 
-    def _group_by_group(self, x: torch.Tensor, process_group) -> torch.Tensor:
+    def _group_by_group(self, x: torch.Tensor, weight: torch.Tensor, process_group) -> torch.Tensor:
         bn, out = self.bn, self.out_channels
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean, var = torch.zeros(2, bn.num_features, dtype=dtype, device=x.device)
         layout = memory_format(x)
-        weight, gamma, beta = self.weight.to(x.dtype), bn.weight, bn.bias
+        weight, gamma, beta = weight.to(x.dtype), bn.weight, bn.bias
         used = [] if torch.compiler.is_compiling() else [v for v in (x, weight, gamma) if v is not None]
-        versions = [v._version for v in used] if torch.is_grad_enabled() else []
+        needs_grad = torch.is_grad_enabled() and any(v.requires_grad for v in used)
+        versions = [v._version for v in used] if needs_grad else []
 
         def part(g, x, weight):  # made again in the backward pass, which writes the same mean and variance once more
             if versions and versions != [v._version for v in used]:
@@ -349,12 +352,13 @@ class FBNConv2d(nn.Module):
             raise RuntimeError(f'An FBNConv2d cannot be fused where {reason}.')
         if self._uses_batch_statistics():
             raise RuntimeError('An FBNConv2d in train mode has no fixed statistics to fuse: call .eval() first.')
-        weight, bias = self._folded_weight()
+        weight = self.weight
+        folded, bias = self._folded(weight)
         conv = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             device='meta')
-        conv.weight = nn.Parameter(torch.empty_like(self.weight).copy_(weight), self.weight.requires_grad)
-        conv.bias = nn.Parameter(bias.to(self.weight.dtype), self.weight.requires_grad)
+        conv.weight = nn.Parameter(torch.empty_like(weight).copy_(folded), weight.requires_grad)
+        conv.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
         return conv.train(self.training)
 
 

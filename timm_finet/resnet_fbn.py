@@ -57,6 +57,7 @@ class ResNetFBN(ResNet):
         in_stages = [names for names in pairs if names[0].startswith('layer')]
         converted = [names for names in in_stages if fits_fbn(*map(modules.get, names), fbn_groups)]
         convert_named(self, converted, fbn_groups, affine)
+        self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # in checkpoints of timm, and here
         if fused:
             self.eval()
             fuse_named(self, [names for names in pairs if names not in converted], [name for name, _ in converted])
@@ -64,9 +65,10 @@ class ResNetFBN(ResNet):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Takes the checkpoints of timm's and torchvision's ResNets too, where `fbn_groups` is 1."""
-        names = {
-            key: re.sub(r'\.bn(\d)\.', r'.conv\1.bn.', key.replace('downsample.1.', 'downsample.0.bn.'))
-            for key in state_dict}
+        names = {}
+        for key in state_dict:
+            module, _, leaf = key.rpartition('.')
+            names[key] = f'{self._norm_names[module]}.{leaf}' if module in self._norm_names else key
         if any(key != name for key, name in names.items()):
             if self.fbn_groups != 1:
                 raise RuntimeError(

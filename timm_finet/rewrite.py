@@ -3,6 +3,8 @@
 Both watch the network run on an example, replace modules in a copy of its structure, run that too, and only then
 change the network itself: its class, its other methods and the prefixes of its state dict stay.
 """
+import inspect
+import itertools
 import logging
 import math
 from collections import defaultdict
@@ -21,7 +23,7 @@ from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 
 from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
-from .trial import Example, copy_model, copy_to_run, distance, example_for, run, undisturbed
+from .trial import Example, copy_model, copy_to_run, distance, example_for, has_values, run, undisturbed
 from .watch import NO_LAYER, Watch, layers_and_norms, neighbours, why_untouchable
 
 __all__ = ['fuse_fbn', 'convert_fbn']
@@ -48,11 +50,8 @@ class _Found:
 
 
 @torch.no_grad()
-def _fold(layer: nn.Module, norm: nn.Module) -> None:
-    """Give `layer` the weight and the bias with which it does what `norm` behind it did; computed in float32 at least.
-
-    Device, dtype, memory format and `requires_grad` of the weight stay; the bias has those of the weight.
-    """
+def _folded(layer: nn.Module, norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The weight and bias with which `layer` does what `norm` behind it did; computed in float32 at least."""
     weight = layer.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
@@ -68,23 +67,31 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
     else:
         factors = scale[:, None]
     factors = factors[(..., *[None] * (weight.dim() - 2))]
-    layer.weight = nn.Parameter(torch.empty_like(weight).copy_(weight.to(wide) * factors), weight.requires_grad)
-    layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+    return torch.empty_like(weight).copy_(weight.to(wide) * factors), bias.to(weight.dtype)
+
+
+def _give(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Both get the `requires_grad` of the old weight."""
+    requires_grad = layer.weight.requires_grad
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad), nn.Parameter(bias, requires_grad)
     if type(layer) is DepthwiseConv2d:
         layer.__class__ = nn.Conv2d
 
 
 def _is_folded_right(layer: nn.Module, norm: nn.Module, x: Optional[torch.Tensor]) -> bool:
-    """Whether a layer of a class that is not known does with a folded weight what it should, on an input as `x`."""
+    """Whether a layer of a class that is not known does with a folded weight what it should, on inputs as `x`."""
     if x is None or layer.weight.is_meta:
         return False
     try:
         with undisturbed():
             layer, norm = deepcopy(layer).double(), deepcopy(norm).double()
+            folded = deepcopy(layer)
+            _give(folded, *_folded(layer, norm))
             x = torch.randn(x.shape, dtype=torch.float64, device=layer.weight.device)
-            expected = norm(layer(x))
-            _fold(layer, norm)
-            return distance(expected, _after_norm(norm)(layer(x))) < 1e-9
+            holes = torch.randint_like(x[:, :1], 2)  # a layer may treat empty positions, or large values, in its own way
+            return all(
+                distance(norm(layer(probe)), _after_norm(norm)(folded(probe))) < 1e-9
+                for probe in (x, 1e4 * x, holes * x))
     except Exception:  # whatever such a class may raise
         return False
 
@@ -108,6 +115,8 @@ def _replace(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
         for name, child in module._modules.items():
             if child in new:
                 module._modules[name] = new[child]
+                if name == '_orig_mod':  # torch.compile binds what it calls
+                    module._initialize()
 
 
 class _AlreadyFolded:
@@ -120,21 +129,33 @@ class _AlreadyFolded:
         return self.module
 
 
+def _folds_itself(module: nn.Module, name: str) -> bool:
+    """Whether the method `name` may be what timm's `reparameterize_model` calls: without arguments."""
+    method = getattr(module, name, None)
+    return callable(getattr(type(module), name, None)) and not any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in inspect.signature(method).parameters.values())
+
+
 def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -> None:
     """Fold the norm of each pair `(layer, norm)`, and every FBN layer in `fbn`, all by name."""
     new: Dict[nn.Module, nn.Module] = {}
     for name in fbn:
         layer = model.get_submodule(name)
         new[layer] = layer.fuse()
-    norms = [model.get_submodule(name) for _, name in pairs]
+    modules = [tuple(map(model.get_submodule, names)) for names in pairs]
+    folds = [(new.get(layer, layer), *_folded(new.get(layer, layer), norm)) for layer, norm in modules]
+
+    # What may fail is done.
+    norms = {norm for _, norm in modules}
     for module in model.modules():
-        if not set(module.modules()).isdisjoint(norms):
-            for name in ('fuse', 'reparameterize', 'switch_to_deploy'):  # what reparameterize_model calls
-                if callable(getattr(type(module), name, None)):
+        if not norms.isdisjoint(module.modules()):
+            for name in ('fuse', 'reparameterize', 'switch_to_deploy'):
+                if _folds_itself(module, name):
                     setattr(module, name, _AlreadyFolded(module))
-    for (name, _), norm in zip(pairs, norms):
-        layer = model.get_submodule(name)
-        _fold(new.get(layer, layer), norm)
+    for layer, weight, bias in folds:
+        _give(layer, weight, bias)
+    for norm in norms:
         new[norm] = _after_norm(norm)
     _replace(model, new)
 
@@ -162,7 +183,7 @@ def _find(model: nn.Module, example_inputs: Any, fuse: bool) -> _Found:
     example = example_for(model, example_inputs)
     layers, norms = layers_and_norms(model)
     fbn = {name: layer for name, layer in layers.items() if fuse and isinstance(layer, FBNConv2d)}
-    watch = Watch(model if example is None else copy_to_run(model))
+    watch = Watch(model if example is None else copy_to_run(model), model)
     if example is not None and (norms or fbn):
         try:
             found.outputs = run(watch.model, example, watch.run)
@@ -223,28 +244,44 @@ def _say_what_stays(model: nn.Module, found: _Found) -> None:
         _logger.warning(f'Nothing of {kind} can be folded: {len(found.stays)} BatchNorm and FBN layers stay.')
 
 
-def _rewrite(
-        model: nn.Module, found: _Found, inplace: bool, change: Callable, are_equal: bool = True) -> nn.Module:
-    if found.outputs is not None and (found.pairs or found.fbn):
-        _prove(model, found, change, are_equal)
-    _say_what_stays(model, found)
-    model = model if inplace else copy_model(model)
-    change(model)
-    return model
+def _prove(model: nn.Module, found: _Found, change: Callable, are_equal: bool = True) -> None:
+    """Take out of `found` what a copy of `model`, changed, shows to be called where no replacement reaches.
+
+    Raises:
+        RuntimeError: The copy gives something else on the example, though it should not.
+    """
+    while found.outputs is not None and (found.pairs or found.fbn):
+        called = _try(model, found, change, are_equal)
+        if not called:
+            return
+        found.stays.update(dict.fromkeys(called, 'called where no replacement reaches'))
+        found.fbn = [name for name in found.fbn if name not in called]
+        found.pairs = [names for names in found.pairs if called.isdisjoint(names)]
 
 
-def _prove(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -> None:
-    """Raise a RuntimeError if a copy of `model` gives something else on the example after `change`."""
+def _try(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -> Set[str]:
+    """As `_prove`, once. Returns names of replaced modules that run all the same, as the network holds them twice."""
     trial = copy_to_run(model)
+    old = {name: trial.get_submodule(name) for name in itertools.chain(found.fbn, *found.pairs)}
     change(trial)
+    left = set(trial.modules())
+    called: Set[str] = set()
+    for name, module in old.items():
+        if module not in left:
+            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     try:
         outputs = run(trial, found.example)
     except Exception as error:
-        raise RuntimeError(
-            f'{type(model).__name__} does not run once rewritten, so it is left unchanged: {error!r}') from error
+        if not called:
+            raise RuntimeError(
+                f'{type(model).__name__} does not run once rewritten, so it is left unchanged: {error!r}') from error
+    if called or not are_equal:
+        return called
+    if not has_values(found.outputs):
+        _logger.warning(f'Nothing is proven: {type(model).__name__} gives no finite number on the example.')
     difference = distance(found.outputs, outputs)
-    if not are_equal or difference <= 100 * found.rounding:
-        return
+    if difference <= 100 * found.rounding:
+        return called
     # A network may multiply what rounding does to its weights. How much so, is measured.
     noisy = copy_to_run(model)
     with undisturbed():
@@ -259,6 +296,7 @@ def _prove(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -
         raise RuntimeError(
             f"{type(model).__name__} gives {'another structure' if math.isinf(difference) else what} once rewritten, "
             f'so it is left unchanged: rounding explains {max(found.rounding, expected):.1e}.')
+    return called
 
 
 def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
@@ -287,9 +325,8 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
     """
     wrapped = _wrapped(model)
     if wrapped:
-        model = model if inplace else deepcopy(model)
-        setattr(model, wrapped, fuse_fbn(getattr(model, wrapped), example_inputs, inplace=True))
-        return model
+        network = getattr(model, wrapped)
+        return _rewrap(model, wrapped, fuse_fbn(network, example_inputs, inplace), inplace)
     for name, module in model.named_modules():
         if module.training and isinstance(module, _BatchNorm):
             raise RuntimeError(
@@ -297,7 +334,14 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
     if isinstance(model, FBNConv2d) and not why_untouchable(model):
         return model.fuse()
     found = _find(model, example_inputs, fuse=True)
-    model = _rewrite(model, found, inplace, lambda network: fuse_named(network, found.pairs, found.fbn))
+
+    def fuse(network: nn.Module) -> None:
+        fuse_named(network, found.pairs, found.fbn)
+
+    _prove(model, found, fuse)
+    _say_what_stays(model, found)
+    model = model if inplace else copy_model(model)
+    fuse(model)
     if 'fused' in getattr(model, '_model_args', {}):
         update_model_args(model, fused=True)  # what timm's save_for_hf writes, and so what loads again
     return model
@@ -310,6 +354,18 @@ def _wrapped(model: Any) -> str:
     if isinstance(model, ModelEma):
         return 'ema'
     return '_orig_mod' if '_orig_mod' in model._modules else ''
+
+
+def _rewrap(wrapper: Any, wrapped: str, network: nn.Module, inplace: bool) -> Any:
+    """The wrapper, or a copy of it, round another network."""
+    old = getattr(wrapper, wrapped)
+    if not inplace:
+        return deepcopy(wrapper, {id(old): network})
+    if isinstance(wrapper, nn.Module):
+        _replace(wrapper, {old: network})
+    else:
+        setattr(wrapper, wrapped, network)
+    return wrapper
 
 
 def convert_fbn(
@@ -337,21 +393,24 @@ def convert_fbn(
         raise ValueError(f'fbn_groups={fbn_groups} must be at least 1.')
     wrapped = _wrapped(model)
     if wrapped:
-        model = model if inplace else deepcopy(model)
-        convert_fbn(getattr(model, wrapped), fbn_groups, affine, example_inputs, inplace=True)
-        return model
+        network = getattr(model, wrapped)
+        return _rewrap(model, wrapped, convert_fbn(network, fbn_groups, affine, example_inputs, inplace), inplace)
     found = _find(model, example_inputs, fuse=False)
     found.pairs = [
         names for names in found.pairs
         if names[0] not in found.by_keyword and fits_fbn(*map(model.get_submodule, names), fbn_groups)]
+
+    def convert(network: nn.Module) -> None:
+        convert_named(network, found.pairs, fbn_groups, affine)
+
+    _prove(model, found, convert, are_equal=affine)
     if not found.pairs:
         raise ValueError(
             f'model={type(model).__name__} has no convolution + BatchNorm pair that fbn_groups={fbn_groups} fits'
             f"{'.' if found.outputs is not None else ', as far as is known without example_inputs.'}")
-
-    model = _rewrite(
-        model, found, inplace, lambda network: convert_named(network, found.pairs, fbn_groups, affine),
-        are_equal=affine)
+    _say_what_stays(model, found)
+    model = model if inplace else copy_model(model)
+    convert(model)
     count = sum(isinstance(module, (nn.Conv2d, FBNConv2d)) for module in model.modules())
     _logger.info(f'{len(found.pairs)} of the {count} convolutions of {type(model).__name__} converted to FBN.')
     return model
@@ -363,17 +422,21 @@ def _to_fbn(conv: nn.Conv2d, norm: _BatchNorm, fbn_groups: int, affine: bool) ->
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, fbn_groups,
         affine and norm.affine, norm.eps, norm.momentum, device='meta', dtype=norm.running_mean.dtype)
     layer.weight = conv.weight
-    layer.bn.to_empty(device=conv.weight.device)
+    bn = layer.bn.to_empty(device=conv.weight.device)
     mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    layer.bn.running_mean.copy_((mean / fbn_groups).repeat(fbn_groups))
-    layer.bn.running_var.copy_(norm.running_var.repeat(fbn_groups))
-    layer.bn.num_batches_tracked.copy_(norm.num_batches_tracked)
-    if layer.bn.affine:
-        layer.bn.weight.copy_(norm.weight.repeat(fbn_groups)).requires_grad_(norm.weight.requires_grad)
+    bn.running_mean.copy_((mean / fbn_groups).repeat(fbn_groups))
+    bn.running_var.copy_(norm.running_var.repeat(fbn_groups))
+    bn.track_running_stats = norm.track_running_stats
+    if norm.num_batches_tracked is None:
+        bn.num_batches_tracked = None
+    else:
+        bn.num_batches_tracked.copy_(norm.num_batches_tracked)
+    if bn.affine:
+        bn.weight.copy_(norm.weight.repeat(fbn_groups)).requires_grad_(norm.weight.requires_grad)
         if norm.bias is None:
-            layer.bn.bias.zero_().requires_grad_(False)
+            bn.bias.zero_().requires_grad_(False)
         else:
-            layer.bn.bias.copy_((norm.bias / fbn_groups).repeat(fbn_groups)).requires_grad_(norm.bias.requires_grad)
+            bn.bias.copy_((norm.bias / fbn_groups).repeat(fbn_groups)).requires_grad_(norm.bias.requires_grad)
     layer.train(conv.training).bn.train(norm.training)
     return layer
 

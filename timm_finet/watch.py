@@ -1,9 +1,10 @@
 """Finds the layers that a BatchNorm may be folded into, by watching a network run.
 
-Hooks tell which layer gave a tensor and which norm took it, a `TorchFunctionMode` who else read it, and weak
-references who still holds it at the end.
+Hooks tell which layer gave a tensor and which norm took it, two modes of torch who else read it, and weak references
+who still holds it at the end.
 """
 import gc
+import threading
 from collections import Counter, defaultdict
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from torchvision.ops import FrozenBatchNorm2d
@@ -20,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .depthwise import DepthwiseConv2d
-from .fbn import FBNConv2d, has_hooks
+from .fbn import FBNConv2d, ReferenceFBNConv2d, has_hooks
 
 __all__ = ['NO_LAYER', 'Watch', 'layers_and_norms', 'neighbours', 'why_untouchable']
 
@@ -69,7 +71,8 @@ def why_untouchable(module: nn.Module) -> str:
     if any('forward' in vars(part) for part in module.modules()):
         return 'patched'
     if isinstance(module, FBNConv2d):  # its own `fuse` decides
-        return ''
+        own = type(module).forward not in (FBNConv2d.forward, ReferenceFBNConv2d.forward)
+        return f'of class {type(module).__name__}' if own else ''
     if is_parametrized(module):
         return 'parametrised'
     if not isinstance(module, _ALL_NORMS):
@@ -90,42 +93,86 @@ def neighbours(model: nn.Module) -> Iterator[Tuple[str, str]]:
         children = list(module.named_children())
         for (layer_name, layer), (norm_name, norm) in zip(children, children[1:]):
             norm_type = nn.BatchNorm2d if type(norm) is BatchNormAct2d else type(norm)
-            if norm_type is not _NORM_BEHIND.get(type(layer)) or max(places[layer], places[norm]) > 1:
+            if norm_type is not _NORM_BEHIND.get(type(layer)) or layer.out_channels != norm.num_features:
+                continue
+            if max(places[layer], places[norm]) > 1:
                 continue
             if not why_untouchable(layer) and not why_untouchable(norm):
                 yield tuple(f'{prefix}.{name}'.lstrip('.') for name in (layer_name, norm_name))
 
 
-class Watch(TorchFunctionMode):
+class _Functions(TorchFunctionMode):
+    """Tells `see` of each function of torch that Python calls."""
+
+    def __init__(self, see: Callable):
+        super().__init__()
+        self.see = see
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+        self.see(func, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    """Tells `see` of each operator, those that scripted functions call too."""
+
+    def __init__(self, see: Callable):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+        self.see(func, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def _parts(module: nn.Module) -> List[nn.Module]:
+    """The module, and of an FBN layer what is in it. The activation in a norm of timm's is its own affair."""
+    return list(module.modules()) if isinstance(module, FBNConv2d) else [module]
+
+
+def _state(module: nn.Module) -> List[tuple]:
+    """What a fold relies on: it is the same in each call, or the module stays."""
+    return [
+        (part.training, getattr(part, 'eps', None), *map(id, (*part._parameters.values(), *part._buffers.values())))
+        for part in _parts(module)]
+
+
+class Watch:
     """Watches calls of a network, then says which norm may be folded into which layer, and why others stay.
 
     In each call the layer's output has to go to this norm and to nobody else, and the norm must take nothing else.
+
+    Args:
+        model: The network that runs.
+        original: What it is a copy of. A closure in the copy still reaches the original's layers and tensors.
     """
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
+    def __init__(self, model: nn.Module, original: nn.Module):
         self.model = model
         self.layers, self.norms = layers_and_norms(model)
         self.reasons: Dict[nn.Module, str] = {}  # why a layer or norm itself has to stay
         self._uses: Dict[nn.Module, str] = {}  # why no norm may be folded into a layer, or none be left out
         self.inputs: Dict[nn.Module, torch.Tensor] = {}  # what a layer takes, on the meta device
         self.rounding = 0.  # relative, the coarsest of all layers' outputs
-        self._watched = [*self.layers.values(), *self.norms.values()]
         self._sources: Dict[nn.Module, Set[Optional[nn.Module]]] = defaultdict(set)  # of a norm; None for all else
         self._readers: Dict[nn.Module, Set[nn.Module]] = defaultdict(set)  # of a layer: the norms
         self.by_keyword: Set[nn.Module] = set()  # modules whose input has no place but a name
-        self._owners: Dict[int, List[nn.Module]] = defaultdict(list)  # of a parameter or buffer, by its id
+        self._owners: Dict[int, List[nn.Module]] = defaultdict(list)  # of a tensor, by its id
+        self._owned: List[torch.Tensor] = []  # keeps the ids from being given again
         self._vanishing: Set[int] = set()  # those that will be no more, ids
         self._layer_of = WeakIdKeyDictionary()  # by the outputs that somebody holds
         self._running: List[nn.Module] = []
         self._calls: Counter = Counter()
         self._hooked = [set(module.modules()) for module in model.modules() if has_hooks(module)]
-        for module in self._watched:
+        self._states: Dict[nn.Module, List[tuple]] = {}
+        for name, module in {**self.layers, **self.norms}.items():
+            self._states[module] = _state(module)
             if why_untouchable(module):
                 self.reasons[module] = why_untouchable(module)
-            for part in module.modules() if isinstance(module, FBNConv2d) else [module]:
+            for part in (*_parts(module), *_parts(original.get_submodule(name))):
                 for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
                     if isinstance(tensor, torch.Tensor):
+                        self._owned.append(tensor)
                         self._owners[id(tensor)].append(module)
                         if isinstance(part, _ALL_NORMS):
                             self._vanishing.add(id(tensor))
@@ -133,11 +180,12 @@ class Watch(TorchFunctionMode):
     def run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """`function(*args, **kwargs)`, where `function` is the network or a method of it."""
         hooks = []
-        for module in self._watched:
+        for module in self._states:
             hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             hooks.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        self._thread = threading.get_ident()
         try:
-            with self:
+            with _Functions(self._see), _Operators(self._see):
                 result = function(*args, **kwargs)
         finally:
             for hook in hooks:
@@ -157,6 +205,10 @@ class Watch(TorchFunctionMode):
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._running.append(module)
         self._calls[module] += 1
+        if _state(module) != self._states[module]:
+            self.reasons.setdefault(module, 'changed by the forward')
+        if threading.get_ident() != self._thread:
+            self.reasons.setdefault(module, 'called in another thread')
         x = next(iter((*args, *kwargs.values())), None)
         if not args:
             self.by_keyword.add(module)
@@ -183,7 +235,7 @@ class Watch(TorchFunctionMode):
                 coarse = output.is_cuda and output.dtype == torch.float32  # as TF32
                 self.rounding = max(self.rounding, 2 ** -11 if coarse else torch.finfo(output.dtype).eps)
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+    def _see(self, func: Callable, args: tuple, kwargs: Optional[dict]) -> None:
         running = self._running[-1] if self._running else None
         for tensor in tree_leaves((args, kwargs)):
             if not isinstance(tensor, torch.Tensor) or func in _LOOKS and id(tensor) not in self._vanishing:
@@ -195,7 +247,6 @@ class Watch(TorchFunctionMode):
             if running not in owners:
                 for module in owners:
                     self.reasons.setdefault(module, 'looked into')
-        return func(*args, **(kwargs or {}))
 
     def layer_of(self, norm: nn.Module) -> Tuple[Optional[nn.Module], str]:
         """The layer that `norm` may be folded into and '', or None and why it stays."""
