@@ -7,11 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d, convert_splitbn_model
 from timm.utils import freeze
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
@@ -320,3 +322,31 @@ def test_the_reference_form_is_scripted_and_fused_too(randomise):
     x = torch.randn(2, IN, 4, 4)
     torch.testing.assert_close(torch.jit.script(layer)(x), as_written(layer, x))
     torch.testing.assert_close(layer.fuse()(x), as_written(layer, x))
+
+
+class Dropped(nn.Module):
+    """Another weight each time that it is asked for."""
+
+    def forward(self, weight):
+        return F.dropout(weight)
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3])
+@pytest.mark.parametrize('parametrise', [
+    spectral_norm, lambda layer: parametrize.register_parametrization(layer, 'weight', Dropped())], ids=['spectral', 'dropout'])
+def test_a_parametrised_weight_is_computed_once_a_forward(parametrise, kernel_size):
+    results = []
+    for cls in (FBNConv2d, ReferenceFBNConv2d):
+        torch.manual_seed(0)
+        layer = parametrise(cls(8, 4, kernel_size, fbn_groups=2).double())
+        y = layer(torch.randn(8, 8, 20, 20, dtype=torch.float64))
+        results.append([y, torch.rand(1), *layer.buffers(), layer.eval()(y.repeat(1, 2, 1, 1))])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_a_frozen_layer_takes_tensors_of_inference_mode(kernel_size):
+    with torch.inference_mode():
+        x = torch.randn(8, 8, 20, 20)
+    layer = FBNConv2d(8, 4, kernel_size, fbn_groups=2).requires_grad_(False)
+    torch.testing.assert_close(layer(x), as_reference(layer)(x), rtol=1e-4, atol=1e-4)

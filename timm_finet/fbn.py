@@ -299,9 +299,9 @@ class FBNConv2d(nn.Module):
         mean, var = torch.zeros(2, bn.num_features, dtype=dtype, device=x.device)
         layout = memory_format(x)
         weight, gamma, beta = weight.to(x.dtype), bn.weight, bn.bias
-        used = [] if torch.compiler.is_compiling() else [v for v in (x, weight, gamma) if v is not None]
-        needs_grad = torch.is_grad_enabled() and any(v.requires_grad for v in used)
-        versions = [v._version for v in used] if needs_grad else []
+        needs_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, gamma, beta))
+        used = [v for v in (x, weight, gamma) if v is not None]
+        versions = [v._version for v in used] if needs_grad and not torch.compiler.is_compiling() else []
 
         def part(g, x, weight):  # made again in the backward pass, which writes the same mean and variance once more
             if versions and versions != [v._version for v in used]:
@@ -317,7 +317,10 @@ class FBNConv2d(nn.Module):
 
         y = None
         for g, (t, w) in enumerate(zip(x.chunk(self.fbn_groups, 1), weight.chunk(self.fbn_groups, 1))):
-            z = checkpoint(part, g, t, w, use_reentrant=False, preserve_rng_state=False)
+            if needs_grad:
+                z = checkpoint(part, g, t, w, use_reentrant=False, preserve_rng_state=False)
+            else:
+                z = part(g, t, w)
             y = z if y is None else y.add_(z)
         self._track(mean, var)
         return y
