@@ -941,6 +941,20 @@ def test_converting_keeps_bias_freezing_and_mode(norm_kwargs, randomise):
     torch.testing.assert_close(converted(SMALL), norm(model[0](SMALL)))
 
 
+def test_converting_to_save_memory_keeps_training(randomise):
+    model = randomise(timm.create_model('resnet10t').double())
+    converted = convert_fbn(model, 1, example_inputs=X, save_memory=True)
+    assert all(m.save_memory for m in converted.modules() if isinstance(m, FBNConv2d))
+    for network in (model, converted):
+        network(X).square().sum().backward()
+    theirs = [p.grad for p in model.parameters()]
+    assert len(theirs) == len(list(converted.parameters()))
+    grads = {p.grad.norm().item() for p in converted.parameters()}
+    for grad in theirs:
+        assert min(abs(grad.norm().item() - other) for other in grads) < 1e-8 * (1 + grad.norm().item())
+    torch.testing.assert_close(converted.eval()(X), model.eval()(X))
+
+
 def test_converting_keeps_how_statistics_are_tracked(randomise):
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).double()
     model[1].num_batches_tracked = None

@@ -19,13 +19,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm.layers import register_notrace_module, to_2tuple
 
 from .ops.moment_form import MomentForm
-from .ops.sync import sync_batch_norm
+from .ops.recomputed import RecomputedNorm
 from .ops.torch_passes import memory_format
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
@@ -113,14 +112,16 @@ class FBNConv2d(nn.Module):
     `bn` is computed with, not called, as long as it is exactly torch's BatchNorm2d or SyncBatchNorm, or torchvision's
     FrozenBatchNorm2d, without hooks. A SyncBatchNorm synchronises the statistics. Any other module in its place, or
     round it (FSDP, checkpointing, peft), is called as in the paper's form, at G times the memory; a warning says so.
-    So it is under torch.export, torch.jit.script and torch.func. The fast 1x1 form has no second derivatives, all
-    others have.
+    So it is under torch.export, torch.jit.script and torch.func. The fast 1x1 form has no second derivatives, nor has
+    a form with synchronised statistics; all others have.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
         fbn_groups: G, into how many groups the *input channels* are split for normalisation. It has nothing to do with
             a grouped convolution; 1 is plain BatchNorm, and runs as such.
         affine, eps, momentum: As for `nn.BatchNorm2d`; gamma and beta are per intermediate channel.
+        save_memory: At `fbn_groups=1` too, keep nothing but the input for the backward pass, which takes more time.
+            Plain BatchNorm keeps its own input as well. With more groups it is always so.
 
     Raises:
         ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or, when training, it
@@ -143,6 +144,7 @@ class FBNConv2d(nn.Module):
             affine: bool = True,
             eps: float = 1e-5,
             momentum: Optional[float] = 0.1,
+            save_memory: bool = False,
             device=None,
             dtype=None,
     ):
@@ -157,6 +159,7 @@ class FBNConv2d(nn.Module):
         self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
         self.dilation = to_2tuple(dilation)
         self.fbn_groups = fbn_groups
+        self.save_memory = save_memory
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **dd))
         self.bn = nn.BatchNorm2d(fbn_groups * out_channels, eps, momentum, affine, **dd)
         self.reset_parameters()
@@ -168,7 +171,8 @@ class FBNConv2d(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
-            f'padding={self.padding}, dilation={self.dilation}, fbn_groups={self.fbn_groups}')
+            f'padding={self.padding}, dilation={self.dilation}, fbn_groups={self.fbn_groups}'
+            + (', save_memory=True' if self.save_memory else ''))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script, whose graph cannot ask what `bn` is."""
@@ -231,7 +235,7 @@ class FBNConv2d(nn.Module):
         # Not so with a process group: all processes have to go one way, whatever their share of the batch.
         if group is None and self._is_cheap(x):
             return self.reference(x)
-        form = self._moment_form if self.kernel_size == (1, 1) and self.padding == (0, 0) else self._group_by_group
+        form = self._moment_form if self._takes_moments(x, group) else self._group_by_group
         weight = self.weight  # once, as a parametrisation may compute another one each time
         device = x.device.type
         if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -243,11 +247,30 @@ class FBNConv2d(nn.Module):
         return form(x, weight, group)
 
     @torch.jit.unused
+    def _positions(self, x: torch.Tensor) -> int:
+        return x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
+
+    @torch.jit.unused
     def _is_cheap(self, x: torch.Tensor) -> bool:
         """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
+        if self.fbn_groups == 1:
+            return not self.save_memory
         weights = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # of one output channel
-        positions = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
-        return self.fbn_groups == 1 or self.fbn_groups * positions < 4 * weights
+        return self.fbn_groups * self._positions(x) < 4 * weights
+
+    @torch.jit.unused
+    def _takes_moments(self, x: torch.Tensor, process_group) -> bool:
+        """Whether the moment form is possible, and at one group also less work than the convolution once more.
+
+        In multiply-adds: for the moments `2 in^2` a position and `2 out in^2` in all; `in out` a position for the
+        convolution.
+        """
+        if self.kernel_size != (1, 1) or self.padding != (0, 0):
+            return False
+        if self.fbn_groups > 1:
+            return True
+        c_in, c_out = self.in_channels, self.out_channels
+        return process_group is None and self._positions(x) * (c_out - 2 * c_in) > 2 * c_out * c_in
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
@@ -294,35 +317,24 @@ class FBNConv2d(nn.Module):
         return y
 
     def _group_by_group(self, x: torch.Tensor, weight: torch.Tensor, process_group) -> torch.Tensor:
-        bn, out = self.bn, self.out_channels
+        """One group at a time, whose partial sum is computed again in the backward pass instead of kept."""
+        bn, groups, padding = self.bn, self.fbn_groups, self.padding
         dtype = torch.promote_types(x.dtype, torch.float32)
-        mean, var = torch.zeros(2, bn.num_features, dtype=dtype, device=x.device)
-        layout = memory_format(x)
-        weight, gamma, beta = weight.to(x.dtype), bn.weight, bn.bias
-        needs_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, gamma, beta))
-        used = [v for v in (x, weight, gamma) if v is not None]
-        versions = [v._version for v in used] if needs_grad and not torch.compiler.is_compiling() else []
+        if isinstance(padding, str):  # a convolution's gradients take numbers alone
+            height, width = [d * (k - 1) if padding == 'same' else 0 for d, k in zip(self.dilation, self.kernel_size)]
+            x, padding = F.pad(x, (0, width % 2, 0, height % 2)), (height // 2, width // 2)
+        conv = self.stride, padding, self.dilation
+        xs, weights = x.chunk(groups, 1), weight.to(x.dtype).chunk(groups, 1)
+        gammas, betas = ([None] * groups if v is None else v.to(dtype).chunk(groups) for v in (bn.weight, bn.bias))
 
-        def part(g, x, weight):  # made again in the backward pass, which writes the same mean and variance once more
-            if versions and versions != [v._version for v in used]:
-                raise RuntimeError(
-                    'The input, the weight or the gamma of an FBNConv2d has been modified by an inplace operation '
-                    'between the forward and the backward pass, which needs it as it was.')
-            norm = [None if v is None else v[g * out:(g + 1) * out].to(dtype) for v in (mean, var, gamma, beta)]
-            x = x.contiguous(memory_format=layout)  # once, not in each of the convolution's gradients
-            z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
-            if process_group is not None:
-                return sync_batch_norm(z, *norm, bn.eps, process_group)
-            return F.batch_norm(z, *norm, training=True, momentum=1., eps=bn.eps)
-
-        y = None
-        for g, (t, w) in enumerate(zip(x.chunk(self.fbn_groups, 1), weight.chunk(self.fbn_groups, 1))):
-            if needs_grad:
-                z = checkpoint(part, g, t, w, use_reentrant=False, preserve_rng_state=False)
-            else:
-                z = part(g, t, w)
+        y, means, variances = None, [], []
+        for g in range(groups):
+            z, mean, var = RecomputedNorm.apply(
+                xs[g], weights[g], gammas[g], betas[g], bn.eps, conv, memory_format(x), process_group)
             y = z if y is None else y.add_(z)
-        self._track(mean, var)
+            means.append(mean)
+            variances.append(var)
+        self._track(torch.cat(means), torch.cat(variances))
         return y
 
     @torch.no_grad()

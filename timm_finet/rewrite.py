@@ -160,12 +160,14 @@ def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -
     _replace(model, new)
 
 
-def convert_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn_groups: int, affine: bool) -> None:
+def convert_named(
+        model: nn.Module, pairs: List[Tuple[str, str]], fbn_groups: int, affine: bool,
+        save_memory: bool = False) -> None:
     """Put an FBN layer in the place of each pair `(convolution, norm)`, by name."""
     new: Dict[nn.Module, nn.Module] = {}
     for names in pairs:
         conv, norm = map(model.get_submodule, names)
-        new[conv], new[norm] = _to_fbn(conv, norm, fbn_groups, affine), _after_norm(norm)
+        new[conv], new[norm] = _to_fbn(conv, norm, fbn_groups, affine, save_memory), _after_norm(norm)
     _replace(model, new)
 
 
@@ -370,7 +372,7 @@ def _rewrap(wrapper: Any, wrapped: str, network: nn.Module, inplace: bool) -> An
 
 def convert_fbn(
         model: nn.Module, fbn_groups: int = 4, affine: bool = True, example_inputs: Any = None,
-        inplace: bool = False) -> nn.Module:
+        inplace: bool = False, save_memory: bool = False) -> nn.Module:
     """Replace every convolution + BatchNorm pair by an `FBNConv2d`.
 
     The weights, and in eval mode the outputs, stay at any G: the pair's statistics and affine terms are split evenly
@@ -384,6 +386,7 @@ def convert_fbn(
         affine: False drops the learned gammas and betas (Table 5), and with them their effect on the outputs.
         example_inputs: As for `fuse_fbn`.
         inplace: Change `model`, else a deep copy.
+        save_memory: Of the layers. With `fbn_groups=1` this is plain BatchNorm that trains in less memory.
 
     Raises:
         ValueError: `fbn_groups` is below 1, or no pair fits.
@@ -394,14 +397,15 @@ def convert_fbn(
     wrapped = _wrapped(model)
     if wrapped:
         network = getattr(model, wrapped)
-        return _rewrap(model, wrapped, convert_fbn(network, fbn_groups, affine, example_inputs, inplace), inplace)
+        network = convert_fbn(network, fbn_groups, affine, example_inputs, inplace, save_memory)
+        return _rewrap(model, wrapped, network, inplace)
     found = _find(model, example_inputs, fuse=False)
     found.pairs = [
         names for names in found.pairs
         if names[0] not in found.by_keyword and fits_fbn(*map(model.get_submodule, names), fbn_groups)]
 
     def convert(network: nn.Module) -> None:
-        convert_named(network, found.pairs, fbn_groups, affine)
+        convert_named(network, found.pairs, fbn_groups, affine, save_memory)
 
     _prove(model, found, convert, are_equal=affine)
     if not found.pairs:
@@ -417,10 +421,10 @@ def convert_fbn(
 
 
 @torch.no_grad()
-def _to_fbn(conv: nn.Conv2d, norm: _BatchNorm, fbn_groups: int, affine: bool) -> FBNConv2d:
+def _to_fbn(conv: nn.Conv2d, norm: _BatchNorm, fbn_groups: int, affine: bool, save_memory: bool) -> FBNConv2d:
     layer = FBNConv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, fbn_groups,
-        affine and norm.affine, norm.eps, norm.momentum, device='meta', dtype=norm.running_mean.dtype)
+        affine and norm.affine, norm.eps, norm.momentum, save_memory, device='meta', dtype=norm.running_mean.dtype)
     layer.weight = conv.weight
     bn = layer.bn.to_empty(device=conv.weight.device)
     mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
