@@ -333,7 +333,8 @@ class Dropped(nn.Module):
 
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('parametrise', [
-    spectral_norm, lambda layer: parametrize.register_parametrization(layer, 'weight', Dropped())], ids=['spectral', 'dropout'])
+    spectral_norm, lambda layer: parametrize.register_parametrization(layer, 'weight', Dropped())],
+    ids=['spectral', 'dropout'])
 def test_a_parametrised_weight_is_computed_once_a_forward(parametrise, kernel_size):
     results = []
     for cls in (FBNConv2d, ReferenceFBNConv2d):

@@ -1,9 +1,12 @@
 """fuse_fbn and convert_fbn on networks of all kinds."""
 import collections
+import contextlib
 import io
 import logging
 import math
 import random
+import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -109,14 +112,37 @@ def test_layers_also_held_in_a_list_stay(layers, randomise, caplog):
         convert_fbn(model, 2, example_inputs=SMALL)
 
 
-def test_a_norm_that_a_closure_calls_too_stays(randomise, caplog):
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_networks_whose_copy_is_not_independent_are_refused_and_left(inplace, randomise):
     model = Net(lambda net, x: net.after(net.bn(net.conv(x)).relu()), **pair(affine=False))
     model.after = lambda x: model.bn(x)  # in a copy of the network it still calls this network's
-    randomise(model.double()).eval()
-    expected = model(SMALL)
-    for fused in (fuse_fbn(model, SMALL), fuse_fbn(model, SMALL, inplace=True)):
-        torch.testing.assert_close(fused(SMALL), expected)
-    assert 'looked into: bn' in caplog.text
+    swallows = Net(lambda net, x: (net.bn(net.conv(x)), net.after(x))[0], **pair())
+
+    def after(x):
+        with contextlib.suppress(RuntimeError):
+            swallows.bn(x)
+
+    swallows.after = after
+    shares = nn.Sequential(Shared(), nn.BatchNorm2d(4))
+    for network in (model, swallows, shares):
+        randomise(network.double())
+        before = deepcopy(list(network.state_dict().values()))
+        for change in (fuse_fbn, convert_fbn):
+            with pytest.raises(RuntimeError, match='of the network itself|has the same 0'):
+                change(network.train(change is convert_fbn), example_inputs=SMALL, inplace=inplace)
+            torch.testing.assert_close(list(network.state_dict().values()), before, rtol=0, atol=0)
 
 
 def test_an_fbn_layer_that_is_compiled_by_itself_fuses(randomise):
@@ -190,11 +216,38 @@ def test_outputs_of_any_kind_are_compared(pack, randomise, monkeypatch):
         fuse_fbn(model, SMALL)
 
 
+BESIDE = [
+    lambda y: (y.flatten()[:8].softmax(0).sum() - 1, y),  # rounding alone
+    lambda y: dict(seconds=time.perf_counter(), y=y),
+    lambda y: (torch.rand(2, generator=GENERATOR), y),
+    lambda y: torch.cat((torch.full_like(y, torch.finfo(y.dtype).min), y)),
+    lambda y: (torch.where(y > y.median(), math.inf, -math.inf), y),
+    lambda y: ({y}, y)]
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize('pack', BESIDE, ids=['rounding', 'time', 'noise', 'filled', 'infinite', 'set'])
+def test_what_proves_nothing_hides_nothing(pack, randomise, monkeypatch):
+    model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
+    assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
+    give = rewrite._give
+    monkeypatch.setattr(rewrite, '_give', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
+    with pytest.raises(RuntimeError, match='values that differ by'):
+        fuse_fbn(model, SMALL)
+
+
+def test_outputs_of_a_coarser_dtype_are_not_refused(randomise):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = Net(lambda net, x: net.bn(net.conv(x)).bfloat16(), **pair())
+        assert isinstance(fuse_fbn(randomise(model).eval(), torch.randn(2, 4, 9, 9)).bn, nn.Identity)
+
+
 @pytest.mark.parametrize('pack, example', [
     (lambda y: y, SMALL[:0]), (lambda y: y, SMALL * math.nan), (lambda y: {y}, SMALL)], ids=['empty', 'nan', 'set'])
 def test_that_nothing_is_proven_is_said(pack, example, randomise, caplog):
     fuse_fbn(randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval(), example)
-    assert 'Nothing is proven: Net gives no finite number on the example' in caplog.text
+    assert '1 of the 1 outputs of Net prove nothing' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['conv', 'bn'])
@@ -205,6 +258,22 @@ def test_layers_whose_forward_is_patched_stay(name, randomise, caplog):
     fused = fuse_fbn(model, SMALL)
     torch.testing.assert_close(fused(SMALL), model(SMALL))
     assert isinstance(fused.bn, nn.BatchNorm2d) and 'patched: bn' in caplog.text
+
+
+def test_a_convolution_whose_computation_is_patched_stays(randomise, monkeypatch, caplog):
+    def circular(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode='circular'), weight, bias)
+
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).double()).eval()
+    model[0]._conv_forward = types.MethodType(circular, model[0])
+    with pytest.raises(ValueError, match='no convolution'):
+        convert_fbn(model, 2, affine=False, example_inputs=SMALL)
+    del model[0]._conv_forward
+    monkeypatch.setattr(nn.Conv2d, '_conv_forward', circular)
+    for example in (None, SMALL, SMALL.to('meta')):
+        network = model.to('meta') if example is not None and example.is_meta else model
+        assert norms(fuse_fbn(network, example)) == 1
+    assert 'behind a layer that is patched: 1' in caplog.text
 
 
 @pytest.mark.parametrize('example', [None, SMALL])
@@ -237,6 +306,11 @@ def sets_eps(net, x):
     return net.bn(net.conv(x))
 
 
+def sets_gamma(net, x):
+    net.bn.weight = x.mean((0, 2, 3))
+    return net.bn(net.conv(x))
+
+
 def brings_a_weight(net, x):
     return net.bn(torch.func.functional_call(net.conv, dict(weight=net.conv.weight * x.mean()), (x,)))
 
@@ -246,10 +320,14 @@ def brings_a_weight(net, x):
     (lambda net, x: in_a_thread(net.bn, net.conv(x)), 'called in another thread'),
     (swaps_statistics, 'changed by the forward'),
     (sets_eps, 'changed by the forward'),
+    (sets_gamma, 'changed by the forward'),
     (brings_a_weight, 'behind a layer that is looked into'),
-], ids=['scripted', 'thread', 'statistics', 'eps', 'weight'])
+], ids=['scripted', 'thread', 'statistics', 'eps', 'gamma', 'weight'])
 def test_layers_that_others_read_or_change_unseen_by_python_stay(forward, reason, randomise, caplog):
     model = randomise(Net(forward, **pair()).double()).eval()
+    if forward is sets_gamma:
+        del model.bn.weight
+        model.bn.weight = torch.ones(4).double()
     example = -SMALL.abs() / 10  # it takes the other way
     fused = fuse_fbn(model, example)
     torch.testing.assert_close(fused(SMALL.abs() * 10), model(SMALL.abs() * 10))
@@ -409,12 +487,41 @@ class Masked(nn.Conv2d):
         return super().forward(x) * (x.abs().amax(1, keepdim=True) > 0)
 
 
+class MaskedFarAway(nn.Conv2d):
+    def forward(self, x):
+        filled = F.max_pool2d((x.abs().amax(1, keepdim=True) > 0).to(x.dtype), 3, 1, 1)
+        return super().forward(x) * filled
+
+
 class Clamped(nn.Conv2d):
     def forward(self, x):
         return super().forward(x).clamp(-100, 100)
 
 
-@pytest.mark.parametrize('cls', [SelfPadding, StdConv2d, Squared, Masked, Clamped])
+class Scaled(nn.Conv2d):
+    def forward(self, x, scale=1.):
+        return super().forward(x) * scale
+
+
+class Notes(nn.Conv2d):
+    """Keeps a statistic of what it gives."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.largest = y.abs().max()
+        return y
+
+
+@pytest.mark.parametrize('conv, forward, reason', [
+    (Scaled, lambda net, x: net.bn(net.conv(x, 1.)), 'called with more than its input'),
+    (Notes, lambda net, x: net.bn(net.conv(x)), 'changed by the forward')])
+def test_layers_of_other_classes_that_a_probe_does_not_show_stay(conv, forward, reason, randomise, caplog):
+    model = randomise(Net(forward, conv=conv(4, 4, 1), bn=nn.BatchNorm2d(4)).double()).eval()
+    assert norms(fuse_fbn(model, SMALL)) == 1
+    assert f'behind a layer that is {reason}: bn' in caplog.text
+
+
+@pytest.mark.parametrize('cls', [SelfPadding, StdConv2d, Squared, Masked, MaskedFarAway, Clamped])
 def test_convolutions_of_other_classes_fuse_in_place_where_that_is_right(cls, randomise, caplog):
     model = randomise(nn.Sequential(cls(4, 4, 1), nn.BatchNorm2d(4)).double()).eval()
     fused = fuse_fbn(model, SMALL)
@@ -461,7 +568,11 @@ def test_what_a_wrapper_wraps_is_rewritten(wrap, name, process_group, randomise)
         assert any(isinstance(m, nn.Identity) for m in getattr(rewritten, name).layer1.modules())
         with torch.no_grad():
             torch.testing.assert_close(getattr(rewritten, name)(x), model(x), rtol=1e-3, atol=1e-3)
-        assert change(wrapped, example_inputs=x, inplace=True) is wrapped
+        if change is not fuse_fbn and wrap is nn.parallel.DistributedDataParallel:
+            with pytest.raises(ValueError, match='convert the network before it is wrapped'):
+                change(wrapped, example_inputs=x, inplace=True)
+        else:
+            assert change(wrapped, example_inputs=x, inplace=True) is wrapped
 
 
 # --- what is proven
@@ -518,7 +629,96 @@ def test_outputs_that_rounding_alone_decides_are_said_to_prove_nothing(randomise
     """As of a detector that sorts by almost equal scores."""
     model = randomise(Net(lambda net, x: (net.bn(net.conv(x)) * 1e17).long(), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
-    assert 'Nothing is proven: rounding alone' in caplog.text
+    assert '1 of the 1 outputs of Net prove nothing' in caplog.text
+
+
+class Refuses(nn.Module):
+    """Has what cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.lock = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), threading.Lock()
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize('model, example, error, message', [
+    (lambda: {}, SMALL, TypeError, 'model=dict must be a torch.nn.Module'),
+    (lambda: torch.jit.script(nn.Conv2d(4, 4, 1)), SMALL, TypeError, 'scripted or traced: fuse the network'),
+    (lambda: nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)), SMALL, ValueError, '0.weight.* has no shape yet'),
+    (Refuses, SMALL, TypeError, 'Refuses cannot be copied.*lock'),
+    (lambda: nn.Conv2d(4, 4, 1), (2, 4, 5, 5), TypeError, r'\(2, 4, 5, 5\) is a shape: give a tensor, torch.rand'),
+    (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), ((x for x in ()),), TypeError,
+     'example_inputs cannot be copied.*generator')])
+def test_what_cannot_be_rewritten_is_refused_in_words(model, example, error, message):
+    model = model()
+    with pytest.raises(error, match=message):
+        fuse_fbn(model.eval() if isinstance(model, nn.Module) else model, example)
+
+
+def test_fbn_groups_given_as_something_else_are_refused():
+    with pytest.raises(ValueError, match='fbn_groups=a Tensor must be an integer of at least 1'):
+        convert_fbn(nn.Conv2d(4, 4, 1), SMALL)
+
+
+class Remembers(nn.Module):
+    """Its forward leaves tensors with a history in a container and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.seen = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), {}
+        self.register_buffer('average', torch.zeros(4))
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        self.seen['y'] = [2 * y]
+        self.average = 0.9 * self.average + y.mean((0, 2, 3))
+        return torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y - 1, (y,))
+
+
+def test_networks_with_a_history_and_with_control_flow_fuse(randomise):
+    model = randomise(Remembers().double()).eval()
+    model(SMALL)
+    expected = model(SMALL)
+    torch.testing.assert_close(fuse_fbn(model, SMALL)(SMALL), expected)
+
+
+def test_a_synchronised_norm_with_a_group_of_its_own_fuses(process_group, randomise):
+    group = torch.distributed.new_group([0])
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4, process_group=group)).double()).eval()
+    torch.testing.assert_close(fuse_fbn(model, SMALL)(SMALL), model(SMALL))
+
+
+def test_layers_with_a_weight_that_is_no_parameter_stay(randomise, caplog):
+    held = Net(lambda net, x: net.bn(net.conv(x)), **pair())
+    weight = held.conv.weight.detach().clone()
+    del held.conv.weight
+    held.conv.register_buffer('weight', weight)
+
+    def forward(net, x):
+        net.conv.weight = nn.Parameter(net.make(x.mean((0, 2, 3))).view(4, 4, 1, 1))
+        return net.bn(net.conv(x))
+
+    given = Net(forward, make=nn.Linear(4, 16), **pair())
+    given.conv.weight = None
+    for model in (held, given):
+        randomise(model.double()).eval()
+        torch.testing.assert_close(fuse_fbn(model, SMALL)(SMALL), model(SMALL))
+    assert caplog.text.count('behind a layer that is without a weight of its own: bn') == 2
+
+
+def test_a_norm_that_changes_the_dtype_stays(randomise, caplog):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1).bfloat16(), FrozenBatchNorm2d(4)).eval()
+    assert isinstance(fuse_fbn(model, SMALL.bfloat16())[1], FrozenBatchNorm2d)
+    assert 'changing the dtype: 1' in caplog.text
+
+
+def test_norms_that_share_their_parameters_are_not_converted(randomise):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model[3].weight = model[1].weight
+    with pytest.raises(ValueError, match='no convolution'):
+        convert_fbn(model, 2)
 
 
 def test_wrong_examples_are_refused():

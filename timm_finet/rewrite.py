@@ -6,8 +6,7 @@ change the network itself: its class, its other methods and the prefixes of its 
 import inspect
 import itertools
 import logging
-import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
@@ -16,25 +15,19 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
-from timm.layers import Conv2dSame
 from timm.models._input import update_model_args
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 
 from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
-from .trial import Example, copy_model, copy_to_run, distance, example_for, has_values, run, undisturbed
-from .watch import NO_LAYER, Watch, layers_and_norms, neighbours, why_untouchable
+from .trial import Example, copy_model, copy_to_run, distance, example_for, judge, run, undisturbed
+from .watch import KNOWN_LAYERS, NO_LAYER, Watch, layers_and_norms, neighbours, why_untouchable
 
 __all__ = ['fuse_fbn', 'convert_fbn']
 
 _logger = logging.getLogger(__name__)
-
-# Whose forward is known to be linear in the weight and the bias. Of others a probe decides.
-_KNOWN_LAYERS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
-    Conv2dSame, DepthwiseConv2d)
-
 
 @dataclass
 class _Found:
@@ -88,10 +81,11 @@ def _is_folded_right(layer: nn.Module, norm: nn.Module, x: Optional[torch.Tensor
             folded = deepcopy(layer)
             _give(folded, *_folded(layer, norm))
             x = torch.randn(x.shape, dtype=torch.float64, device=layer.weight.device)
-            holes = torch.randint_like(x[:, :1], 2)  # a layer may treat empty positions, or large values, in its own way
+            # A layer may treat large values or empty positions in its own way.
+            holes, half = torch.randint_like(x[:, :1], 2), torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2
             return all(
                 distance(norm(layer(probe)), _after_norm(norm)(folded(probe))) < 1e-9
-                for probe in (x, 1e4 * x, holes * x))
+                for probe in (x, 1e4 * x, holes * x, half * x, 0 * x))
     except Exception:  # whatever such a class may raise
         return False
 
@@ -130,11 +124,10 @@ class _AlreadyFolded:
 
 
 def _folds_itself(module: nn.Module, name: str) -> bool:
-    """Whether the method `name` may be what timm's `reparameterize_model` calls: without arguments."""
+    """Whether the method `name` may be what timm's `reparameterize_model` calls: it takes flags at most."""
     method = getattr(module, name, None)
-    return callable(getattr(type(module), name, None)) and not any(
-        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        for p in inspect.signature(method).parameters.values())
+    return callable(getattr(type(module), name, None)) and all(
+        isinstance(p.default, bool) for p in inspect.signature(method).parameters.values())
 
 
 def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -> None:
@@ -191,9 +184,12 @@ def _find(model: nn.Module, example_inputs: Any, fuse: bool) -> _Found:
             found.outputs = run(watch.model, example, watch.run)
             found.example, found.rounding = example, watch.rounding
         except Exception as error:
-            if example_inputs is not None:
+            if example_inputs is not None or watch.reached:
                 raise
             _logger.warning(f'{type(model).__name__} does not run on images as its pretrained_cfg says: {error!r}')
+
+    if watch.reached:  # where the network has caught the error
+        raise RuntimeError(f'A copy of {type(model).__name__} computes with {watch.reached} of the network itself.')
 
     for name, layer in fbn.items():
         reason = watch.reasons.get(watch.layers[name])
@@ -216,7 +212,7 @@ def _find(model: nn.Module, example_inputs: Any, fuse: bool) -> _Found:
         layer, reason = watch.layer_of(norm)
         if names.get(layer) in found.stays:
             reason = 'behind an FBN layer that stays'
-        elif layer is not None and type(layer) not in _KNOWN_LAYERS and not isinstance(layer, FBNConv2d):
+        elif layer is not None and type(layer) not in KNOWN_LAYERS and not isinstance(layer, FBNConv2d):
             if not _is_folded_right(layer, norm, watch.inputs.get(layer)):
                 reason = f'behind a {type(layer).__name__}, which does otherwise with a folded weight'
         if reason:
@@ -279,25 +275,20 @@ def _try(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -> 
                 f'{type(model).__name__} does not run once rewritten, so it is left unchanged: {error!r}') from error
     if called or not are_equal:
         return called
-    if not has_values(found.outputs):
-        _logger.warning(f'Nothing is proven: {type(model).__name__} gives no finite number on the example.')
-    difference = distance(found.outputs, outputs)
-    if difference <= 100 * found.rounding:
-        return called
+
     # A network may multiply what rounding does to its weights. How much so, is measured.
     noisy = copy_to_run(model)
     with undisturbed():
         for name in (*found.fbn, *(name for name, _ in found.pairs)):
             layer = noisy.get_submodule(name)
             layer.weight = nn.Parameter(layer.weight * (1 + found.rounding * torch.randn_like(layer.weight)))
-    expected = distance(found.outputs, run(noisy, found.example))
-    if math.isinf(expected):  # as of a detector that then finds other things
-        _logger.warning(f'Nothing is proven: rounding alone gives {type(model).__name__} outputs of another structure.')
-    if difference > 100 * expected:
-        what = f'values that differ by {difference:.1e} of the largest'
-        raise RuntimeError(
-            f"{type(model).__name__} gives {'another structure' if math.isinf(difference) else what} once rewritten, "
-            f'so it is left unchanged: rounding explains {max(found.rounding, expected):.1e}.')
+    complaint, blind, total = judge(found.outputs, outputs, run(noisy, found.example), found.rounding)
+    if complaint:
+        raise RuntimeError(f'{type(model).__name__} gives {complaint} once rewritten, so it is left unchanged.')
+    if blind or not total:
+        _logger.warning(
+            f'{blind} of the {total} outputs of {type(model).__name__} prove nothing: rounding or chance alone changes '
+            f'them, they hold no finite number, or they are of a kind that cannot be compared.')
     return called
 
 
@@ -325,6 +316,7 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
         RuntimeError: A normalisation layer is in train mode; or the outputs differ, in place too before any change.
         TypeError: `example_inputs` is something else.
     """
+    _check_model(model, 'fuse')
     wrapped = _wrapped(model)
     if wrapped:
         network = getattr(model, wrapped)
@@ -347,6 +339,18 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
     if 'fused' in getattr(model, '_model_args', {}):
         update_model_args(model, fused=True)  # what timm's save_for_hf writes, and so what loads again
     return model
+
+
+def _check_model(model: Any, verb: str) -> None:
+    if isinstance(model, ModelEma):
+        return
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model={type(model).__name__} must be a torch.nn.Module.')
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f'model={type(model).__name__} is scripted or traced: {verb} the network before.')
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f'{name} of model={type(model).__name__} has no shape yet: run the network once before.')
 
 
 def _wrapped(model: Any) -> str:
@@ -392,17 +396,25 @@ def convert_fbn(
         ValueError: `fbn_groups` is below 1, or no pair fits.
         RuntimeError, TypeError: As from `fuse_fbn`.
     """
-    if fbn_groups < 1:
-        raise ValueError(f'fbn_groups={fbn_groups} must be at least 1.')
+    if type(fbn_groups) is not int or fbn_groups < 1:
+        given = fbn_groups if isinstance(fbn_groups, (int, float, str)) else f'a {type(fbn_groups).__name__}'
+        raise ValueError(f'fbn_groups={given} must be an integer of at least 1.')
+    _check_model(model, 'convert')
     wrapped = _wrapped(model)
     if wrapped:
+        if inplace and isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                'model=DistributedDataParallel with inplace=True would not learn of the new parameters: convert the '
+                'network before it is wrapped.')
         network = getattr(model, wrapped)
         network = convert_fbn(network, fbn_groups, affine, example_inputs, inplace, save_memory)
         return _rewrap(model, wrapped, network, inplace)
     found = _find(model, example_inputs, fuse=False)
+    uses = Counter(p for module in model.modules() for p in module._parameters.values())
     found.pairs = [
-        names for names in found.pairs
-        if names[0] not in found.by_keyword and fits_fbn(*map(model.get_submodule, names), fbn_groups)]
+        (conv, norm) for conv, norm in found.pairs
+        if conv not in found.by_keyword and fits_fbn(model.get_submodule(conv), model.get_submodule(norm), fbn_groups)
+        and all(uses[p] == 1 for p in model.get_submodule(norm).parameters())]  # others' would not be the same any more
 
     def convert(network: nn.Module) -> None:
         convert_named(network, found.pairs, fbn_groups, affine, save_memory)

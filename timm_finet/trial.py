@@ -5,13 +5,13 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-__all__ = ['Example', 'copy_model', 'copy_to_run', 'distance', 'example_for', 'has_values', 'run', 'undisturbed']
+__all__ = ['Example', 'copy_model', 'copy_to_run', 'distance', 'example_for', 'judge', 'run', 'undisturbed']
 
 Example = Tuple[tuple, Dict[str, Any]]
 
@@ -21,6 +21,8 @@ def example_for(model: nn.Module, example_inputs: Any) -> Optional[Example]:
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, tuple):
+        if example_inputs and all(isinstance(size, int) for size in example_inputs):
+            raise TypeError(f'example_inputs={example_inputs} is a shape: give a tensor, torch.rand{example_inputs}.')
         return example_inputs, {}
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -37,15 +39,28 @@ def example_for(model: nn.Module, example_inputs: Any) -> Optional[Example]:
     return (x.to(weight.device, weight.dtype),), {}
 
 
-def _copy(value: Any, tensors: List[torch.Tensor]) -> Any:
-    """A deep copy of `value`, in which these tensors are leaves: torch copies no others."""
-    return deepcopy(value, {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors})
+def _copy(value: Any, memo: Dict[int, Any], what: str) -> Any:
+    try:
+        return deepcopy(value, memo)
+    except Exception as error:
+        raise TypeError(f'{what} cannot be copied, as is necessary to try it out: {error}') from error
+
+
+def _without_history(tensors: List[torch.Tensor]) -> Dict[int, torch.Tensor]:
+    """For `deepcopy`, which takes none with a history: copies without it, by id."""
+    return {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors if not t.is_leaf}
 
 
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy, also of a network in which a forward with gradients has left tensors."""
-    tensors = (t for m in model.modules() for t in vars(m).values())
-    copy = _copy(model, [t for t in tensors if isinstance(t, torch.Tensor) and not t.is_leaf])
+    memo = _without_history([t for module in model.modules() for t in _flatten(vars(module))[1]])
+    groups = [module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    memo.update((id(group), group) for group in groups if group is not None)
+    copy = _copy(model, memo, type(model).__name__)
+    shared = set(model.modules()).intersection(copy.modules())
+    if shared:
+        name = next(name for name, module in model.named_modules() if module in shared)
+        raise RuntimeError(f'A deep copy of {type(model).__name__} has the same {name}, so nothing can be tried on it.')
     for name, module in copy.named_modules():
         module.training = model.get_submodule(name).training  # torchvision's traced feature extractors forget theirs
     return copy
@@ -77,7 +92,7 @@ def run(model: nn.Module, example: Example, call: Callable = _call) -> Dict[str,
     """What `model` gives, and where timm's `forward_intermediates` takes the example, what that gives."""
     outputs = {}
     for name, function in (('outputs', model), ('intermediates', getattr(model, 'forward_intermediates', None))):
-        args, kwargs = _copy(example, _flatten(example)[1])
+        args, kwargs = _copy(example, _without_history(_flatten(example)[1]), 'example_inputs')
         try:
             with undisturbed():
                 outputs[name] = call(function, args, kwargs) if function else None
@@ -87,58 +102,111 @@ def run(model: nn.Module, example: Example, call: Callable = _call) -> Dict[str,
     return outputs
 
 
-def _flatten(value: Any, around: Tuple[int, ...] = ()) -> Tuple[Any, List[torch.Tensor]]:
-    """The structure of `value`, which `==` compares, and its tensors; floats count as tensors.
-
-    Of a set, whose order is chance, and of what can be called, such as a network, only the type is known.
-    """
-    if id(value) in around:
-        return 'cycle', []
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in 'biuf':
-        return type(value), [torch.as_tensor(value)]
-    if isinstance(value, float):
-        return float, [torch.tensor(value, dtype=torch.float64)]
+def _flatten(value: Any, seen: Optional[Set[int]] = None) -> Tuple[Any, List[torch.Tensor], List[str]]:
+    """The structure of `value`, which `==` compares; its tensors, numbers among them; types of what is in neither."""
+    seen = set() if seen is None else seen
+    if isinstance(value, (float, complex)):
+        return type(value), [torch.from_numpy(np.asarray(value))], []
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in 'biufc':
+        return type(value), [torch.as_tensor(value)], []
     if isinstance(value, torch.Tensor):
-        return (type(value), value.shape, value.dtype), [value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value, []
-    if isinstance(value, Mapping):
+        return (type(value), value.shape, value.dtype), [value], []
+    if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device)):
+        return value, [], []
+    if id(value) in seen:
+        return 'seen', [], []
+    seen.add(id(value))
+    if isinstance(value, dict):
         names, values = list(value), list(value.values())
     elif isinstance(value, (list, tuple, deque)):
         names, values = len(value), list(value)
-    elif hasattr(value, '__dict__') and not callable(value):
+    elif callable(value):  # a network, for instance
+        return type(value), [], []
+    elif hasattr(value, '__dict__'):
         names, values = list(vars(value)), list(vars(value).values())
     else:
-        return type(value), []
-    parts = [_flatten(part, (*around, id(value))) for part in values]
-    return (type(value), names, [structure for structure, _ in parts]), [t for _, tensors in parts for t in tensors]
+        return type(value), [], [type(value).__name__]
+    parts = [_flatten(part, seen) for part in values]
+    structure = type(value), names, [part[0] for part in parts]
+    return structure, [t for part in parts for t in part[1]], [name for part in parts for name in part[2]]
 
 
-def has_values(outputs: Any) -> bool:
-    """Whether there is anything to compare. Tensors on the meta device have no values, which is what one expects."""
-    return any(t.is_meta or t.isfinite().any() for t in _flatten(outputs)[1])
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """All values in float64, on the CPU."""
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.detach().cpu().double()
+
+
+def _changes(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`|a - b|` of numbers, infinite where only one is NaN or they are infinite otherwise."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0., (a - b).abs().nan_to_num(nan=math.inf))
 
 
 def distance(outputs: Any, others: Any) -> float:
     """The largest difference of two tensors relative to the largest value; infinite between other structures."""
-    structure, tensors = _flatten(outputs)
-    other_structure, other_tensors = _flatten(others)
+    structure, tensors, _ = _flatten(outputs)
+    other_structure, other_tensors, _ = _flatten(others)
     if structure != other_structure:
         return math.inf
-    return max(map(_tensor_distance, tensors, other_tensors), default=0.)
+    largest = 0.
+    for a, b in zip(tensors, other_tensors):
+        if a.numel() and not a.is_meta:
+            a, b = _numbers(a), _numbers(b)
+            scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.
+            difference = _changes(a, b).max().item()
+            largest = max(largest, difference / scale if scale else math.inf if difference else 0.)
+    return largest
 
 
-def _tensor_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.is_meta:
-        return 0.
-    a, b = (t.dequantize() if t.is_quantized else t.to_dense() if t.layout != torch.strided else t for t in (a, b))
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    if not a.is_floating_point():
-        return 0. if a.equal(b) else math.inf
-    a, b = a.cpu().double(), b.cpu().double()
-    finite = a.isfinite()
-    if not finite.equal(b.isfinite()):
-        return math.inf
-    difference = (a - b)[finite].abs()
-    return (difference.max() / a[finite].abs().max()).item() if difference.any() else 0.
+def judge(outputs: Any, others: Any, noisy: Any, rounding: float) -> Tuple[str, int, int]:
+    """Compare two networks' outputs by what rounding does to them.
+
+    Each tensor may differ by 100 times of what it differs by in `noisy`, or of `rounding`, relative to the largest of
+    its values that are not the same in `noisy`: a constant that fills a mask says nothing of the others' size.
+
+    Args:
+        outputs, others: Of the network and of its rewritten copy.
+        noisy: Of a copy whose weights have been changed as by rounding.
+        rounding: Relative, of what the network computes in.
+
+    Returns:
+        What is wrong, or ''; how many parts of the outputs tell nothing, as rounding or chance alone changes them or as
+        they cannot be compared; and how many parts there are.
+    """
+    structure, tensors, unknown = _flatten(outputs)
+    total = len(tensors) + len(unknown)
+    other_structure, other_tensors, _ = _flatten(others)
+    noisy_structure, noisy_tensors, _ = _flatten(noisy)
+    if noisy_structure != structure:  # as of a detector that then finds other things
+        return '', total, total
+    if other_structure != structure:
+        return 'another structure', 0, total
+    blind = len(unknown)
+    for tensor, *copies in zip(tensors, other_tensors, noisy_tensors):
+        if tensor.is_meta:  # has no values, as one expects
+            continue
+        a, b, c = map(_numbers, (tensor, *copies))
+        if not a.isfinite().any():
+            blind += 1
+            continue
+        noise, difference = _changes(a, c), _changes(a, b)
+        values = torch.maximum(a.abs(), c.abs())[a.isfinite() & c.isfinite()]
+        moved = values[noise[a.isfinite() & c.isfinite()] > 0]
+        scale = (moved if moved.numel() else values).max().item() or 1.
+        noise, difference = noise.max().item() / scale, difference.max().item() / scale
+        if tensor.is_floating_point() or tensor.is_complex():
+            allowed = 100 * max(rounding, noise) + 2 * torch.finfo(tensor.dtype).eps
+        else:
+            allowed = math.inf if noise else 0.
+        if allowed >= 1:
+            blind += 1
+        elif difference > allowed:
+            complaint = f'values that differ by {difference:.1e} of the largest, where rounding explains {allowed:.1e},'
+            return complaint, blind, total
+    return '', blind, total

@@ -28,10 +28,22 @@ __all__ = ['NO_LAYER', 'Watch', 'layers_and_norms', 'neighbours', 'why_untouchab
 
 _LAYERS = (_ConvNd, nn.Linear, FBNConv2d)
 _ALL_NORMS = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
-# By exact type, as a subclass may compute something else, and with their forwards, which some programs replace.
-NORMS = {norm: norm.forward for norm in (
+# By exact type, as a subclass may compute something else.
+NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct,
-    FrozenBatchNorm2d, FrozenBatchNormAct2d)}
+    FrozenBatchNorm2d, FrozenBatchNormAct2d)
+# Whose forward is linear in the weight and the bias.
+KNOWN_LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+    Conv2dSame, DepthwiseConv2d)
+
+
+def _computes_by(module_type: type) -> Tuple[Optional[Callable], ...]:
+    return module_type.forward, getattr(module_type, '_conv_forward', None)
+
+
+# As they are defined: some programs replace those of a whole class.
+_COMPUTE_BY = {module_type: _computes_by(module_type) for module_type in (*NORMS, *KNOWN_LAYERS)}
 
 _NORM_BEHIND = {
     nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d,
@@ -68,7 +80,9 @@ def why_untouchable(module: nn.Module) -> str:
     """Why a layer or norm has to stay whatever the network does with it, or ''."""
     if any(map(has_hooks, module.modules())):
         return 'hooked'
-    if any('forward' in vars(part) for part in module.modules()):
+    if any(callable(getattr(type(part), name, None)) for part in module.modules() for name in vars(part)):
+        return 'patched'
+    if type(module) in _COMPUTE_BY and _COMPUTE_BY[type(module)] != _computes_by(type(module)):
         return 'patched'
     if isinstance(module, FBNConv2d):  # its own `fuse` decides
         own = type(module).forward not in (FBNConv2d.forward, ReferenceFBNConv2d.forward)
@@ -76,11 +90,9 @@ def why_untouchable(module: nn.Module) -> str:
     if is_parametrized(module):
         return 'parametrised'
     if not isinstance(module, _ALL_NORMS):
-        return ''
+        return '' if isinstance(module._parameters.get('weight'), nn.Parameter) else 'without a weight of its own'
     if type(module) not in NORMS:
         return f'of class {type(module).__name__}'
-    if type(module).forward is not NORMS[type(module)]:
-        return 'patched'
     return 'without running statistics' if module.running_mean is None else ''
 
 
@@ -116,6 +128,8 @@ class _Functions(TorchFunctionMode):
 class _Operators(TorchDispatchMode):
     """Tells `see` of each operator, those that scripted functions call too."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, see: Callable):
         super().__init__()
         self.see = see
@@ -130,11 +144,22 @@ def _parts(module: nn.Module) -> List[nn.Module]:
     return list(module.modules()) if isinstance(module, FBNConv2d) else [module]
 
 
-def _state(module: nn.Module) -> List[tuple]:
-    """What a fold relies on: it is the same in each call, or the module stays."""
-    return [
-        (part.training, getattr(part, 'eps', None), *map(id, (*part._parameters.values(), *part._buffers.values())))
-        for part in _parts(module)]
+def _attributes(module: nn.Module) -> Dict[str, Any]:
+    """All that a module's forward may compute with, tensors and others."""
+    return {
+        f'{i}.{name}': value for i, part in enumerate(_parts(module))
+        for name, value in {**vars(part), **part._parameters, **part._buffers}.items()}
+
+
+def _state(attributes: Dict[str, Any]) -> Dict[str, Any]:
+    """What tells whether an attribute has been replaced, or a tensor changed in place."""
+    state = {}
+    for name, value in attributes.items():
+        if isinstance(value, torch.Tensor):
+            state[name] = id(value), value.shape if value.is_inference() else value._version
+        else:
+            state[name] = value if isinstance(value, (bool, int, float, str)) else id(value)
+    return state
 
 
 class Watch:
@@ -144,7 +169,7 @@ class Watch:
 
     Args:
         model: The network that runs.
-        original: What it is a copy of. A closure in the copy still reaches the original's layers and tensors.
+        original: What it is a copy of.
     """
 
     def __init__(self, model: nn.Module, original: nn.Module):
@@ -158,29 +183,30 @@ class Watch:
         self._readers: Dict[nn.Module, Set[nn.Module]] = defaultdict(set)  # of a layer: the norms
         self.by_keyword: Set[nn.Module] = set()  # modules whose input has no place but a name
         self._owners: Dict[int, List[nn.Module]] = defaultdict(list)  # of a tensor, by its id
-        self._owned: List[torch.Tensor] = []  # keeps the ids from being given again
+        self._originals = {} if model is original else {
+            id(t): name for name, t in (*original.named_parameters(), *original.named_buffers())}
+        self.reached = ''  # a tensor of the original that the copy has come to
         self._vanishing: Set[int] = set()  # those that will be no more, ids
         self._layer_of = WeakIdKeyDictionary()  # by the outputs that somebody holds
         self._running: List[nn.Module] = []
         self._calls: Counter = Counter()
         self._hooked = [set(module.modules()) for module in model.modules() if has_hooks(module)]
-        self._states: Dict[nn.Module, List[tuple]] = {}
-        for name, module in {**self.layers, **self.norms}.items():
-            self._states[module] = _state(module)
+        self._attributes = {module: _attributes(module) for module in (*self.layers.values(), *self.norms.values())}
+        self._states = {module: _state(attributes) for module, attributes in self._attributes.items()}
+        for module, attributes in self._attributes.items():
             if why_untouchable(module):
                 self.reasons[module] = why_untouchable(module)
-            for part in (*_parts(module), *_parts(original.get_submodule(name))):
-                for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
-                    if isinstance(tensor, torch.Tensor):
-                        self._owned.append(tensor)
-                        self._owners[id(tensor)].append(module)
-                        if isinstance(part, _ALL_NORMS):
-                            self._vanishing.add(id(tensor))
+            for tensor in attributes.values():
+                if isinstance(tensor, torch.Tensor):
+                    self._owners[id(tensor)].append(module)
+            for part in _parts(module):
+                if isinstance(part, _ALL_NORMS):
+                    self._vanishing.update(map(id, (*part._parameters.values(), *part._buffers.values())))
 
     def run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """`function(*args, **kwargs)`, where `function` is the network or a method of it."""
         hooks = []
-        for module in self._states:
+        for module in self._attributes:
             hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             hooks.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
         self._thread = threading.get_ident()
@@ -205,11 +231,12 @@ class Watch:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._running.append(module)
         self._calls[module] += 1
-        if _state(module) != self._states[module]:
-            self.reasons.setdefault(module, 'changed by the forward')
+        self._check_state(module)
         if threading.get_ident() != self._thread:
             self.reasons.setdefault(module, 'called in another thread')
         x = next(iter((*args, *kwargs.values())), None)
+        if len(args) + len(kwargs) > 1 and type(module) not in KNOWN_LAYERS:
+            self.reasons.setdefault(module, 'called with more than its input')
         if not args:
             self.by_keyword.add(module)
             if 'input' not in kwargs:  # as Identity and a plain convolution call it
@@ -228,17 +255,30 @@ class Watch:
                     self._uses.setdefault(module, "normalising another dimension than its layer's channels")
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._check_state(module)
         self._running.pop()
-        if isinstance(module, _LAYERS) and isinstance(output, torch.Tensor):
+        if not isinstance(module, _LAYERS):
+            if len({v.dtype for v in (output, *args, *kwargs.values()) if isinstance(v, torch.Tensor)}) > 1:
+                self._uses.setdefault(module, 'changing the dtype')
+        elif isinstance(output, torch.Tensor):
             self._layer_of[output] = module
             if output.is_floating_point():
                 coarse = output.is_cuda and output.dtype == torch.float32  # as TF32
                 self.rounding = max(self.rounding, 2 ** -11 if coarse else torch.finfo(output.dtype).eps)
 
+    def _check_state(self, module: nn.Module) -> None:
+        if _state(_attributes(module)) != self._states[module]:
+            self.reasons.setdefault(module, 'changed by the forward')
+
     def _see(self, func: Callable, args: tuple, kwargs: Optional[dict]) -> None:
         running = self._running[-1] if self._running else None
         for tensor in tree_leaves((args, kwargs)):
-            if not isinstance(tensor, torch.Tensor) or func in _LOOKS and id(tensor) not in self._vanishing:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if id(tensor) in self._originals:
+                self.reached = self._originals[id(tensor)]
+                raise RuntimeError(f'A copy of the network computes with {self.reached} of the network itself.')
+            if func in _LOOKS and id(tensor) not in self._vanishing:
                 continue
             layer = self._layer_of.get(tensor)
             if layer is not None and running not in self._readers[layer]:

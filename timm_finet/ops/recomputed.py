@@ -28,7 +28,8 @@ class RecomputedNorm(torch.autograd.Function):
     """`(y, mean, var)`: `y = F.batch_norm(F.conv2d(x, weight, None, *conv), gamma, beta)` with the batch's statistics.
 
     `conv` is `(stride, padding, dilation)`. `x`, which may be a slice of channels, is made contiguous in `layout` for
-    the convolution, but kept as it is. It has the dtype of `weight`; `gamma` and `beta` `(out,)`, or None, may be wider. `mean` and unbiased `var` `(out,)`, in float32 at least, have no gradient. Saved for backward are `x`,
+    the convolution, but kept as it is. It has the dtype of `weight`; `gamma` and `beta` `(out,)`, or None, may be
+    wider. `mean` and unbiased `var` `(out,)`, in float32 at least, have no gradient. Saved for backward are `x`,
     `weight` and tensors of `gamma`'s size. With a process group the statistics are those of all its processes; then
     there are no second derivatives.
     """
