@@ -57,6 +57,17 @@ def step(layer, x, weighting):
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
 
 
+class CalledBy(nn.Sequential):
+    """A module, called by a function."""
+
+    def __init__(self, module, function):
+        super().__init__(module)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 def is_fast(layer, x):
     """Whether the layer has left the reference form, by what autograd recorded."""
     y = layer(x.clone().requires_grad_())  # kept: in older torch the graph goes with it
@@ -89,6 +100,18 @@ def test_training_matches_reference(shape, affine, memory_format):
         slow.load_state_dict(fast.state_dict())
         for a, b in zip(step(fast, x, weighting), step(slow, x, weighting)):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_relu_inside_is_relu_behind(shape, training):
+    layer = make(shape).train(training)
+    x = torch.randn(9, shape[0], 7, 6, dtype=torch.float64)
+    weighting = torch.randn_like(layer(x))
+    inside, behind, own = deepcopy(layer), deepcopy(layer), reference(deepcopy(layer))
+    outputs = step(CalledBy(inside, lambda x: inside(x, relu=True)), x, weighting)
+    torch.testing.assert_close(outputs, step(CalledBy(behind, lambda x: behind(x).relu()), x, weighting))
+    torch.testing.assert_close(outputs, step(CalledBy(own, lambda x: own(x, relu=True)), x, weighting))
 
 
 @pytest.mark.parametrize('shape, saves_by_moments', [

@@ -1,4 +1,6 @@
 """Finet as a timm model."""
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
@@ -189,3 +191,29 @@ def test_stochastic_depth_rises_over_the_blocks_with_an_identity():
         torch.testing.assert_close(block(x.repeat(9, 1, 1, 1)), x.repeat(9, 1, 1, 1))
     keys = timm.create_model('finet_small_g4', num_classes=5).state_dict().keys()
     assert model.state_dict().keys() == keys
+
+
+def test_relu_inside_the_convolution_changes_nothing_and_hides_nothing(monkeypatch):
+    model = timm.create_model('finet_small_g4', num_classes=4, small_input=True, drop_rate=0.).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def step(model):
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        return [y, *(p.grad for p in model.parameters())]
+
+    models = [deepcopy(model) for _ in range(3)]
+    expected = step(models[0])
+    monkeypatch.setattr(finet, 'RELU_INSIDE', ('cpu',))
+    calls = []
+    monkeypatch.setattr(nn.ReLU, 'forward', lambda self, x: calls.append(self) or nn.functional.relu(x))
+    torch.testing.assert_close(step(models[1]), expected)
+    blocks = [m for m in models[1].modules() if isinstance(m, finet.Block)]
+    assert blocks and not {block.act1 for block in blocks} & set(calls)
+
+    seen = []
+    block = next(m for m in models[2].modules() if isinstance(m, finet.Block))
+    block.conv1.register_forward_hook(lambda module, args, y: seen.append(y.min().item()))
+    torch.testing.assert_close(step(models[2]), expected)
+    assert seen[0] < 0 and block.act1 in calls

@@ -978,7 +978,8 @@ def test_without_an_example_an_error_leaves_nothing_half_changed(inplace, random
     with pytest.raises(RuntimeError):
         fuse_fbn(model, inplace=inplace)
     assert list(model.state_dict()) == list(before) and norms(model) == 2
-    torch.testing.assert_close(model[0].state_dict(), {k[2:]: v for k, v in before.items() if k[0] == '0'}, rtol=0, atol=0)
+    first = {key[2:]: value for key, value in before.items() if key[0] == '0'}
+    torch.testing.assert_close(model[0].state_dict(), first, rtol=0, atol=0)
 
 
 def test_neighbours_of_other_widths_are_no_pair(randomise):

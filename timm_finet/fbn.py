@@ -129,7 +129,8 @@ class FBNConv2d(nn.Module):
         RuntimeError: The input's dtype is not the weight's, outside autocast.
 
     Shape:
-        `(N, in, H, W)` to `(N, out, H', W')`, dtype and memory format as for `nn.Conv2d`.
+        `(N, in, H, W)` to `(N, out, H', W')`, dtype and memory format as for `nn.Conv2d`. `layer(x, relu=True)` gives
+        the ReLU of that, and the fast 1x1 form then never stores what goes into the ReLU.
     """
 
     def __init__(
@@ -180,21 +181,22 @@ class FBNConv2d(nn.Module):
             return as_reference(self)
         return self
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
         check_input(x, self.in_channels)
         if torch.jit.is_scripting():
-            return self.reference(x) if self.bn.training or self.bn.running_mean is None else self.folded(x)
+            y = self.reference(x) if self.bn.training or self.bn.running_mean is None else self.folded(x)
+            return F.relu(y) if relu else y
         reason = self._why_called()
-        if reason:
-            if self.fbn_groups > 1:
-                _warn(f"{type(self).__name__} computes in the paper's form, at fbn_groups={self.fbn_groups} times the "
-                      f'memory of its output, because {reason}.')
-            return self.reference(x)
-        if not self._uses_batch_statistics():
-            return self.folded(x)
-        if operators_alone():
-            return self.reference(x)
-        return self._fast_forms(x)
+        if reason and self.fbn_groups > 1:
+            _warn(f"{type(self).__name__} computes in the paper's form, at fbn_groups={self.fbn_groups} times the "
+                  f'memory of its output, because {reason}.')
+        if not reason and not self._uses_batch_statistics():
+            y = self.folded(x)
+        elif reason or operators_alone():
+            y = self.reference(x)
+        else:
+            return self._fast_forms(x, relu)
+        return F.relu(y) if relu else y
 
     @torch.jit.unused
     def _why_called(self) -> str:
@@ -230,21 +232,22 @@ class FBNConv2d(nn.Module):
         return y
 
     @torch.jit.unused
-    def _fast_forms(self, x: torch.Tensor) -> torch.Tensor:
+    def _fast_forms(self, x: torch.Tensor, relu: bool) -> torch.Tensor:
         group = self._process_group()
         # Not so with a process group: all processes have to go one way, whatever their share of the batch.
         if group is None and self._is_cheap(x):
-            return self.reference(x)
+            y = self.reference(x)
+            return F.relu(y) if relu else y
         form = self._moment_form if self._takes_moments(x, group) else self._group_by_group
         weight = self.weight  # once, as a parametrisation may compute another one each time
         device = x.device.type
         if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return form(x.to(dtype), weight, group)
+                return form(x.to(dtype), weight, group, relu)
         if x.dtype != weight.dtype:
             raise RuntimeError(f'Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same.')
-        return form(x, weight, group)
+        return form(x, weight, group, relu)
 
     @torch.jit.unused
     def _positions(self, x: torch.Tensor) -> int:
@@ -297,26 +300,27 @@ class FBNConv2d(nn.Module):
         mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
         return fold(weight, mean, var, bn.weight, bn.bias, bn.eps, self.fbn_groups)
 
-    def _moment_form(self, x: torch.Tensor, weight: torch.Tensor, process_group) -> torch.Tensor:
+    def _moment_form(self, x: torch.Tensor, weight: torch.Tensor, process_group, relu: bool) -> torch.Tensor:
         original = x
         if self.stride != (1, 1):
             # Every stride-th position; a slice's gradient would come out contiguous.
             x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
-        arguments = (x, weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group)
+        arguments = (x, weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group, relu)
         on_cpu = x.device.type == 'cpu'
         if not on_cpu and not torch.compiler.is_compiling():  # the passes move the statistics: no launch more
             momentum = self._count_batch()
             running = None if momentum is None else (bn.running_mean, bn.running_var, momentum)
-            return MomentForm.apply(*arguments, False, running)[0]
+            return MomentForm.apply(*arguments, running)[0]
         y, mean, var, count = MomentForm.apply(*arguments)
         if on_cpu and process_group is None and not torch.compiler.is_compiling():
             if not math.isfinite(var.sum()):  # the input's squares overflow sooner than its partial sums' variances
-                return self.reference(original)
+                y = self.reference(original)
+                return F.relu(y) if relu else y
         self._track(mean, var * (count / (count - 1)))
         return y
 
-    def _group_by_group(self, x: torch.Tensor, weight: torch.Tensor, process_group) -> torch.Tensor:
+    def _group_by_group(self, x: torch.Tensor, weight: torch.Tensor, process_group, relu: bool) -> torch.Tensor:
         """One group at a time, whose partial sum is computed again in the backward pass instead of kept."""
         bn, groups, padding = self.bn, self.fbn_groups, self.padding
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -335,7 +339,7 @@ class FBNConv2d(nn.Module):
             means.append(mean)
             variances.append(var)
         self._track(torch.cat(means), torch.cat(variances))
-        return y
+        return y.relu_() if relu else y
 
     @torch.no_grad()
     def _count_batch(self) -> Optional[float]:
@@ -383,8 +387,9 @@ class ReferenceFBNConv2d(FBNConv2d):
     Arguments as for `FBNConv2d`.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reference(x)
+    def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
+        y = self.reference(x)
+        return F.relu(y) if relu else y
 
 
 def as_reference(layer: FBNConv2d) -> ReferenceFBNConv2d:

@@ -25,7 +25,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from .depthwise import DepthwiseConv2d
-from .fbn import FBNConv2d
+from .fbn import FBNConv2d, has_hooks
 from .pretrained import WEIGHTS, build_model
 from .rewrite import check_form, fuse_named
 from .watch import NORMS, why_untouchable
@@ -121,9 +121,20 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path and self.has_identity else nn.Identity()
         self.act_out = acts['output']
 
+    @torch.jit.unused
+    def _relu_inside(self, x: torch.Tensor) -> bool:
+        """Whether the first ReLU is done within the convolution, which saves a GPU four passes over its output."""
+        return (
+            self.training and isinstance(x, torch.Tensor) and x.device.type in RELU_INSIDE  # no tensor when traced
+            and type(self.conv1) is FBNConv2d and type(self.act1) is nn.ReLU and 'forward' not in vars(self.conv1)
+            and not has_hooks(self.conv1) and not has_hooks(self.act1))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x
-        x = self.act1(self.conv1(x))
+        if not torch.jit.is_scripting() and self._relu_inside(x):
+            x = self.conv1(x, relu=True)
+        else:
+            x = self.act1(self.conv1(x))
         x = self.act_dw(self.conv_dw(x))
         x = self.act2(self.conv2(x))
         if self.se is not None:
@@ -134,6 +145,7 @@ class Block(nn.Module):
 
 
 ACT_PLACES = ('depthwise', 'pointwise', 'output')
+RELU_INSIDE = ('cuda',)  # devices; a CPU does its ReLU in place, in the same time
 
 
 class Finet(nn.Module):
