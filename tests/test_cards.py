@@ -25,7 +25,7 @@ def card_text(name):
 def figures(card):
     """The numbers that a card states as measured or counted: in tables, in the model-index, and at the log's end."""
     lines = [line for line in card.splitlines() if line.startswith('|') or 'value:' in line or '% top-1' in line]
-    bare = re.sub(r'`[^`]*`|\d+x\d+x\d+|top-\d|\[[^]]*\]\([^)]*\)', '', '\n'.join(lines))
+    bare = re.sub(r'`[^`]*`|\d+x\d+x\d+|top-\d|b?float16|\[[^]]*\]\([^)]*\)', '', '\n'.join(lines))
     return set(re.findall(r'\d[\d,]*(?:\.\d+)?', bare))
 
 
@@ -34,7 +34,7 @@ def known_figures(name):
     rows = read_rows(RESULTS / 'weights.csv') + read_rows(RESULTS / 'weights_speed.csv')
     values = {value for row in rows if row['model'] == name for value in row.values()}
     last = read_rows(RESULTS / f'{name}.csv')[-1]
-    values |= {str(int(last['epoch']) + 1), last['eval_top1']}
+    values |= {str(int(last['epoch']) + 1), str(float(last['eval_top1']))}
     values |= {str(value) for value in yaml.safe_load((RESULTS / f'{name}.yaml').read_text()).values()}
     model = timm.create_model(name).eval()
     for form in (model, fuse_fbn(model)):
@@ -75,7 +75,8 @@ def test_metadata_and_config_agree(name):
     assert (data.library_name, data.pipeline_tag, data.model_name) == ('timm', 'image-classification', name)
     # The Hub has no data set without an owner any more.
     assert all(dataset.count('/') == 1 for dataset in data.datasets or ())
-    assert 'transformers' not in data.tags and data.license == config['pretrained_cfg']['license']
+    assert 'transformers' not in data.tags and data.license == config['pretrained_cfg']['license'] == 'other'
+    assert data.license_name == 'research-and-teaching' and 'for research and teaching' in card_text(name)
     assert [result.metric_name for result in data.eval_results] == ['Top-1 accuracy', 'Top-5 accuracy']
     cfg = config['pretrained_cfg']
     assert config['model_args']['small_input'] == (cfg['input_size'][-1] <= 32)

@@ -114,6 +114,15 @@ def test_relu_inside_is_relu_behind(shape, training):
     torch.testing.assert_close(outputs, step(CalledBy(own, lambda x: own(x, relu=True)), x, weighting))
 
 
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_one_group_that_saves_memory_refuses_and_takes_what_batchnorm_does(kernel_size):
+    layer = FBNConv2d(4, 16, kernel_size, fbn_groups=1, save_memory=True)
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
+        layer(torch.randn(1, 4, kernel_size, kernel_size))
+    assert layer(torch.randn(0, 4, 5, 5)).shape[:2] == (0, 16)
+    assert all(value.isfinite().all() for value in layer.state_dict().values())
+
+
 @pytest.mark.parametrize('shape, saves_by_moments', [
     ((8, 24, 1, 1, 0, 1, 1), True), ((16, 8, 1, 2, 0, 1, 1), False), ((8, 6, 3, 1, 1, 1, 1), False)])
 def test_one_group_that_saves_memory_keeps_its_input_alone(shape, saves_by_moments):

@@ -236,11 +236,19 @@ def test_what_proves_nothing_hides_nothing(pack, randomise, monkeypatch):
         fuse_fbn(model, SMALL)
 
 
-def test_outputs_of_a_coarser_dtype_are_not_refused(randomise):
+@pytest.mark.parametrize('coarse', [
+    lambda y: y.bfloat16(), lambda y: (y * 1e3).round() / 1e3, lambda y: y.flatten().topk(50).indices,
+    lambda y: (50 * y).to(torch.uint8)], ids=['bfloat16', 'rounded', 'indices', 'uint8'])
+def test_coarse_outputs_are_not_refused(coarse, randomise):
     for seed in range(20):
         torch.manual_seed(seed)
-        model = Net(lambda net, x: net.bn(net.conv(x)).bfloat16(), **pair())
-        assert isinstance(fuse_fbn(randomise(model).eval(), torch.randn(2, 4, 9, 9)).bn, nn.Identity)
+        model = Net(lambda net, x: coarse(net.bn(net.conv(x))), **pair())
+        assert isinstance(fuse_fbn(randomise(model).eval(), torch.randn(2, 4, 16, 16)).bn, nn.Identity)
+
+
+def test_outputs_that_do_not_know_the_weights_prove_nothing(randomise, caplog):
+    fuse_fbn(randomise(Net(lambda net, x: 0 * net.bn(net.conv(x)), **pair())).eval(), SMALL.float())
+    assert '1 of the 1 outputs of Net prove nothing' in caplog.text
 
 
 @pytest.mark.parametrize('pack, example', [

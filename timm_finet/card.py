@@ -121,7 +121,8 @@ def read_results(file: str, name: str) -> List[Dict[str, str]]:
 def make_card(
         model: nn.Module, name: str, source: str, results: Sequence[Dict[str, str]] = (),
         args: Optional[Dict[str, Any]] = None, log: Optional[str] = None,
-        speed: Sequence[Dict[str, str]] = ()) -> ModelCard:
+        speed: Sequence[Dict[str, str]] = (), epochs: Optional[int] = None, top1: Optional[float] = None,
+        base: str = '') -> ModelCard:
     """The model card. Its figures come from the network and from the results and the log that are given.
 
     Args:
@@ -132,6 +133,9 @@ def make_card(
         args: The training arguments.
         log: Path of train.py's summary.csv.
         speed: Rows of results/weights_speed.csv.
+        epochs: How many made these weights.
+        top1: Of these weights, as train.py measured it, in percent.
+        base: The weights that training began from.
     """
     args, cfg = args or {}, model.pretrained_cfg
     model_args = get_model_args(model)
@@ -154,6 +158,7 @@ def make_card(
         for row in metrics for column, title in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy'))]
     data = ModelCardData(
         model_name=name, library_name='timm', pipeline_tag='image-classification', license=cfg['license'],
+        license_name='research-and-teaching' if cfg['license'] == 'other' else None,
         tags=['image-classification', 'timm', 'finet', 'fine-grained-batch-normalization', 'arxiv:2005.06828'],
         datasets=[dataset.hub] if is_known else None, eval_results=evaluations or None)
 
@@ -172,9 +177,10 @@ def make_card(
             'stands is a choice of this implementation (`act_place`). '),
         fuse='' if form == 'fused' else (
             '\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n'),
-        training=training_section(cfg, args, dataset.title, log), accuracy=accuracy_section(results, dataset, args),
+        training=training_section(cfg, args, dataset.title, log, epochs, top1, base),
+        accuracy=accuracy_section(results, dataset, args),
         speed=speed_section(speed),
-        licence=f"{cfg['license']}. Please cite the paper:")
+        licence=licence_section(cfg, dataset, base))
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{body}')
 
 
@@ -187,7 +193,21 @@ def figure_section(model) -> str:
     return FIGURE.format(file=file, shown=shown) if (FIGURES / file).is_file() else ''
 
 
-def training_section(cfg, args, dataset, log) -> str:
+def licence_section(cfg, dataset, base) -> str:
+    lines = ['The code, timm-finet, is under Apache-2.0.']
+    if not cfg['license']:
+        lines.append('The owner has not stated a licence of these weights.')
+    elif cfg['license'] != 'other':
+        lines.append(f"These weights are under {cfg['license']}.")
+    if dataset.terms:
+        lines.append(
+            f'The photographs of {dataset.title} {dataset.terms}: take these weights for research and teaching.')
+    if base:
+        lines.append(f'What goes for `{base}`, which training began from, goes for these weights too.')
+    return ' '.join([*lines, 'Please cite the paper:'])
+
+
+def training_section(cfg, args, dataset, log, epochs, top1, base) -> str:
     lines = [f'Data set: {dataset}. ' + (
         "Arguments of timm's train.py, the rest of which is in [args.yaml](args.yaml):" if args
         else 'The training arguments were not recorded.')]
@@ -196,11 +216,14 @@ def training_section(cfg, args, dataset, log) -> str:
     if settings:
         lines += ['', '| ' + ' | '.join(settings) + ' |', '|' + '---|' * len(settings),
                   '| ' + ' | '.join(str(args[key]) for key in settings) + ' |']
+    if base:
+        lines += ['', f'Training began from `{base}`.']
+    if epochs:
+        dtype = f" in {args.get('amp_dtype') or 'float16'}" if args.get('amp') else ''
+        measured = '' if top1 is None else f', with {top1}% top-1 as train.py measured it{dtype}'
+        lines += ['', f'These weights are those after {epochs} epochs{measured}.']
     if log:
-        with open(log, newline='') as rows:
-            last = list(csv.DictReader(rows))[-1]
-        lines += ['', f"Accuracy by epoch is in [summary.csv](summary.csv); it ends after {int(last['epoch']) + 1} "
-                      f"epochs with {last['eval_top1']}% top-1."]
+        lines += ['', 'Accuracy by epoch is in [summary.csv](summary.csv).']
     for note in cfg.get('notes') or ():
         lines += ['', note]
     return '\n'.join(lines)

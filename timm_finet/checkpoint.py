@@ -15,7 +15,7 @@ from .names import MODULES
 from .pretrained import UNTRAINED
 from .rewrite import fuse_fbn
 
-__all__ = ['class_names', 'load_checkpoint']
+__all__ = ['class_names', 'first_weights', 'load_checkpoint', 'progress']
 
 
 class Dataset(NamedTuple):
@@ -23,20 +23,23 @@ class Dataset(NamedTuple):
     title: str
     classes: Optional[Tuple[str, ...]] = None
     split: str = 'validation'  # that networks are judged by
+    terms: str = ''  # of its photographs
 
 
-CIFAR10 = Dataset('uoft-cs/cifar10', 'CIFAR-10', CIFAR10_CLASSES, 'test')
-CIFAR100 = Dataset('uoft-cs/cifar100', 'CIFAR-100', CIFAR100_CLASSES, 'test')
-IMAGENET = Dataset('ILSVRC/imagenet-1k', 'ImageNet-1k')
+OF_CIFAR = 'were collected from the web for research and come without a licence'
+OF_IMAGENET = "are ImageNet's, which may be used for non-commercial research and teaching alone"
+CIFAR10 = Dataset('uoft-cs/cifar10', 'CIFAR-10', CIFAR10_CLASSES, 'test', OF_CIFAR)
+CIFAR100 = Dataset('uoft-cs/cifar100', 'CIFAR-100', CIFAR100_CLASSES, 'test', OF_CIFAR)
+IMAGENET = Dataset('ILSVRC/imagenet-1k', 'ImageNet-1k', terms=OF_IMAGENET)
 DATASETS = {  # by tag, and by train.py's --dataset
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
     'torch/cifar10_first1000': CIFAR10._replace(title='the first 1,000 training images a class of CIFAR-10'),
     'torch/cifar100_first100': CIFAR100._replace(title='the first 100 training images a class of CIFAR-100'),
     'torch/cifar10_sample': Dataset(
-        'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES),
+        'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10_CLASSES, terms=OF_CIFAR),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET,
-    'tiny_in200': Dataset('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', TINY_IN200_CLASSES),
+    'tiny_in200': Dataset('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', TINY_IN200_CLASSES, terms=OF_IMAGENET),
 }
 UNKNOWN_DATASET = Dataset('imagefolder', "the owner's images")
 FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them
@@ -100,6 +103,31 @@ def training_args(path: Path) -> Dict[str, Any]:
     return args
 
 
+def progress(checkpoint: str) -> Tuple[Optional[int], Optional[float]]:
+    """How many epochs made the weights in a checkpoint of train.py, and the top-1 accuracy that it then measured.
+
+    Of a run that was resumed these are the checkpoint's own. Each is None where it is not known.
+    """
+    if Path(checkpoint).suffix == '.safetensors':
+        return None, None
+    saved = load_checkpoint_metadata(checkpoint)
+    epoch, args = saved.get('epoch'), saved.get('args')
+    is_top1 = getattr(args, 'eval_metric', 'top1') == 'top1'
+    return None if epoch is None else epoch + 1, saved.get('metric') if is_top1 else None
+
+
+def first_weights(args: Dict[str, Any]) -> str:
+    """The weights that training with these arguments began from: a name, a file's name, or '' for random ones."""
+    for key in ('initial_checkpoint', 'pretrained_path'):
+        if args.get(key):
+            return Path(args[key]).name
+    if not args.get('pretrained'):
+        return ''
+    cfg = timm.get_pretrained_cfg(args['model'], allow_unregistered=True)
+    tag = cfg.tag if cfg and cfg.tag and '.' not in args['model'] else ''
+    return f"{args['model']}.{tag}" if tag else args['model']
+
+
 def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> nn.Module:
     built_as, architecture = args.get('model', name), name.split('.')[0]
     cfg = (
@@ -155,7 +183,8 @@ def describe(model: nn.Module, args: Dict[str, Any]) -> None:
         data, num_classes=model.num_classes, label_names=names if names and len(names) == model.num_classes else None)
     if args:
         dataset = DATASETS.get(args.get('dataset'), UNKNOWN_DATASET)
-        cfg.update(tag=None, notes=None, test_input_size=None, description=f'trained on {dataset.title}')
+        cfg.update(
+            tag=None, notes=None, test_input_size=None, description=f'trained on {dataset.title}', license=None)
     elif cfg['tag'] == UNTRAINED:
         cfg['tag'] = None
     model.pretrained_cfg = model.default_cfg = cfg

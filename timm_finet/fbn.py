@@ -113,7 +113,7 @@ class FBNConv2d(nn.Module):
     FrozenBatchNorm2d, without hooks. A SyncBatchNorm synchronises the statistics. Any other module in its place, or
     round it (FSDP, checkpointing, peft), is called as in the paper's form, at G times the memory; a warning says so.
     So it is under torch.export, torch.jit.script and torch.func. The fast 1x1 form has no second derivatives, nor has
-    a form with synchronised statistics; all others have.
+    a form with synchronised statistics; all others have. No fast form has forward-mode derivatives.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
@@ -256,8 +256,8 @@ class FBNConv2d(nn.Module):
     @torch.jit.unused
     def _is_cheap(self, x: torch.Tensor) -> bool:
         """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
-        if self.fbn_groups == 1:
-            return not self.save_memory
+        if self.fbn_groups == 1 or not x.numel():
+            return not self.save_memory or not x.numel()
         weights = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # of one output channel
         return self.fbn_groups * self._positions(x) < 4 * weights
 

@@ -396,14 +396,14 @@ TINY_IN200_CLASSES = tuple((WEIGHTS / 'tiny_in200.txt').read_text().splitlines()
 
 # What timm's cfgs say of weights trained on a data set.
 CIFAR10 = dict(
-    description='trained on CIFAR-10', num_classes=10, label_names=CIFAR10_CLASSES,
+    description='trained on CIFAR-10', license='other', num_classes=10, label_names=CIFAR10_CLASSES,
     input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0,
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 CIFAR100 = {
     **CIFAR10, 'description': 'trained on CIFAR-100', 'num_classes': 100, 'label_names': CIFAR100_CLASSES,
     'mean': (0.5071, 0.4865, 0.4409), 'std': (0.2673, 0.2564, 0.2762)}
 TINY_IN200 = dict(
-    description='trained on Tiny-ImageNet-200', num_classes=200, label_names=TINY_IN200_CLASSES,
+    description='trained on Tiny-ImageNet-200', license='other', num_classes=200, label_names=TINY_IN200_CLASSES,
     input_size=(3, 128, 128), pool_size=(4, 4), test_input_size=(3, 160, 160), crop_pct=1.0, interpolation='bicubic')
 
 FOUR_RUNS = (
@@ -419,8 +419,8 @@ FINISHED_ON_A_CPU = (
     'momentum that began anew: a run in one piece will end a little differently.')
 AT_SECOND_HAND = (
     'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
-    'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs, '
-    "enlarged from 64 px, are ImageNet's, which may be used for research and teaching alone.")
+    'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs were '
+    'enlarged from 64 px.')
 
 default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.

@@ -15,7 +15,7 @@ from timm.models import is_model_in_modules, list_models
 from timm.models._input import get_model_args
 
 from .card import FIGURES, make_card, read_results
-from .checkpoint import load_checkpoint, one_line
+from .checkpoint import first_weights, load_checkpoint, one_line, progress
 from .names import MODULES
 from .rewrite import fuse_fbn
 
@@ -113,6 +113,8 @@ def push_checkpoint(
     if not is_model_in_modules(name, MODULES):
         raise ValueError(f"--model {name!r} is unknown: use one of {', '.join(list_models(module=MODULES))}.")
     model, args = load_checkpoint(checkpoint, name)
+    epochs, top1 = progress(checkpoint)
+    base = first_weights(args)
     args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
     if class_names:
         model.pretrained_cfg['label_names'] = read_names(class_names, model.num_classes)
@@ -129,7 +131,7 @@ def push_checkpoint(
     rows = read_results(results, name) if results else []
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
     with TemporaryDirectory() as folder:
-        save(model, folder, make_card(model, name, source, rows, args, log), args, log)
+        save(model, folder, make_card(model, name, source, rows, args, log, (), epochs, top1, base), args, log)
         if not dry_run:
             print(push(folder, repo_id, private, revision))
             return

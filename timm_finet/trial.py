@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ def example_for(model: nn.Module, example_inputs: Any) -> Optional[Example]:
         return (), dict(example_inputs)
     if example_inputs is not None:
         raise TypeError(
-            f'example_inputs={type(example_inputs).__name__} must be a tensor, or a tuple or dict of arguments.')
+            f'example_inputs={type(example_inputs).__name__} must be a tensor, or a tuple or dict of arguments; if the '
+            f'network takes a list, a tuple with it.')
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size')
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if size is None or weight is None:
@@ -164,7 +165,7 @@ def distance(outputs: Any, others: Any) -> float:
     return largest
 
 
-def judge(outputs: Any, others: Any, noisy: Any, rounding: float) -> Tuple[str, int, int]:
+def judge(outputs: Any, others: Any, noisy: Sequence[Any], rounding: float) -> Tuple[str, int, int]:
     """Compare two networks' outputs by what rounding does to them.
 
     Each tensor may differ by 100 times of what it differs by in `noisy`, or of `rounding`, relative to the largest of
@@ -172,7 +173,7 @@ def judge(outputs: Any, others: Any, noisy: Any, rounding: float) -> Tuple[str, 
 
     Args:
         outputs, others: Of the network and of its rewritten copy.
-        noisy: Of a copy whose weights have been changed as by rounding.
+        noisy: Of copies whose weights have been changed as by rounding.
         rounding: Relative, of what the network computes in.
 
     Returns:
@@ -182,29 +183,30 @@ def judge(outputs: Any, others: Any, noisy: Any, rounding: float) -> Tuple[str, 
     structure, tensors, unknown = _flatten(outputs)
     total = len(tensors) + len(unknown)
     other_structure, other_tensors, _ = _flatten(others)
-    noisy_structure, noisy_tensors, _ = _flatten(noisy)
-    if noisy_structure != structure:  # as of a detector that then finds other things
+    noisy_structures, noisy_tensors, _ = zip(*map(_flatten, noisy))
+    if any(each != structure for each in noisy_structures):  # as of a detector that then finds other things
         return '', total, total
     if other_structure != structure:
         return 'another structure', 0, total
     blind = len(unknown)
-    for tensor, *copies in zip(tensors, other_tensors, noisy_tensors):
+    for tensor, other, *copies in zip(tensors, other_tensors, *noisy_tensors):
         if tensor.is_meta:  # has no values, as one expects
             continue
-        a, b, c = map(_numbers, (tensor, *copies))
+        a, b = _numbers(tensor), _numbers(other)
         if not a.isfinite().any():
             blind += 1
             continue
-        noise, difference = _changes(a, c), _changes(a, b)
-        values = torch.maximum(a.abs(), c.abs())[a.isfinite() & c.isfinite()]
-        moved = values[noise[a.isfinite() & c.isfinite()] > 0]
-        scale = (moved if moved.numel() else values).max().item() or 1.
-        noise, difference = noise.max().item() / scale, difference.max().item() / scale
-        if tensor.is_floating_point() or tensor.is_complex():
+        difference = _changes(a, b)
+        noise = torch.stack([_changes(a, _numbers(copy)) for copy in copies]).amax(0)
+        values = torch.maximum(a.abs(), b.abs()).nan_to_num(posinf=0.)
+        scale = values[noise > 0].max().item() if noise.any() else values.max().item()
+        noise, difference = noise.max().item() / (scale or 1.), difference.max().item() / (scale or 1.)
+        is_rounded = tensor.is_floating_point() or tensor.is_complex()
+        if is_rounded:
             allowed = 100 * max(rounding, noise) + 2 * torch.finfo(tensor.dtype).eps
         else:
             allowed = math.inf if noise else 0.
-        if allowed >= 1:
+        if allowed >= 1 or is_rounded and not noise and not difference:  # the latter does not know the weights
             blind += 1
         elif difference > allowed:
             complaint = f'values that differ by {difference:.1e} of the largest, where rounding explains {allowed:.1e},'

@@ -58,7 +58,7 @@ _LOOKS = {
         'shape', 'dtype', 'device', 'ndim', 'layout', 'requires_grad', 'is_cuda', 'is_meta', 'is_sparse',
         'is_quantized', 'is_nested'))}
 
-NO_LAYER = 'behind no convolution or linear layer'
+NO_LAYER = 'not directly behind a convolution or linear layer'
 
 
 def layers_and_norms(model: nn.Module) -> Tuple[Dict[str, nn.Module], Dict[str, nn.Module]]:

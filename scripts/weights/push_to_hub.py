@@ -28,7 +28,10 @@ def write(name, folder):
     args = yaml.safe_load((RESULTS / f'{name}.yaml').read_text())
     log = RESULTS / f'{name}.csv'
     speed = [row for row in read_rows(RESULTS / 'weights_speed.csv') if row['model'] == name]
-    hub.save(model, folder, card.make_card(model, name, name, results, args, log, speed), args, log)
+    last = read_rows(log)[-1]  # all are weights of the last epoch
+    made = card.make_card(
+        model, name, name, results, args, log, speed, int(last['epoch']) + 1, float(last['eval_top1']))
+    hub.save(model, folder, made, args, log)
 
 
 def main():

@@ -38,6 +38,8 @@ class RecomputedNorm(torch.autograd.Function):
     def forward(ctx, x, weight, gamma, beta, eps, conv, layout, process_group):
         mean, var = weight.new_zeros(2, len(weight), dtype=torch.promote_types(x.dtype, torch.float32))
         z = F.conv2d(x.contiguous(memory_format=layout), weight, None, *conv)
+        if process_group is None and z.numel() == z.shape[1]:
+            raise ValueError(f'Expected more than 1 value per channel when training, got input size {list(z.shape)}')
         ctx.conv, ctx.eps, ctx.layout, ctx.process_group = conv, eps, layout, process_group
         if process_group is None:
             y, *statistics = torch.native_batch_norm(z, gamma, beta, mean, var, True, 1., eps)
