@@ -24,6 +24,7 @@ from timm.models import reparameterize_model
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_finet import FBNConv2d, convert_fbn, fuse_fbn, rewrite
@@ -988,6 +989,12 @@ def test_without_an_example_an_error_leaves_nothing_half_changed(inplace, random
     assert list(model.state_dict()) == list(before) and norms(model) == 2
     first = {key[2:]: value for key, value in before.items() if key[0] == '0'}
     torch.testing.assert_close(model[0].state_dict(), first, rtol=0, atol=0)
+
+
+def test_a_parametrised_fbn_layer_fuses_with_an_example_too(randomise):
+    model = nn.Sequential(FBNConv2d(4, 4, 1, fbn_groups=2)).double().eval()
+    register_parametrization(randomise(model)[0], 'weight', nn.Tanh())
+    torch.testing.assert_close(fuse_fbn(model, SMALL)(SMALL), model(SMALL))
 
 
 def test_neighbours_of_other_widths_are_no_pair(randomise):

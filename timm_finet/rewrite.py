@@ -29,6 +29,7 @@ __all__ = ['fuse_fbn', 'convert_fbn']
 
 _logger = logging.getLogger(__name__)
 
+
 @dataclass
 class _Found:
     """What may be rewritten, by names, as the copies that are run have other modules."""
@@ -295,13 +296,13 @@ def _try(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -> 
 
 
 def _with_noise(model: nn.Module, found: _Found, seed: int) -> nn.Module:
-    """A copy in which the weights of all layers found are changed by as much as rounding may be."""
+    """A copy in which the parameters of all layers found are changed by as much as rounding may be."""
     noisy = copy_to_run(model)
     with undisturbed():
         torch.manual_seed(seed)
         for name in (*found.fbn, *(name for name, _ in found.pairs)):
-            layer = noisy.get_submodule(name)
-            layer.weight = nn.Parameter(layer.weight * (1 + found.rounding * torch.randn_like(layer.weight)))
+            for parameter in noisy.get_submodule(name).parameters():
+                parameter.mul_(1 + found.rounding * torch.randn_like(parameter))
     return noisy
 
 
