@@ -37,6 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         '--calibration', nargs='+', default=(), metavar='PATH',
         help='images for --int8, of the training set, or folders of them')
+    sub.add_argument(
+        '--img-size', type=int, metavar='PX', help='height and width (default: those that the weights are tested at)')
+    sub.add_argument('--dynamic-batch', action='store_true', help='take any number of images at a time (onnx alone)')
     sub.add_argument('--output', metavar='FILE', help='default: NAME.onnx, NAME.pte, NAME.int8.onnx or NAME.int8.pte')
 
     sub = commands.add_parser(

@@ -7,6 +7,7 @@ import pytest
 import timm
 import yaml
 from huggingface_hub import ModelCard
+from timm.data import resolve_data_config
 
 from scripts.report import RESULTS, read_rows
 from scripts.weights import push_to_hub
@@ -38,7 +39,7 @@ def known_figures(name):
     values |= {str(value) for value in yaml.safe_load((RESULTS / f'{name}.yaml').read_text()).values()}
     model = timm.create_model(name).eval()
     for form in (model, fuse_fbn(model)):
-        counts = count_flops(form)
+        counts = count_flops(form, resolve_data_config(model=model, use_test_size=True)['input_size'])
         values |= {f'{counts["params"]:,}', f'{counts["conv"] + counts["linear"]:,}'}
     return values
 

@@ -1,7 +1,9 @@
 """`timm-finet export` as a user calls it. Tests of a runtime are skipped where it is not installed."""
 import argparse
+import json
 import re
 import sys
+from ast import literal_eval
 from importlib.util import find_spec
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from timm_finet import export, fuse_fbn
 from timm_finet.cli import main
+from timm_finet.finet import CIFAR10_CLASSES
 from timm_finet.images import TRAINING_IMAGES, shipped_images
 
 NAME = 'finet_small_g4.cifar10'
@@ -38,6 +41,18 @@ def test_int8_file_is_small_and_stays_right(to, tmp_path, capsys):
     main(['export', NAME, '--to', to, '--int8', '--output', str(file)])
     before, after = re.search(r'right: ([\d.]+)% in PyTorch, ([\d.]+)% in the file', capsys.readouterr().out).groups()
     assert float(after) > float(before) - 3 and file.stat().st_size / 2 ** 20 < 2
+
+
+@pytest.mark.parametrize('to', RUNTIMES[:1])
+def test_any_number_of_images_at_a_time_in_int8_too(to, tmp_path, capsys):
+    file = str(tmp_path / 'model.onnx')
+    main(['export', NAME, '--to', to, '--int8', '--dynamic-batch', '--output', file])
+    assert 'input Nx3x32x32' in capsys.readouterr().out
+    run, x = export.LOAD[to](file), torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(run(x), torch.cat([run(part) for part in x.split(1)]))
+    import onnxruntime
+    facts = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+    assert (facts['imgsz'], facts['args']) == ('[32, 32]', "{'dynamic': True}")
 
 
 @pytest.mark.parametrize('form', ['train', 'fused'])
@@ -81,8 +96,8 @@ def exported(monkeypatch, tmp_path):
     """`timm-finet export --to onnx` with PyTorch in place of the runtime: what was written, by name of its argument."""
     seen = {}
 
-    def write(model, x, file, calibration):
-        seen.update(model=model, x=x, calibration=calibration)
+    def write(model, x, file, calibration, **options):
+        seen.update(model=model, x=x, calibration=calibration, **options)
         open(file, 'w').close()
     monkeypatch.setitem(export.WRITE, 'onnx', write)
     monkeypatch.setitem(export.LOAD, 'onnx', lambda file: seen['model'])
@@ -97,9 +112,34 @@ def test_checkpoint_is_exported_as_it_was_trained(trained, exported, capsys):
     file, model = trained(dataset='torch/cifar10_pad2')
     seen = exported('--checkpoint', file)
     out = capsys.readouterr().out
-    assert 'input 1x3x48x48, mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6)' in out and 'right: ' in out
+    assert 'input 1x3x48x48, mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6), crop_pct 0.875 (center), interpolation b' in out
+    assert 'right: ' in out
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(seen['model'](x), fuse_fbn(model)(x))  # the EMA's weights, in its stem and act_place
+
+
+def test_size_may_be_another(trained, exported, capsys):
+    file, _ = trained(dataset='')
+    seen = exported('--checkpoint', file, '--img-size', 64)
+    assert seen['x'].shape == (1, 3, 64, 64) and seen['metadata']['imgsz'] == '[64, 64]'
+    assert 'input 1x3x64x64, mean (0.1, 0.2, 0.3)' in capsys.readouterr().out
+
+
+def test_size_that_a_network_does_not_take_is_refused():
+    name = 'vit_tiny_patch16_224'
+    model = timm.create_model(name, depth=1)
+    assert export.make_config(name, model, 224) == export.make_config(name, model)
+    with pytest.raises(ValueError, match=rf'--img-size=96 does not fit {name}: .*requires \(224, 224\)'):
+        export.make_config(name, model, 96)
+
+
+def test_metadata_names_classes_or_numbers_them(trained, exported):
+    file, _ = trained(dataset='', num_classes=3)
+    metadata = exported('--checkpoint', file)['metadata']
+    assert literal_eval(metadata['names']) == {0: '0', 1: '1', 2: '2'} and metadata['name'] == 'finet_small_g4'
+    assert json.loads(metadata['mean']) == [0.1, 0.2, 0.3] and json.loads(metadata['std']) == [0.4, 0.5, 0.6]
+    file, _ = trained(dataset='torch/cifar10_pad2')
+    assert literal_eval(exported('--checkpoint', file)['metadata']['names']) == dict(enumerate(CIFAR10_CLASSES))
 
 
 @pytest.mark.parametrize('args', [dict(num_classes=3, dataset=''), dict(dataset='')])
@@ -129,7 +169,7 @@ def test_calibration_takes_some_of_a_whole_training_set(trained, exported, tmp_p
 
 
 def test_interrupted_export_ends_in_one_line_and_leaves_no_file(cli, tmp_path, monkeypatch):
-    def interrupt(model, x, file, calibration):
+    def interrupt(model, x, file, calibration, **options):
         open(file, 'w').close()
         raise KeyboardInterrupt
     monkeypatch.setitem(export.WRITE, 'onnx', interrupt)
@@ -147,7 +187,7 @@ def test_calibration_images_are_not_those_that_accuracy_is_measured_on():
 def test_file_that_disagrees_is_not_written(error, tmp_path, monkeypatch, refused):
     change = dict(noise=lambda y: torch.randn_like(y), offset=lambda y: y + 0.1, nan=lambda y: y * float('nan'))[error]
     model = fuse_fbn(timm.create_model(NAME, pretrained=True).eval())
-    monkeypatch.setitem(export.WRITE, 'onnx', lambda model, x, file, calibration: open(file, 'w').close())
+    monkeypatch.setitem(export.WRITE, 'onnx', lambda model, x, file, *args, **kwargs: open(file, 'w').close())
     monkeypatch.setitem(export.LOAD, 'onnx', lambda file: lambda x: change(model(x)))
     monkeypatch.setattr(export, 'shipped_images', lambda: [part[:20] for part in shipped_images()])
     old = tmp_path / 'model.onnx'
@@ -180,6 +220,9 @@ def test_missing_package_says_what_to_install(to, package, tmp_path, monkeypatch
     (['finet_small', '--to', 'onnx', '--int8'], 'calibration: give images that finet_small was trained on'),
     (['finet_small', '--to', 'onnx', '--int8', '--calibration', '{tmp}/no.png'], 'no.png does not exist'),
     (['finet_small', '--to', 'onnx', '--calibration', '{tmp}'], 'needs --int8'),
+    (['finet_small', '--to', 'onnx', '--img-size', '31'],
+     '--img-size=31 is too small for finet_small, which reduces its input 32 times: give at least 32'),
+    (['finet_small', '--to', 'executorch', '--dynamic-batch'], '--dynamic-batch does not go with --to executorch'),
 ])
 def test_bad_input_gives_one_line(args, message, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)

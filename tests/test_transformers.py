@@ -21,7 +21,7 @@ def folder(tmp_path):
 
 
 def inputs_of(model):
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model, use_test_size=True))
     return torch.stack([transform(image) for image in IMAGES])
 
 

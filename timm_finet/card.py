@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import timm
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.data import resolve_input_data_config
 from timm.models._input import get_model_args
 
 from .checkpoint import DATASETS, UNKNOWN_DATASET
@@ -32,7 +33,7 @@ These weights are in {form}.
 | | train form | fused, for inference |
 |---|---|---|
 | parameters | {params[0]:,} | {params[1]:,} |
-| multiply-adds at {size} | {macs[0]:,} | {macs[1]:,} |
+| multiply-adds at {tested_at} | {macs[0]:,} | {macs[1]:,} |
 
 A multiply-add counts as one; convolutions and linear layers, by fvcore (`timm_finet.flops`).
 
@@ -140,7 +141,8 @@ def make_card(
     args, cfg = args or {}, model.pretrained_cfg
     model_args = get_model_args(model)
     twin = timm.create_model(cfg['architecture'], **{**model_args, 'fused': False}).eval()
-    counts = [count_flops(network, cfg['input_size']) for network in (twin, fuse_fbn(twin))]
+    tested_at = resolve_input_data_config(model, use_test_size=True)['input_size']
+    counts = [count_flops(network, tested_at) for network in (twin, fuse_fbn(twin))]
     groups = sorted({m.fbn_groups for m in twin.modules() if isinstance(m, FBNConv2d)})
     dataset = DATASETS.get(cfg.get('tag') or args.get('dataset'), UNKNOWN_DATASET)
     is_known = dataset.hub != UNKNOWN_DATASET.hub
@@ -171,7 +173,7 @@ def make_card(
         form='train form' if form == 'train' else 'fused form, for inference', top=min(5, model.num_classes),
         block=figure_section(model),
         params=[count['params'] for count in counts], macs=[count['conv'] + count['linear'] for count in counts],
-        size='x'.join(map(str, cfg['input_size'])),
+        size='x'.join(map(str, cfg['input_size'])), tested_at='x'.join(map(str, tested_at)),
         choice='' if not isinstance(model, Finet) else (
             "The paper gives no code: its parameter counts are reproduced exactly, but where a block's second\nReLU "
             'stands is a choice of this implementation (`act_place`). '),

@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> None:
                 args.checkpoint, args.model, args.repo_id, args.private, args.revision, args.fused, args.results,
                 args.class_names, args.dry_run)
         elif args.command == 'export':
-            export.export(args.name, args.to, args.output, args.int8, args.checkpoint, args.calibration)
+            export.export(
+                args.name, args.to, args.output, args.int8, args.checkpoint, args.calibration, args.img_size,
+                args.dynamic_batch)
         elif args.command == 'finetune':
             prepared = finetune.prepare(args.folder, args.weights, args.output, args.options)
         elif args.command == 'space':

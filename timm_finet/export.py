@@ -4,16 +4,17 @@ import os
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform, resolve_input_data_config
 from timm.utils import reparameterize_model
 
 from .checkpoint import load_checkpoint
 from .finet import CIFAR10_CLASSES
+from .flops import least_size
 from .images import TRAINING_IMAGES, find_images, read_images, shipped_images
 from .names import find_names
 from .output import check_output, replace_file
@@ -46,17 +47,28 @@ def needs(to: str):
         logging.disable(logging.NOTSET)
 
 
-def to_onnx(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None) -> None:
-    """Write a fused `model` for inputs shaped like `x`; int8 where there are `calibration` images `(n, 3, H, W)`."""
+def to_onnx(
+        model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None,
+        metadata: Optional[Dict[str, str]] = None, dynamic_batch: bool = False) -> None:
+    """Write a fused `model` for one image shaped like `x` `(1, 3, H, W)`, or for any number of them.
+
+    It is in int8 where there are `calibration` images `(n, 3, H, W)`, and keeps `metadata` in its `metadata_props`.
+    """
     with needs('onnx'):
-        import onnx  # noqa: F401 (torch's own message for a missing package is long)
-        import onnxruntime  # noqa: F401
+        import onnx
+        import onnxruntime  # noqa: F401 (torch's own message for a missing package is long)
         import onnxscript  # noqa: F401
+        if dynamic_batch:  # torch takes a dimension of one for a constant
+            x = x.expand(2, -1, -1, -1)
         torch.onnx.export(
             model, (x,), file, input_names=['input'], output_names=['logits'], dynamo=True, external_data=False,
-            verbose=False)
+            verbose=False, dynamic_shapes=({0: torch.export.Dim('batch')},) if dynamic_batch else None)
         if calibration is not None:
             quantise_onnx(file, calibration)
+        if metadata:  # after quantisation, which leaves its own
+            written = onnx.load(file)
+            onnx.helper.set_model_props(written, metadata)
+            onnx.save(written, file)
 
 
 def quantise_onnx(file: str, calibration: torch.Tensor) -> None:
@@ -131,16 +143,54 @@ def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
     return fuse_fbn(reparameterize_model(model.eval(), inplace=True), inplace=True)
 
 
+def make_config(name: str, model: nn.Module, img_size: Optional[int] = None) -> Dict[str, Any]:
+    """timm's data config that the weights are tested with, or the same with squares of `img_size` pixels.
+
+    Raises:
+        ValueError: The network takes no such images.
+    """
+    if img_size is None:
+        return resolve_input_data_config(model, use_test_size=True)
+    least = least_size(model)
+    if img_size < least:
+        raise ValueError(
+            f'--img-size={img_size} is too small for {name}, which reduces its input {least} times: '
+            f'give at least {least}.')
+    try:
+        return resolve_input_data_config(model, {'img_size': img_size}, use_test_size=True)
+    except ValueError as error:  # a network of one size
+        raise ValueError(f'--img-size={img_size} does not fit {name}: {error}') from error
+
+
+def make_metadata(name: str, model: nn.Module, config: Dict[str, Any], dynamic_batch: bool = False) -> Dict[str, str]:
+    """What a file says of itself: its classes, and how an image becomes its input, of timm's data `config`.
+
+    Values are Python literals; of numbers and lists they are JSON too. ultralytics reads the first seven keys.
+    """
+    channels, *size = config['input_size']
+    names = model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes))
+    facts = dict(
+        names=dict(enumerate(names)), imgsz=size, task='classify', stride=1, batch=1, channels=channels,
+        args=dict(dynamic=dynamic_batch),
+        name=name, mean=list(config['mean']), std=list(config['std']),
+        crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], interpolation=config['interpolation'])
+    return {key: str(value) for key, value in facts.items()}
+
+
 @torch.no_grad()
-def compare(model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    """Logits of the fused network and of the file, for images `x` `(n, 3, H, W)`."""
-    return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(1)])
+def compare(
+        model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch: int = 1,
+) -> Tuple[torch.Tensor, ...]:
+    """Logits of the fused network and of the file, which gets `batch` at a time, for images `x` `(n, 3, H, W)`."""
+    return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(batch)])
 
 
 def export(
         name: str, to: str, output: Optional[str] = None, int8: bool = False, checkpoint: Optional[str] = None,
-        calibration: Sequence[str] = ()) -> None:
-    """Write a network for one image at a time, unless the file disagrees with PyTorch; print what was found.
+        calibration: Sequence[str] = (), img_size: Optional[int] = None, dynamic_batch: bool = False) -> None:
+    """Write a network, unless the file disagrees with PyTorch; print its preprocessing and what was found.
+
+    An ONNX file says in its metadata what it is: `make_metadata`.
 
     Args:
         name: A network of timm, ours among them.
@@ -151,6 +201,8 @@ def export(
             and the rest as its arguments say.
         calibration: Images or folders of them, also with a folder a class, `CALIBRATION` of which are used; by default
             100 training images of CIFAR-10, for networks of its classes.
+        img_size: Height and width of the input, by default those that the weights are tested at.
+        dynamic_batch: Any number of images at a time, instead of one; ONNX alone.
 
     Raises:
         ValueError, FileNotFoundError: An argument is wrong.
@@ -162,13 +214,15 @@ def export(
         raise ValueError(f'output={str(output)!r} does not go with --to {to}: end it in {SUFFIXES[to]}.')
     if calibration and not int8:
         raise ValueError(f'calibration={calibration} needs --int8.')
+    if dynamic_batch and to != 'onnx':
+        raise ValueError(f'--dynamic-batch does not go with --to {to}: leave it out, or use --to onnx.')
     check_output(output)
     model = build(name, checkpoint)
+    config = make_config(name, model, img_size)
     classes = tuple(model.pretrained_cfg.get('label_names') or ())
     if int8 and not calibration and classes != CIFAR10_CLASSES:
         raise ValueError(
             f'calibration: give images that {name} was trained on, or folders of them; those shipped are of CIFAR-10.')
-    config = resolve_data_config({}, model=model)
     transform = create_transform(**config)
 
     def batch(images):
@@ -185,14 +239,18 @@ def export(
     x = batch(images)
     if int8 and classes != CIFAR10_CLASSES:  # on images of classes that it does not know int8 would be judged by chance
         x, of = calibrating, 'calibration images'
+    options = {}
+    if to == 'onnx':
+        options = dict(metadata=make_metadata(name, model, config, dynamic_batch), dynamic_batch=dynamic_batch)
     with replace_file(output) as part:
-        WRITE[to](model, x[:1], part, calibrating)
-        expected, got = compare(model, LOAD[to](part), x)
+        WRITE[to](model, x[:1], part, calibrating, **options)
+        expected, got = compare(model, LOAD[to](part), x, batch=50 if dynamic_batch else 1)
         agreement = (expected.argmax(1) == got.argmax(1)).double().mean().item()
         difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
         size = os.path.getsize(part)
-        shape = 'x'.join(map(str, config['input_size']))
-        print(f"{name}, fused, {precision}; input 1x{shape}, mean {config['mean']}, std {config['std']}")
+        shape = 'x'.join(map(str, ('N' if dynamic_batch else 1, *config['input_size'])))
+        print(f"{name}, fused, {precision}; input {shape}, mean {config['mean']}, std {config['std']}, "
+              f"crop_pct {config['crop_pct']} ({config['crop_mode']}), interpolation {config['interpolation']}")
         if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
             print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
         print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; '

@@ -173,7 +173,7 @@ def report(output: Path, weights: str) -> None:
     model, args = load_checkpoint(str(checkpoint), weights)
     names = model.pretrained_cfg['label_names']
     dataset = create_dataset('', args['data_dir'], 'validation')
-    dataset.transform = create_transform(**resolve_data_config({}, model=model))
+    dataset.transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
     model.to(args['device'])
     results = [(model(x.to(args['device'])).softmax(1).cpu(), labels)
                for x, labels in tqdm(DataLoader(dataset, BATCH, num_workers=args['workers']), 'validate', unit='batch')]

@@ -40,8 +40,7 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
             raise ValueError('input_size=None needs a model with a pretrained_cfg: give (channels, height, width).')
         input_size = model.pretrained_cfg['input_size']
     input_size = tuple(input_size)
-    levels = getattr(model, 'feature_info', None) or ()
-    least = max((level.get('reduction', 1) for level in levels if isinstance(level, dict)), default=1)
+    least = least_size(model)
     if min(input_size[1:]) < least:  # padding lets many a network run on next to nothing
         raise ValueError(
             f'input_size={input_size} is too small for {type(model).__name__}, which reduces its input {least} times: '
@@ -68,6 +67,12 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
         'params': sum(p.numel() for p in model.parameters()),
         'uncounted': dict(analysis.unsupported_ops()),
     }
+
+
+def least_size(model: nn.Module) -> int:
+    """The pixels of an edge below which nothing is left of an image, by the `feature_info` of timm's networks."""
+    levels = getattr(model, 'feature_info', None) or ()
+    return max((level.get('reduction', 1) for level in levels if isinstance(level, dict)), default=1)
 
 
 def create(name: str) -> nn.Module:

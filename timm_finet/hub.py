@@ -11,6 +11,7 @@ import torch.nn as nn
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is httpx's, under whatever name that has
+from timm.data import resolve_input_data_config
 from timm.models import is_model_in_modules, list_models
 from timm.models._input import get_model_args
 
@@ -40,7 +41,11 @@ def read_names(file: str, num_classes: int) -> List[str]:
 
 
 def save_for_hf(model: nn.Module, folder: str, **kwargs: Any) -> None:
-    """timm's `save_for_hf`, of any of its networks, in a folder that transformers loads too. Arguments as there."""
+    """timm's `save_for_hf`, of any of its networks, in a folder that transformers loads too. Arguments as there.
+
+    The size of the images in it is the one that the weights are tested at: transformers knows no other than the first.
+    """
+    kwargs = {'data_config': resolve_input_data_config(model, use_test_size=True), **kwargs}
     timm.models.save_for_hf(model, folder, **kwargs)
     file = Path(folder) / 'config.json'
     config = json.loads(file.read_text())

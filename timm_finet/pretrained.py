@@ -76,9 +76,10 @@ def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> 
     if tag or 'in1k' in tags:
         return tags[tag or 'in1k']
     tag, cfg = next(iter(tags.items()))
+    size = cfg.test_input_size or cfg.input_size
     warnings.warn(
         f"{variant} has no ImageNet weights: pretrained=True gives {variant}.{tag}, {cfg.description}, "
-        f"{cfg.num_classes} classes, input {'x'.join(map(str, cfg.input_size))}. Name the tag to silence this.",
+        f"{cfg.num_classes} classes, input {'x'.join(map(str, size))}. Name the tag to silence this.",
         stacklevel=6)
     return cfg
 

@@ -22,24 +22,25 @@ timm-finet export "$name" --to onnx --output "$here/models/float32.onnx"
 timm-finet export "$name" --to onnx --int8 --output "$here/models/int8.onnx" ${1:+--calibration "$@"} ||
     echo 'The page will offer float32 alone.'
 
-python - "$name" "$here/models" <<'END'
+python - "$here/models" <<'END'
 import json
 import sys
+from ast import literal_eval
 from pathlib import Path
 
-import timm
-import timm_finet  # noqa: F401 (registers the networks)
-from timm.data import resolve_data_config
+import onnxruntime
 
-name, folder = sys.argv[1], Path(sys.argv[2])
-model = timm.create_model(name)
-config = resolve_data_config({}, model=model)
-_, height, width = config['input_size']
+folder = Path(sys.argv[1])
+facts = onnxruntime.InferenceSession(folder / 'float32.onnx').get_modelmeta().custom_metadata_map
+height, width = literal_eval(facts['imgsz'])
+config = {key: facts[key] for key in ('name', 'crop_mode', 'interpolation')}
 if height != width or config['crop_mode'] != 'center' or config['interpolation'] not in ('bilinear', 'bicubic'):
-    sys.exit(f'transform.js knows square inputs, centre crops, bilinear and bicubic resizing; {name} has {config}.')
+    sys.exit('transform.js knows square inputs, centre crops, bilinear and bicubic resizing; '
+             f"the network has {facts['imgsz']} and {config}.")
+config.update({key: literal_eval(facts[key]) for key in ('mean', 'std', 'crop_pct')})
 config.update(
-    name=name,
-    labels=model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)],
+    input_size=[literal_eval(facts['channels']), height, width],
+    labels=list(literal_eval(facts['names']).values()),
     megabytes={file.stem: round(file.stat().st_size / 1e6, 1) for file in sorted(folder.glob('*.onnx'))})
 (folder / 'model.json').write_text(json.dumps(config, indent=1))
 END

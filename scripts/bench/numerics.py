@@ -37,7 +37,7 @@ def inputs():
     yield 'down to 1e-4', layer, noise * 1e-4
     yield 'two positions', layer, torch.randn(2, 64, 1, 1)
     model = timm.create_model(SHIPPED, pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model, use_test_size=True))
     seen, handles = [], []
     for name, module in model.named_modules():
         if isinstance(module, FBNConv2d):

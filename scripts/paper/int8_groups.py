@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.utils import random_seed
 
 from scripts.cifar_runs import PROTOCOLS, collect, folder
@@ -31,7 +31,7 @@ SEED = 0  # of the crops
 def measure(name, run, args, scratch):
     setting, seed = run
     model = export.build(setting.model, str(folder(args.output, run) / 'last.pth.tar'))
-    transform = create_transform(**resolve_data_config({}, model=model))
+    transform = create_transform(**export.make_config(setting.model, model))
     train, test = (CIFAR100Pad2(args.data_dir, split, transform) for split in (True, False))
     random_seed(SEED)
     calibration = torch.stack([train[i][0] for i in range(export.CALIBRATION)])

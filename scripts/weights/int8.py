@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from tqdm import tqdm
 
 from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
@@ -36,7 +36,7 @@ def scores(model, run, x, targets):
 
 def measure(data_dir, folder):
     model = export.build(NAME)
-    data = CIFAR10Pad2(data_dir, train=False, transform=create_transform(**resolve_data_config({}, model=model)))
+    data = CIFAR10Pad2(data_dir, train=False, transform=create_transform(**export.make_config(NAME, model)))
     x = torch.stack([image for image, _ in tqdm(data)])
     targets = torch.tensor(data.targets)
     for to in export.SUFFIXES:
