@@ -165,7 +165,7 @@ def make_config(name: str, model: nn.Module, img_size: Optional[int] = None) -> 
 def make_metadata(name: str, model: nn.Module, config: Dict[str, Any], dynamic_batch: bool = False) -> Dict[str, str]:
     """What a file says of itself: its classes, and how an image becomes its input, of timm's data `config`.
 
-    Values are Python literals; of numbers and lists they are JSON too. ultralytics reads the first seven keys.
+    What is no plain word is a Python literal; numbers and lists are JSON too. ultralytics reads the first seven keys.
     """
     channels, *size = config['input_size']
     names = model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes))
