@@ -68,7 +68,7 @@ def read_image(file: Union[str, Path]) -> Image.Image:
             raise ValueError(f'{file} is HEIC or AVIF, which this Pillow cannot read: convert it to JPEG.') from error
         raise ValueError(f'{file} is not an image that Pillow can read.') from error
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
-        reason = getattr(error, 'strerror', None) or error or type(error).__name__
+        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
         raise ValueError(f'{file} cannot be read ({reason}): save it anew as JPEG or PNG.') from error
 
 

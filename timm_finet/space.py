@@ -15,6 +15,7 @@ from .demo import PHOTOGRAPHS, SHIPPED
 from .fbn import FBNConv2d
 from .images import shipped_images
 from .names import MODULES
+from .output import count
 from .rewrite import fuse_fbn
 
 __all__ = ['app', 'space']
@@ -119,8 +120,8 @@ def app():
         examples = [[tile, SHIPPED] for tile in shipped_images()[0][::40]]
         gr.Examples(examples, [image, name], label='Test images of CIFAR-10')
         button.click(answer, inputs, outputs)
-        gr.Markdown(
-            f'Times are medians of {ROUNDS} runs on {torch.get_num_threads()} CPU threads, the two forms in turns.')
+        threads = count(torch.get_num_threads(), 'CPU thread')
+        gr.Markdown(f'Times are medians of {ROUNDS} runs on {threads}, the two forms in turns.')
     return page
 
 
