@@ -20,6 +20,7 @@ from timm.models import push_to_hf_hub
 
 from timm_finet import card, fuse_fbn
 from timm_finet.checkpoint import class_names, describe
+from timm_finet.hub import save_for_hf
 from timm_finet.images import shipped_images
 
 ARGS = dict(
@@ -94,6 +95,15 @@ def test_pushed_checkpoint_is_one_commit_with_all_that_belongs_to_it(hub, push, 
     again = timm.create_model('hf-hub:me/net', pretrained=True)
     same(again, model)
     assert timm.data.resolve_data_config(model=again)['input_size'] == (3, 48, 48)
+
+
+@pytest.mark.parametrize('arguments, files', [
+    ({}, {'model.safetensors'}), (dict(safe_serialization='both'), {'model.safetensors', 'pytorch_model.bin'}),
+    (dict(safe_serialization=False), {'pytorch_model.bin'})])
+def test_saved_folder_has_safetensors_unless_others_are_asked_for(arguments, files, model, tmp_path):
+    save_for_hf(model, str(tmp_path), **arguments)
+    assert {path.name for path in tmp_path.iterdir()} == files | {'config.json'}
+    same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
 
 
 def test_fused_push_loads_fused_without_further_arguments(hub, push, model, tmp_path):
