@@ -5,9 +5,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from PIL import Image
+from timm.data import create_dataset
 
 from timm_finet import finetune
 from timm_finet.images import shipped_images
@@ -112,6 +115,44 @@ def test_training_that_ends_early_leaves_nothing(stand_in, cli, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['mine', 'scripts']
 
 
+@pytest.mark.parametrize('options, message', [
+    (['--epoch', '5'], 'unrecognized arguments: --epoch 5: did you mean --epochs?'),
+    (['--workers', 'two'], "argument --workers: invalid int value: 'two'")])
+def test_misspelt_option_gets_one_line_and_leaves_nothing(options, message, stand_in, refused, tmp_path):
+    (tmp_path / 'scripts' / 'train.py').write_text(
+        STAND_IN.replace('argparse.ArgumentParser()', 'argparse.ArgumentParser(allow_abbrev=False)'))
+    write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
+    refused(['finetune', 'mine', '--output', 'out', *options], f'^timm-finet finetune: {re.escape(message)}$')
+    assert not Path('out').exists()
+
+
+def write_sideways(folder):
+    """Class folders whose images lie on their side, and whose EXIF data say so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for file in write_classes(folder, 4, CIFAR10_CLASSES[:2]).rglob('*.png'):
+        with Image.open(file) as image:
+            image.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+
+
+def test_photographs_are_trained_on_and_judged_upright(stand_in, tmp_path, monkeypatch):
+    write_sideways(tmp_path / 'mine')
+    command, _, _ = finetune.prepare('mine', WEIGHTS, 'out', [])
+    options = dict(zip(command[1::2], command[2::2]))
+    images, _ = shipped_images()
+    upright = {images[40 * label + i].tobytes() for label in range(2) for i in range(4)}
+    for split in ('train', 'validation'):
+        dataset = create_dataset(options['--dataset'], options['--data-dir'], split)
+        assert len(dataset) == {'train': 6, 'validation': 2}[split]
+        seen = {(image.tobytes(), label) for image, label in dataset}
+        assert {data for data, _ in seen} <= upright and len(seen) == len(dataset)
+        assert {label for _, label in seen} == {0, 1}
+    spy = Mock(wraps=create_dataset)
+    monkeypatch.setattr(finetune, 'create_dataset', spy)
+    finetune.train(command + ['--epochs', '1', '--workers', '0'], WEIGHTS, Path('out'))
+    assert [call.args[0] for call in spy.mock_calls] == [options['--dataset']]
+
+
 def test_split_is_of_each_class_and_always_alike():
     classes = {name: [Path(name, str(i)) for i in range(count)] for name, count in (('a', 2), ('b', 9), ('c', 50))}
     training, held = finetune.hold_out(classes)
@@ -172,6 +213,21 @@ def test_wrong_arguments_are_named_in_one_line_and_nothing_is_written(case, stan
     before = files(tmp_path)
     refused(['finetune', *args, '--output', 'out'], f'^timm-finet finetune: .*{message}')
     assert files(tmp_path) == before and (case == 'full' or not Path('out').exists())
+
+
+def test_hint_to_go_on_can_be_pasted(stand_in, refused, tmp_path):
+    write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
+    (tmp_path / 'my runs').mkdir()
+    (tmp_path / 'my runs' / 'last.pth.tar').touch()
+    refused(['finetune', 'mine', '--output', 'my runs'], "or go on with --resume 'my runs/last.pth.tar'.$")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without such a GPU')
+def test_gpu_that_is_not_there_is_named_in_one_line(stand_in, refused, tmp_path):
+    write_classes(tmp_path / 'mine', 2, CIFAR10_CLASSES[:2])
+    refused(['finetune', 'mine', '--device', 'cuda', '--output', 'out'],
+            "^timm-finet finetune: --device='cuda' cannot be used, torch finds no such GPU here: use --device cpu.$")
+    assert not Path('out').exists()
 
 
 def test_output_without_links_is_left_as_it_was(stand_in, tmp_path, monkeypatch):

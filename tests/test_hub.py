@@ -20,6 +20,7 @@ from timm.models import push_to_hf_hub
 
 from timm_finet import card, fuse_fbn
 from timm_finet.checkpoint import class_names, describe
+from timm_finet.hub import save_for_hf
 from timm_finet.images import shipped_images
 
 ARGS = dict(
@@ -112,6 +113,15 @@ def test_a_card_gives_the_accuracy_of_this_checkpoint_and_what_it_began_from(hub
     assert ('47.25' in card) == (top1 == 47.25) and '41.5' not in card
     assert 'Training began from `finet_large_se_g4.cifar10`.' in card
     assert 'What goes for `finet_large_se_g4.cifar10`' in card
+
+
+@pytest.mark.parametrize('arguments, files', [
+    ({}, {'model.safetensors'}), (dict(safe_serialization='both'), {'model.safetensors', 'pytorch_model.bin'}),
+    (dict(safe_serialization=False), {'pytorch_model.bin'})])
+def test_saved_folder_has_safetensors_unless_others_are_asked_for(arguments, files, model, tmp_path):
+    save_for_hf(model, str(tmp_path), **arguments)
+    assert {path.name for path in tmp_path.iterdir()} == files | {'config.json'}
+    same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
 
 
 def test_fused_push_loads_fused_without_further_arguments(hub, push, model, tmp_path):

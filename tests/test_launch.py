@@ -179,8 +179,8 @@ def test_train_takes_device_classes_and_size_that_nobody_gave_and_says_so(train,
 @pytest.mark.parametrize('by', ['option', 'config'])
 def test_device_that_was_given_stays(by, train, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('device: meta\n')
-    _, out, err = train('--device', 'cuda') if by == 'option' else train('-c', 'recipe.yaml')
-    assert json.loads(out)['device'] == {'option': 'cuda', 'config': 'meta'}[by] and err == ''
+    _, out, err = train('--device', 'meta') if by == 'option' else train('-c', 'recipe.yaml')
+    assert json.loads(out)['device'] == 'meta' and err == ''
 
 
 BAD = dict(
@@ -193,6 +193,10 @@ BAD = dict(
     classes=(
         ['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
     untold=(['--pretrained', '--dataset', 'hfids/x'], '--num-classes is missing'),
+    device=(['--device', 'gpu'], "--device='gpu' is no device of torch: use cpu or cuda"),
+    misspelt=(['--outptu', 'x'], 'unrecognized arguments: --outptu: did you mean --output\\?'),
+    ambiguous=(['--data', 'x'], 'ambiguous option: --data could match --data-dir, --dataset$'),
+    no_number=(['--num-classes', 'x'], "argument --num-classes: invalid int value: 'x'$"),
     module=(['--device-modules', 'no_module'], "--device-modules='no_module' cannot be imported: No module named"),
 )
 
@@ -202,6 +206,13 @@ def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, re
     args, message = BAD[case]
     Path('empty').mkdir()
     refused(['run', 'train', *args], f'^timm-finet run train: .*{message}')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without such a GPU')
+@pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
+def test_gpu_that_is_not_there_is_named_in_one_line(device, train, refused):
+    refused(['run', 'train', '--device', device],
+            f"^timm-finet run train: --device='{device}' cannot be used, torch finds no such GPU here: use --device")
 
 
 def test_network_of_a_module_of_ones_own_is_known(train, tmp_path, monkeypatch):

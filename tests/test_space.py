@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from timm_finet import FBNConv2d, space
 
@@ -51,6 +52,19 @@ def test_a_file_that_is_no_image_gets_one_line(name, tmp_path):
     from gradio.data_classes import ImageData
     (tmp_path / name).write_text('no image')
     upload = next(block for block in space.app().blocks.values() if isinstance(block, gradio.Image))
-    with pytest.raises(gradio.Error, match='not an image') as error:
+    with pytest.raises(gradio.Error, match=f'^.?{name} is not an image') as error:
         upload.preprocess(ImageData(path=str(tmp_path / name), orig_name=name))
     assert not error.value.print_exception
+
+
+def test_an_upload_is_read_as_all_images_and_named_as_its_owner_does(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('I;16', (6, 4), 257 * 100).save(tmp_path / 'stored.png', exif=exif)
+    image = space.read_upload(str(tmp_path / 'stored.png'), 'mine.png')
+    assert image.size == (4, 6) and image.getpixel((0, 0)) == (100, 100, 100)
+    (tmp_path / 'stored.png').write_text('no image')
+    with pytest.raises(ValueError, match='^mine.png is not an image that Pillow can read.$'):
+        space.read_upload(str(tmp_path / 'stored.png'), 'mine.png')
+    with pytest.raises(ValueError, match='^This file does not exist'):
+        space.read_upload(str(tmp_path / 'none.png'), None)

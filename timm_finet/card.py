@@ -43,11 +43,11 @@ A multiply-add counts as one; convolutions and linear layers, by fvcore (`timm_f
 import timm_finet  # registers the network with timm
 import timm
 import torch
-from PIL import Image
+from timm_finet.images import read_image
 
 model = timm.create_model('{source}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model, use_test_size=True))
-image = Image.open('image.png').convert('RGB')
+image = read_image('image.png')  # RGB, turned as its EXIF data say
 with torch.inference_mode():
     probabilities, classes = model(transform(image)[None]).softmax(1)[0].topk({top})
 names = model.pretrained_cfg.get('label_names') or range(model.num_classes)

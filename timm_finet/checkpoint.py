@@ -42,7 +42,8 @@ DATASETS = {  # by tag, and by train.py's --dataset
     'tiny_in200': Dataset('zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', TINY_IN200_CLASSES, terms=OF_IMAGENET),
 }
 UNKNOWN_DATASET = Dataset('imagefolder', "the owner's images")
-FOLDERS = ('', 'torch/folder', 'torch/image_folder')  # train.py's --dataset for a folder a class, or a tar of them
+# train.py's --dataset for a folder a class; the first is also for a tar of them
+FOLDERS = ('', 'torch/folder', 'torch/image_folder', 'torch/photographs')
 
 
 def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:

@@ -10,10 +10,11 @@ __all__ = ['main', 'run']
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the arguments say; one line and status 2 for what was wrong with them."""
+    """Do what the arguments say; one line and status 2 for what was wrong with them, 1 where `demo` skipped files."""
     try:
         if args.command == 'demo':
-            demo.demo(args.paths, args.output)
+            if not demo.demo(args.paths, args.output):
+                sys.exit(1)
         elif args.command == 'flops':
             flops.flops(args.names, args.input_size, args.fused, args.csv)
         elif args.command == 'push':

@@ -1,7 +1,8 @@
-"""CIFAR as the paper augments it (section 5.3): zero-pad to 36 px, crop 32 px at random; timm's loader flips.
+"""CIFAR as the paper augments it (section 5.3), and folders of photographs that are turned as their EXIF data say.
 
-Importing this module makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2`, `torch/cifar10_first1000`,
-`torch/cifar100_first100` and `torch/cifar10_sample` known to timm.
+CIFAR's images are zero-padded to 36 px and cropped to 32 px at random; timm's loader flips them. Importing this module
+makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2`, `torch/cifar10_first1000`, `torch/cifar100_first100`,
+`torch/cifar10_sample` and `torch/photographs` known to timm.
 """
 import os
 import random
@@ -9,15 +10,15 @@ import random
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import dataset_factory
+from timm.data import ImageDataset, create_dataset, dataset_factory
 from timm.utils import random_seed
 from timm.utils.distributed import is_distributed_env
 from torch.utils.data import get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from .images import shipped_images
+from .images import read_image, shipped_images
 
-__all__ = ['CIFAR10First1000', 'CIFAR10Pad2', 'CIFAR10Sample', 'CIFAR100First100', 'CIFAR100Pad2']
+__all__ = ['CIFAR10First1000', 'CIFAR10Pad2', 'CIFAR10Sample', 'CIFAR100First100', 'CIFAR100Pad2', 'Photographs']
 
 PAD = 2
 
@@ -141,7 +142,24 @@ class CIFAR10Sample(CIFAR10Pad2):
         return np.stack([np.asarray(images[i]) for i in mine]), [labels[i] for i in mine]
 
 
+class Photographs(ImageDataset):
+    """timm's folder a class, under `train` and `validation`, whose images are read by `read_image`; timm turns none.
+
+    Raises:
+        RuntimeError: The folder holds no images.
+        ValueError: An image cannot be read, where timm's would take the next one instead.
+    """
+
+    def __init__(self, root, train=True, download=False):
+        super().__init__(root, reader=create_dataset('', root, 'train' if train else 'validation').reader)
+
+    def __getitem__(self, index):
+        file, target = self.reader.samples[index]
+        image = read_image(file)
+        return image if self.transform is None else self.transform(image), target
+
+
 # A private dict of timm's, pinned by a test: there is no public way to name a new dataset for its scripts.
 dataset_factory._TORCH_BASIC_DS.update(
     cifar10_pad2=CIFAR10Pad2, cifar100_pad2=CIFAR100Pad2, cifar10_first1000=CIFAR10First1000,
-    cifar100_first100=CIFAR100First100, cifar10_sample=CIFAR10Sample)
+    cifar100_first100=CIFAR100First100, cifar10_sample=CIFAR10Sample, photographs=Photographs)

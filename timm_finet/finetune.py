@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import launch
 from .checkpoint import load_checkpoint
 from .demo import PHOTOGRAPHS
-from .images import contact_sheet, read_images
+from .images import contact_sheet, read_image, read_images
 from .names import MODULES
 from .output import replace_file
 
@@ -81,7 +81,7 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
     with tqdm(files, 'try images', unit='image', leave=False, disable=None) as bar:
         for file in bar:
             try:
-                read_images([file])
+                read_image(file)
             except (OSError, ValueError) as error:
                 raise ValueError(f'{folder}: {error} Repair or remove it.') from error
     return training, validation
@@ -126,7 +126,8 @@ def prepare(
     last, links = output / 'last.pth.tar', output.absolute() / 'images'
     resumes = '--resume' in names and last.is_file()
     if output.is_dir() and any(output.iterdir()) and not resumes:
-        raise ValueError(f'--output={str(output)!r} is not empty: name another folder, or go on with --resume {last}.')
+        raise ValueError(f'--output={str(output)!r} is not empty: name another folder, or go on '
+                         f'with --resume {shlex.quote(str(last))}.')
     if resumes and links.is_dir():
         data = links  # the split stays, whatever came since
     training, validation = find_images(data)
@@ -139,7 +140,8 @@ def prepare(
         '--config', 'recipe:finetune',
         *(['--batch-size', str(count)] if count < BATCH else []),  # train.py drops what does not fill a batch
         *options,
-        '--model', weights, '--data-dir', str(data), '--output', str(output.parent), '--experiment', output.name])
+        '--model', weights, '--dataset', 'torch/photographs', '--data-dir', str(data),
+        '--output', str(output.parent), '--experiment', output.name])
     if splits:
         try:
             link(splits, links)
@@ -160,7 +162,7 @@ def clear(output: Path) -> None:
 def train(command: List[str], weights: str, output: Path) -> None:
     """Run train.py, then report; what ends before the first checkpoint leaves nothing behind."""
     try:
-        launch.run(command)
+        launch.run(command, 'finetune')
     finally:
         clear(output)
     report(output, weights)
@@ -172,7 +174,7 @@ def report(output: Path, weights: str) -> None:
     checkpoint = output / 'model_best.pth.tar'
     model, args = load_checkpoint(str(checkpoint), weights)
     names = model.pretrained_cfg['label_names']
-    dataset = create_dataset('', args['data_dir'], 'validation')
+    dataset = create_dataset('torch/photographs', args['data_dir'], 'validation')
     dataset.transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
     model.to(args['device'])
     results = [(model(x.to(args['device'])).softmax(1).cpu(), labels)

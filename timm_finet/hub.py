@@ -4,7 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Literal, Optional, Union
 
 import timm
 import torch.nn as nn
@@ -40,13 +40,15 @@ def read_names(file: str, num_classes: int) -> List[str]:
     return names
 
 
-def save_for_hf(model: nn.Module, folder: str, **kwargs: Any) -> None:
-    """timm's `save_for_hf`, of any of its networks, in a folder that transformers loads too. Arguments as there.
+def save_for_hf(
+        model: nn.Module, folder: str, safe_serialization: Union[bool, Literal['both']] = True, **kwargs: Any) -> None:
+    """timm's `save_for_hf`, of any of its networks, in a folder that transformers loads too.
 
-    The size of the images in it is the one that the weights are tested at: transformers knows no other than the first.
+    Arguments as there, but for the default: safetensors alone, as the Hub's other files. The size of the images in it
+    is the one that the weights are tested at: transformers knows no other than the first.
     """
     kwargs = {'data_config': resolve_input_data_config(model, use_test_size=True), **kwargs}
-    timm.models.save_for_hf(model, folder, **kwargs)
+    timm.models.save_for_hf(model, folder, safe_serialization=safe_serialization, **kwargs)
     file = Path(folder) / 'config.json'
     config = json.loads(file.read_text())
     config.get('model_args', {}).pop('num_classes', None)  # transformers passes it by itself, out of the root
@@ -61,7 +63,7 @@ def save(
         model: nn.Module, folder: str, card: ModelCard, args: Optional[Dict[str, Any]] = None,
         log: Optional[str] = None) -> None:
     """Write a model repository: timm's config.json and model.safetensors, the card, training arguments and log."""
-    save_for_hf(model, folder, safe_serialization=True)
+    save_for_hf(model, folder)
     folder = Path(folder)
     card.save(folder / 'README.md')
     if args:

@@ -1,12 +1,14 @@
 """Images: those shipped with the package, those at a path, and sheets of them."""
+from contextlib import suppress
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import List, Sequence, Tuple, Union
 
-from PIL import Image, ImageDraw, ImageOps
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from .output import replace_file
 
-__all__ = ['contact_sheet', 'find_images', 'read_images', 'shipped_images']
+__all__ = ['contact_sheet', 'find_images', 'read_image', 'read_images', 'shipped_images']
 
 # Tiles of 32 px, class by class: 40 a class, and 10 a class
 IMAGES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
@@ -37,25 +39,58 @@ def find_images(paths: Sequence[str]) -> List[Path]:
     return files
 
 
-def read_images(files: Sequence[Path]) -> List[Image.Image]:
-    """Read image files.
+def read_image(file: Union[str, Path]) -> Image.Image:
+    """Read an image file as a photograph is looked at: turned as its EXIF data say, in RGB of 8 bits.
+
+    Gray of more bits is scaled: of 16 bits from 0 to 65535, of floats from 0 to 1. Of what moves, the first image is
+    taken. Transparency is dropped, as timm's and torchvision's loaders do, so that what lies below it is seen.
 
     Raises:
-        ValueError: A file is no image, or has too many pixels.
+        ValueError: The file is no image that Pillow can read, has too many pixels, or levels out of these ranges.
         FileNotFoundError: There is no such file.
     """
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(image.convert('RGB'))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f'{file} does not exist: give images, or folders that hold some.') from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(f'{file} has more pixels than Pillow takes for safe: give a smaller image.') from error
-        except (SyntaxError, OSError) as error:  # UnidentifiedImageError is an OSError
-            raise ValueError(f'{file} is not an image that Pillow can read.') from error
-    return images
+    try:
+        with Image.open(file) as image:
+            image.load()
+            with suppress(Exception):  # of data that it cannot write back, once the pixels are turned
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in 'IF':
+                return to_8_bits(image).convert('RGB')
+            if image.mode == 'P':  # straight to RGB Pillow warns of several transparent colours
+                image = image.convert('RGBA')
+            return image.convert('RGB')
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{file} does not exist: give images, or folders that hold some.') from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f'{file} has more pixels than Pillow takes for safe: give a smaller image.') from error
+    except UnidentifiedImageError as error:
+        if is_heif(file):
+            raise ValueError(f'{file} is HEIC or AVIF, which this Pillow cannot read: convert it to JPEG.') from error
+        raise ValueError(f'{file} is not an image that Pillow can read.') from error
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
+        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        raise ValueError(f'{file} cannot be read ({reason}): save it anew as JPEG or PNG.') from error
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """An image of mode I;16, I or F in mode L: Pillow's own `convert` cuts all levels above 255 off."""
+    levels, highest = np.asarray(image), 1 if image.mode == 'F' else 65535
+    if not (levels.min() >= 0 and levels.max() <= highest):  # nor NaN
+        raise ValueError(f'levels from {levels.min():g} to {levels.max():g}, not within 0 to {highest}')
+    return Image.fromarray((levels * (255 / highest) + 0.5).astype(np.uint8))
+
+
+def is_heif(file: Union[str, Path]) -> bool:
+    """Whether a file is of the kind of containers that phones write: HEIC, AVIF."""
+    with open(file, 'rb') as start:
+        head = start.read(12)
+    return head[4:8] == b'ftyp' and head[8:] in (
+        b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1', b'avif', b'avis')
+
+
+def read_images(files: Sequence[Union[str, Path]]) -> List[Image.Image]:
+    """`read_image` of each file; it says what is raised."""
+    return [read_image(file) for file in files]
 
 
 def contact_sheet(

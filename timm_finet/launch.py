@@ -1,14 +1,16 @@
 """`timm-finet run`: timm's own scripts, which its wheel lacks, run with our models and data sets registered."""
 import argparse
+import difflib
 import importlib
 import os
+import re
 import runpy
 import signal
 import sys
 import tempfile
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import timm.utils
 import torch
@@ -131,6 +133,16 @@ def check_names(args: Dict[str, Any]) -> None:
             raise FileNotFoundError(f'--data-dir={root!r} does not exist: give the folder of the data set.')
 
 
+def check_device(device: Optional[str]) -> None:
+    """Raise ValueError for a device on the command line that torch does not know, or a GPU that it does not find."""
+    try:
+        is_cuda = device is not None and torch.device(device).type == 'cuda'
+    except RuntimeError as error:
+        raise ValueError(f'--device={device!r} is no device of torch: use cpu or cuda, for example.') from error
+    if is_cuda and not torch.cuda.is_available():
+        raise ValueError(f'--device={device!r} cannot be used, torch finds no such GPU here: use --device cpu.')
+
+
 def count_classes(args: Dict[str, Any]) -> Optional[int]:
     """How many classes the data set of train.py's or validate.py's arguments has, where that can be told."""
     try:
@@ -155,6 +167,7 @@ def complete(script: str, args: argparse.Namespace, device: Optional[str]) -> No
         except ImportError as error:
             raise ValueError(f'--device-modules={module!r} cannot be imported: {error}') from error
     check_names(vars(args))
+    check_device(device)
     is_train = script == 'train'
     if not is_train and (script != 'validate' or args.num_classes is None):
         return
@@ -182,18 +195,33 @@ def complete(script: str, args: argparse.Namespace, device: Optional[str]) -> No
             print(f'timm-finet run train: takes {options}, as nothing else was given.', file=sys.stderr)
 
 
-def run(argv: List[str]) -> None:
+def explain(message: str, options: Iterable[str]) -> str:
+    """argparse's message, with what may have been meant by an option that is none of `options`."""
+    unknown = re.match('unrecognized arguments: (--[^ =]+)', message)
+    near = difflib.get_close_matches(unknown[1], options, 1) if unknown else []
+    return message + ''.join(f': did you mean {option}?' for option in near)
+
+
+def run(argv: List[str], command: Optional[str] = None) -> None:
     """Run a script as `__main__`. It finds our models and data sets registered, as this package has been imported.
+
+    Args:
+        argv: The script's path and its arguments. What is wrong with them ends the process with one line and status 2.
+        command: That of `timm-finet` which that line names, by default `run` and the script.
 
     Raises:
         KeyboardInterrupt: At Ctrl-C, which train.py takes for its end.
     """
     script = Path(argv[0]).stem
+    command = command or f'run {script}'
     parse = argparse.ArgumentParser.parse_args
     interrupts = []
 
     def parse_and_complete(self, args=None, namespace=None):
         argparse.ArgumentParser.parse_args = parse
+        # argparse's own prints the usage as well, 200 lines of train.py's.
+        self.error = lambda message: self.exit(
+            2, f'timm-finet {command}: {explain(message, self._option_string_actions)}\n')
         # Its own default would not tell whether the device was given.
         namespace = parse(self, args, argparse.Namespace(device=None))
         device = namespace.device
@@ -201,7 +229,7 @@ def run(argv: List[str]) -> None:
         try:
             complete(script, namespace, device)
         except (OSError, ValueError) as error:
-            self.exit(2, f'timm-finet run {script}: {error}\n')
+            self.exit(2, f'timm-finet {command}: {error}\n')
         return namespace
 
     def interrupt(number, frame):

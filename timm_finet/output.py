@@ -1,9 +1,14 @@
-"""Files that a command writes: refused before the work where they cannot be, and then written whole or not at all."""
+"""What a command writes: files, refused before the work where they cannot be, and then whole or not at all; counts."""
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['check_output', 'replace_file']
+__all__ = ['check_output', 'count', 'replace_file']
+
+
+def count(number: int, noun: str) -> str:
+    """'1 image', '2 images'."""
+    return f'{number} {noun}' + 's' * (number != 1)
 
 
 def check_output(file: str) -> None:

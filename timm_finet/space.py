@@ -3,7 +3,7 @@ import os
 import time
 from functools import lru_cache
 from statistics import median
-from typing import List, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -13,8 +13,9 @@ from timm.data import create_transform, resolve_data_config
 
 from .demo import PHOTOGRAPHS, SHIPPED
 from .fbn import FBNConv2d
-from .images import shipped_images
+from .images import read_image, shipped_images
 from .names import MODULES
+from .output import count
 from .rewrite import fuse_fbn
 
 __all__ = ['app', 'space']
@@ -59,6 +60,14 @@ def forms(name: str, fbn_groups: int) -> Tuple[nn.Module, nn.Module]:
     return model, fused
 
 
+def read_upload(path: str, name: Optional[str]) -> Image.Image:
+    """`read_image`, whose ValueError names the file as its owner does, not where the server keeps it."""
+    try:
+        return read_image(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).replace(str(path), name or 'This file')) from error
+
+
 @torch.inference_mode()
 def classify(image: Image.Image, name: str, fbn_groups: int) -> List[Union[dict, str]]:
     """The five likeliest classes by each form, with its milliseconds: median of `ROUNDS`, the forms in turns."""
@@ -94,12 +103,12 @@ def app():
         return classify(image, name, fbn_groups)
 
     def read(payload):
-        try:
-            return gr.Image.preprocess(image, payload)
-        except (SyntaxError, OSError, Image.DecompressionBombError, gr.Error) as error:
-            # As read_images, and gradio's own for an SVG: each would print a traceback.
-            message = 'This file is not an image that can be read, or has too many pixels.'
-            raise gr.Error(message, print_exception=False) from error
+        if payload is None:
+            return None
+        try:  # gradio's own way turns 16 bits white, and prints a traceback for what is no image
+            return read_upload(payload.path, payload.orig_name)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     names = timm.list_models(module=MODULES, pretrained=True)
     with gr.Blocks(title='Finet', analytics_enabled=False) as page:
@@ -119,8 +128,8 @@ def app():
         examples = [[tile, SHIPPED] for tile in shipped_images()[0][::40]]
         gr.Examples(examples, [image, name], label='Test images of CIFAR-10')
         button.click(answer, inputs, outputs)
-        gr.Markdown(
-            f'Times are medians of {ROUNDS} runs on {torch.get_num_threads()} CPU threads, the two forms in turns.')
+        threads = count(torch.get_num_threads(), 'CPU thread')
+        gr.Markdown(f'Times are medians of {ROUNDS} runs on {threads}, the two forms in turns.')
     return page
 
 
