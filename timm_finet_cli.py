@@ -53,7 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
         'finetune', help='fine-tune a network on your own images, a folder a class', allow_abbrev=False,
         epilog="Other options, e.g. --epochs 5 or --config recipe:modern_finetune, are those of timm's train.py.")
     sub.add_argument('folder', metavar='FOLDER', help='CLASS/*.jpg, or train/CLASS/*.jpg and validation/CLASS/*.jpg')
-    sub.add_argument('--weights', metavar='NAME.TAG', help='default: finet_large_se_g4.tiny_in200')
+    sub.add_argument('--weights', metavar='NAME.TAG', help=(
+        'any of timm, hf-hub:ORG/NAME, local-dir:FOLDER or a checkpoint; default: finet_large_se_g4.tiny_in200'))
     sub.add_argument('--output', metavar='FOLDER', help='a new one; default: output/finetune/FOLDER')
 
     sub = commands.add_parser('push', help='push a checkpoint, with its card, to the Hugging Face Hub')

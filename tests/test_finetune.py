@@ -1,4 +1,5 @@
 """`timm-finet finetune` on folders of the shipped images."""
+import argparse
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset
@@ -23,18 +25,24 @@ TRAIN = Path(os.environ.get('TIMM_SCRIPTS') or 'none', 'train.py')
 STAND_IN = """
 import argparse, sys, timm, torch, yaml
 from pathlib import Path
+from timm.utils import ParseKwargs
 parser = argparse.ArgumentParser()
 parser.add_argument('--config')
 parser.add_argument('--device', default='cuda')
 parser.add_argument('--pretrained', action='store_true')
-for name in ('num-classes', 'img-size', 'input-size', 'epochs', 'batch-size', 'workers'):
+for name in ('num-classes', 'img-size', 'epochs', 'batch-size', 'workers'):
     parser.add_argument(f'--{name}', type=int)
-for name in ('data-dir', 'dataset', 'model', 'output', 'experiment', 'resume'):
+for name in ('data-dir', 'dataset', 'model', 'output', 'experiment', 'resume', 'pretrained-path'):
     parser.add_argument(f'--{name}', default='')
+for name, kind in (('input-size', int), ('mean', float), ('std', float)):
+    parser.add_argument(f'--{name}', type=kind, nargs=3)
+parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
 config = sys.argv[sys.argv.index('--config') + 1]
 parser.set_defaults(**yaml.safe_load(Path(config).read_text()))
 args = parser.parse_args()
-model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes)
+overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1)) if args.pretrained_path else {}
+model = timm.create_model(
+    args.model, pretrained=args.pretrained, num_classes=args.num_classes, **overlay, **args.model_kwargs)
 folder = Path(args.output, args.experiment)
 folder.mkdir(parents=True, exist_ok=True)
 (folder / 'args.yaml').write_text('')
@@ -106,6 +114,31 @@ def test_class_folders_are_split_judged_and_drawn_and_the_next_commands_work(sta
     assert Path('out/finet_small_g4.onnx').stat().st_size > 1 << 20
     card = cli(*push)[1]
     assert '# finet_small_g4\n' in card and 'Would push to ORG/NAME:' in card
+
+
+def test_any_weights_may_be_fine_tuned_and_again(stand_in, cli, tmp_path):
+    write_classes(tmp_path / 'mine', 5, CIFAR10_CLASSES[:3])
+    network = timm.create_model('test_resnet', num_classes=5)
+    timm.models.save_for_hf(network, 'folder', safe_serialization=True)
+    status, out, err = cli(
+        'finetune', 'mine', '--weights', 'local-dir:folder', '--output', 'first', '--epochs', 1, '--workers', 0)
+    assert status == 0, err
+    assert 'timm-finet push' not in out  # the Hub's card is for networks of ours
+    export, = (shlex.split(line)[1:] for line in out.splitlines() if line.startswith('timm-finet '))
+    assert '--checkpoint' in export and 'test_resnet' in export
+
+    small = timm.create_model('finet_small_g2', num_classes=4, small_input=True, channels=(16, 16, 24))
+    args = argparse.Namespace(
+        model='finet_small_g2', num_classes=4, input_size=[3, 32, 32], mean=[0.5, 0.4, 0.3],
+        model_kwargs=dict(small_input=True, channels=(16, 16, 24)))
+    torch.save(dict(state_dict=small.state_dict(), args=args), 'mine.pth.tar')
+    status, out, err = cli(
+        'finetune', 'mine', '--weights', 'mine.pth.tar', '--output', 'second', '--epochs', 1, '--workers', 0)
+    assert status == 0, err
+    saved = torch.load('second/model_best.pth.tar', weights_only=False)
+    assert saved['args'].mean == [0.5, 0.4, 0.3] and saved['args'].input_size == [3, 32, 32]
+    torch.testing.assert_close(saved['state_dict']['stem.conv.weight'], small.state_dict()['stem.conv.weight'])
+    assert len(saved['state_dict']['classifier.bias']) == 3
 
 
 def test_training_that_ends_early_leaves_nothing(stand_in, cli, tmp_path):

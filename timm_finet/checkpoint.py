@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import yaml
 from timm.data import create_dataset, resolve_data_config
-from timm.models import is_model, is_model_in_modules, load_state_dict
+from timm.models import is_model, is_model_in_modules, is_model_pretrained, load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .finet import CIFAR10_CLASSES, CIFAR100_CLASSES, TINY_IN200_CLASSES
@@ -140,8 +140,10 @@ def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
     for key, layer, dim in (('num_classes', cfg and cfg.classifier, 0), ('in_chans', is_ours and cfg.first_conv, 1)):
         if f'{layer}.weight' in weights:  # the first layers of other networks are not always given their channels so
             sizes[key] = weights[f'{layer}.weight'].shape[dim]
+    # What a tag says of how its network is built comes with its weights alone; a file's may belong to a name without any.
+    by_tag = args.get('pretrained', False) and not (args.get('pretrained_path') and not is_model_pretrained(built_as))
     model = timm.create_model(
-        built_as, pretrained=is_ours and args.get('pretrained', False), **sizes, global_pool=args.get('gp'),
+        built_as, pretrained=is_ours and by_tag, **sizes, global_pool=args.get('gp'),
         bn_eps=args.get('bn_eps'), **args.get('model_kwargs') or {}).eval()
     # A function that is registered may build another's network and change it, as people do in modules of their own.
     if is_model(name) and architecture not in (built_as.split('.')[0], model.pretrained_cfg['architecture']):

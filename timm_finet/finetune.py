@@ -8,12 +8,12 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import torch
 from PIL import Image, ImageDraw
 from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.models import list_models
+from timm.models import is_model_in_modules, is_model_pretrained, list_models
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import launch
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, training_args
 from .demo import PHOTOGRAPHS
 from .images import contact_sheet, read_image, read_images
 from .names import MODULES
@@ -102,20 +102,48 @@ def link(splits: Dict[str, Classes], folder: Path) -> None:
                 (folder / split / name / file.name).symlink_to(file)
 
 
+def start_from(weights: str) -> List[str]:
+    """train.py's options that build the network of these weights and begin from them.
+
+    Args:
+        weights: A name of timm's, ours among them, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or a checkpoint of train.py.
+
+    Raises:
+        ValueError: They are none of these.
+    """
+    if not Path(weights).is_file():
+        if not weights.startswith(('hf-hub:', 'local-dir:')) and not is_model_pretrained(weights):
+            known = list_models(pretrained=True)
+            raise ValueError(
+                f"--weights={weights!r} are unknown: use {', '.join(list_models(module=MODULES, pretrained=True))}, "
+                f'another of the {len(known)} of timm, hf-hub:ORG/NAME, local-dir:FOLDER or a checkpoint of train.py.')
+        return ['--model', weights]
+    name = training_args(Path(weights)).get('model')
+    if not name:
+        raise ValueError(f'--weights={weights!r} has no arguments of train.py in it, or in args.yaml beside it.')
+    model, args = load_checkpoint(weights, name)
+    cfg, model_kwargs = model.pretrained_cfg, args.get('model_kwargs') or {}
+    options = ['--model', name, '--pretrained-path', weights]
+    if model_kwargs:
+        options += ['--model-kwargs', *(f'{key}={value!r}'.replace(' ', '') for key, value in model_kwargs.items())]
+    for key in ('input_size', 'mean', 'std'):
+        options += [f"--{key.replace('_', '-')}", *map(str, cfg[key])]
+    return options
+
+
 def prepare(
         folder: str, weights: Optional[str], output: Optional[str], options: Sequence[str],
 ) -> Tuple[List[str], str, Path]:
     """Check the arguments and the images, link these where they are to be split, and make train.py's command line.
 
     Returns:
-        The command line, the weights and the output folder.
+        The command line, the network as train.py gets it, and the output folder.
 
     Raises:
         ValueError, OSError: Something is wrong with them; nothing is left behind.
     """
-    known, weights = list_models(module=MODULES, pretrained=True), weights or PHOTOGRAPHS
-    if weights not in known:
-        raise ValueError(f"--weights={weights!r} are unknown: use {', '.join(known)}.")
+    weights = weights or PHOTOGRAPHS
+    start = start_from(weights)
     names = [option.split('=')[0] for option in options]
     for name in SET_HERE:
         if name in names:
@@ -140,7 +168,7 @@ def prepare(
         '--config', 'recipe:finetune',
         *(['--batch-size', str(count)] if count < BATCH else []),  # train.py drops what does not fill a batch
         *options,
-        '--model', weights, '--dataset', 'torch/photographs', '--data-dir', str(data),
+        *start, '--dataset', 'torch/photographs', '--data-dir', str(data),
         '--output', str(output.parent), '--experiment', output.name])
     if splits:
         try:
@@ -150,7 +178,7 @@ def prepare(
             raise OSError(f'--output={str(output)!r} cannot hold links to the images ({error.strerror}): name a folder '
                           'on a disk that can.') from error
     print(f'{len(training)} classes, {count} images to train on and {held} to validate on', flush=True)
-    return command, weights, output
+    return command, start[1], output
 
 
 def clear(output: Path) -> None:
@@ -195,12 +223,12 @@ def report(output: Path, weights: str) -> None:
         contact_sheet(images, titles, [False] * len(wrong), str(output / 'mistakes.png'), size=112)
         print(f"wrote {output / 'mistakes.png'}")
 
-    name = weights.split('.')[0]
-    print('next, fuse it into a file for a phone, and see its card, which goes to the Hub without --dry-run:')
-    for line in (
-            ['export', name, '--to', 'onnx', '--checkpoint', str(checkpoint), '--output', str(output / f'{name}.onnx')],
-            ['push', str(checkpoint), '--model', name, '--repo-id', 'ORG/NAME', '--dry-run']):
-        print(shlex.join(['timm-finet', *line]))
+    name = model.pretrained_cfg['architecture']
+    fuse = ['export', name, '--to', 'onnx', '--checkpoint', str(checkpoint), '--output', str(output / f'{name}.onnx')]
+    print('next, fuse it into a file for a phone:', shlex.join(['timm-finet', *fuse]), sep='\n')
+    if is_model_in_modules(name, MODULES):
+        push = ['push', str(checkpoint), '--model', name, '--repo-id', 'ORG/NAME', '--dry-run']
+        print('and see its card, which goes to the Hub without --dry-run:', shlex.join(['timm-finet', *push]), sep='\n')
 
 
 def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], file: str) -> None:
