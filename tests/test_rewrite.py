@@ -247,6 +247,12 @@ def test_coarse_outputs_are_not_refused(coarse, randomise):
         assert isinstance(fuse_fbn(randomise(model).eval(), torch.randn(2, 4, 16, 16)).bn, nn.Identity)
 
 
+def test_outputs_that_a_bias_drowns_are_not_refused(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model[2].weight.data.mul_(1e-6)
+    assert norms(fuse_fbn(model.eval(), SMALL.float())) == 0
+
+
 def test_outputs_that_do_not_know_the_weights_prove_nothing(randomise, caplog):
     fuse_fbn(randomise(Net(lambda net, x: 0 * net.bn(net.conv(x)), **pair())).eval(), SMALL.float())
     assert '1 of the 1 outputs of Net prove nothing' in caplog.text

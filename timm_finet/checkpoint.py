@@ -140,7 +140,7 @@ def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
     for key, layer, dim in (('num_classes', cfg and cfg.classifier, 0), ('in_chans', is_ours and cfg.first_conv, 1)):
         if f'{layer}.weight' in weights:  # the first layers of other networks are not always given their channels so
             sizes[key] = weights[f'{layer}.weight'].shape[dim]
-    # What a tag says of how its network is built comes with its weights alone; a file's may belong to a name without any.
+    # What a tag says of how its network is built comes with its weights; those of a file may bear a name without any.
     by_tag = args.get('pretrained', False) and not (args.get('pretrained_path') and not is_model_pretrained(built_as))
     model = timm.create_model(
         built_as, pretrained=is_ours and by_tag, **sizes, global_pool=args.get('gp'),

@@ -277,7 +277,7 @@ def _try(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -> 
     if called or not are_equal:
         return called
 
-    # A network may multiply what rounding does to its weights. How much so, is measured: more than once where the
+    # A network may multiply what rounding does to its numbers. How much so, is measured: more than once where the
     # first time finds too little, as of outputs that are whole numbers.
     noisy = []
     for seed in range(5):
@@ -296,13 +296,15 @@ def _try(model: nn.Module, found: _Found, change: Callable, are_equal: bool) -> 
 
 
 def _with_noise(model: nn.Module, found: _Found, seed: int) -> nn.Module:
-    """A copy in which the parameters of all layers found are changed by as much as rounding may be."""
+    """A copy in which all numbers that folding computes with are changed by as much as rounding may be."""
     noisy = copy_to_run(model)
     with undisturbed():
         torch.manual_seed(seed)
-        for name in (*found.fbn, *(name for name, _ in found.pairs)):
-            for parameter in noisy.get_submodule(name).parameters():
-                parameter.mul_(1 + found.rounding * torch.randn_like(parameter))
+        for name in itertools.chain(found.fbn, *found.pairs):
+            module = noisy.get_submodule(name)
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.mul_(1 + found.rounding * torch.randn_like(tensor))
     return noisy
 
 
