@@ -247,10 +247,14 @@ def test_coarse_outputs_are_not_refused(coarse, randomise):
         assert isinstance(fuse_fbn(randomise(model).eval(), torch.randn(2, 4, 16, 16)).bn, nn.Identity)
 
 
-def test_outputs_that_a_bias_drowns_are_not_refused(randomise):
-    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
-    model[2].weight.data.mul_(1e-6)
-    assert norms(fuse_fbn(model.eval(), SMALL.float())) == 0
+def test_rounding_is_tried_on_all_that_is_folded(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))).eval()
+    found = rewrite._Found(pairs=[('0', '1')], rounding=2 ** -23)
+    noisy = rewrite._with_noise(model, found, seed=0).state_dict()
+    for name, value in model.state_dict().items():
+        moves = value.is_floating_point() and not name.startswith('2')
+        assert value.equal(noisy[name]) != moves
+        torch.testing.assert_close(noisy[name], value, rtol=1e-6, atol=0)
 
 
 def test_outputs_that_do_not_know_the_weights_prove_nothing(randomise, caplog):
