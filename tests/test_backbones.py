@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from timm_finet import FBNConv2d, fuse_fbn
+from timm_finet.hub import save_for_hf
 
 NAMES = ['finet_small_g4', 'finet_small_se_g2', 'resnet18_fbn_g4']
 X = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -34,6 +35,27 @@ def assert_same_outputs(model, other):
     with torch.inference_mode():
         for a, b in zip(outputs(model), outputs(other), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', ['finet_small_g4.cifar10', 'resnet18_fbn.cifar10'])
+@pytest.mark.parametrize('by', ['checkpoint', 'folder'])
+def test_own_checkpoint_loads_into_a_backbone_whose_keys_are_flattened(by, name, randomise, tmp_path):
+    """As docs/weights.md says: by `checkpoint_path` timm would look for the flattened keys in the file."""
+    own = randomise(timm.create_model(name, num_classes=3)).eval()
+    if by == 'checkpoint':
+        torch.save(own.state_dict(), tmp_path / 'own.pth')
+        source, overlay = name, dict(pretrained_cfg_overlay=dict(file=str(tmp_path / 'own.pth')))
+        with pytest.raises(RuntimeError, match='in loading state_dict'):
+            timm.create_model(name, features_only=True, checkpoint_path=str(tmp_path / 'own.pth'))
+    else:
+        save_for_hf(own, str(tmp_path))
+        source, overlay = f'local-dir:{tmp_path}', {}
+    body = timm.create_model(source, features_only=True, pretrained=True, **overlay).eval()
+    assert any(key.startswith(('stages_0', 'layer1')) for key in body.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        for a, b in zip(body(x), own.forward_intermediates(x, intermediates_only=True), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -101,6 +101,21 @@ def test_shipped_sample_splits_the_images():
     assert not {p.tobytes() for p in train.data[:, 2:-2, 2:-2]} & {p.tobytes() for p in validation.data}
 
 
+def test_photographs_are_timms_folder_turned(tmp_path):
+    """The same classes in the same order, ten after nine; each file where a loader's other process reads it too."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, name in enumerate(('10', '9')):
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        Image.new('RGB', (6, 4), (i, 0, 0)).save(tmp_path / 'val' / name / 'a.png', exif=exif)
+    timms, ours = (create_dataset(name, str(tmp_path), 'validation') for name in ('', 'torch/photographs'))
+    assert ours.reader.class_to_idx == timms.reader.class_to_idx == {'9': 0, '10': 1}
+    assert ours.filenames() == timms.filenames()
+    for (image, label), (sideways, same) in zip(pickle.loads(pickle.dumps(ours)), timms, strict=True):
+        assert (image.size, sideways.size, label) == ((4, 6), (6, 4), same)
+        assert image.tobytes() == sideways.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
 def epochs(numbers, workers):
     """The batches of some epochs, each after the numbers that a training run draws in between."""
     random_seed(5)

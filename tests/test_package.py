@@ -25,6 +25,18 @@ def test_ci_runs_the_readmes_two_commands_word_for_word():
     assert jobs['test']['strategy']['matrix']['include'][0] == {'python': oldest, 'resolution': 'lowest-direct'}
 
 
+def test_readmes_links_lead_somewhere_from_a_package_index_too():
+    home = re.search(r'^Homepage = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    raw = home.replace('github.com', 'raw.githubusercontent.com')
+    text = (ROOT / 'README.md').read_text()
+    assert [target for target in re.findall(r'\]\(([^)]+)\)', text) if not target.startswith('https://')] == []
+    targets = dict(re.findall(r'^\[(.+)\]: (.+)$', text, re.M))
+    assert set(re.findall(r'\]\[([\w./#-]+)\]', text)) == set(targets) and len(targets) > 15
+    for name, target in targets.items():
+        folder = raw if name.endswith('.png') else f"{home}/{'tree' if (ROOT / name).is_dir() else 'blob'}"
+        assert target == f'{folder}/main/{name}' and (ROOT / name.split('#')[0]).exists()
+
+
 def test_citation_and_changelog_are_of_this_version():
     citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
     declared = re.search(r'^version = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]

@@ -28,7 +28,7 @@ from PIL import Image  # noqa: E402
 from timm.data import create_transform  # noqa: E402
 
 from timm_finet import export  # noqa: E402
-from timm_finet.images import shipped_images  # noqa: E402
+from timm_finet.images import read_image, shipped_images  # noqa: E402
 
 CONFIG = json.loads((FOLDER / 'models' / 'model.json').read_text())
 TRANSFORM = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -101,10 +101,15 @@ def images(tmp_path_factory):
     try:
         import matplotlib
         files.append(Path(matplotlib.get_data_path()) / 'sample_data' / 'grace_hopper.jpg')
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(files[-1]) as photograph:  # as a phone on its side writes it
+            photograph.transpose(Image.Transpose.ROTATE_90).save(folder / 'turned.jpg', quality=95, exif=exif)
+        files.append(folder / 'turned.jpg')
     except ModuleNotFoundError:
         pass
     transform = create_transform(**{key: CONFIG[key] for key in TRANSFORM})
-    x = torch.stack([transform(Image.open(file).convert('RGB')) for file in files])
+    x = torch.stack([transform(read_image(file)) for file in files])
     with torch.inference_mode():
         return list(zip(files, export.build(CONFIG['name'])(x).softmax(1)))
 

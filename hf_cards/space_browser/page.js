@@ -111,7 +111,8 @@ async function read(file) {
   closeCamera();
   let bitmap;
   try {
-    bitmap = await createImageBitmap(file, {colorSpaceConversion: 'none'}); // profiles are ignored, as by Pillow
+    // Turned as its EXIF data say, which is the default; profiles are ignored, as by Pillow.
+    bitmap = await createImageBitmap(file, {colorSpaceConversion: 'none'});
   } catch (cause) {
     throw new Error('This is not an image file that this browser can read.', {cause});
   }

@@ -1,4 +1,6 @@
-"""Accuracy of every embedded weight on its whole test set, by timm's validate.py, in train and in fused form.
+"""Accuracy of every embedded weight by timm's validate.py, in train and in fused form.
+
+All test images of CIFAR, all validation images of the others, are judged.
 
     TIMM_SCRIPTS=CHECKOUT python -m scripts.weights.validate_weights DATA    # DATA as for --data-dir
 
