@@ -279,6 +279,12 @@ def test_layers_whose_forward_is_patched_stay(name, randomise, caplog):
     assert isinstance(fused.bn, nn.BatchNorm2d) and 'patched: bn' in caplog.text
 
 
+def test_a_layer_with_an_attribute_named_as_a_method_fuses(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).double()).eval()
+    model[0].type = 'stem'
+    assert norms(fuse_fbn(model, SMALL)) == 0
+
+
 def test_a_convolution_whose_computation_is_patched_stays(randomise, monkeypatch, caplog):
     def circular(self, x, weight, bias):
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode='circular'), weight, bias)

@@ -80,13 +80,14 @@ def why_untouchable(module: nn.Module) -> str:
     """Why a layer or norm has to stay whatever the network does with it, or ''."""
     if any(map(has_hooks, module.modules())):
         return 'hooked'
-    if any(callable(getattr(type(part), name, None)) for part in module.modules() for name in vars(part)):
+    own = [(part, name) for part in module.modules() for name, value in vars(part).items() if callable(value)]
+    if any(callable(getattr(type(part), name, None)) for part, name in own):
         return 'patched'
     if type(module) in _COMPUTE_BY and _COMPUTE_BY[type(module)] != _computes_by(type(module)):
         return 'patched'
     if isinstance(module, FBNConv2d):  # its own `fuse` decides
-        own = type(module).forward not in (FBNConv2d.forward, ReferenceFBNConv2d.forward)
-        return f'of class {type(module).__name__}' if own else ''
+        is_ours = type(module).forward in (FBNConv2d.forward, ReferenceFBNConv2d.forward)
+        return '' if is_ours else f'of class {type(module).__name__}'
     if is_parametrized(module):
         return 'parametrised'
     if not isinstance(module, _ALL_NORMS):
