@@ -3,11 +3,12 @@
 #
 #   ./build.sh [NETWORK [IMAGES...]]
 #
-# NETWORK is finet_small_g4.cifar10 or any other name with weights. int8 is calibrated on IMAGES, files or folders of
-# the kind that it was trained on; the networks of CIFAR-10's classes need none, others without any get float32 alone.
+# NETWORK is finet_small_se_g4.tiny_in200, of photographs, or any other name with weights. int8 is calibrated on IMAGES,
+# files or folders of the kind that it was trained on; the networks of CIFAR-10's classes need none, others without any
+# get float32 alone.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-name=${1:-finet_small_g4.cifar10}
+name=${1:-finet_small_se_g4.tiny_in200}
 [ $# -eq 0 ] || shift
 
 rm -rf "$here/ort" "$here/models"
