@@ -222,8 +222,8 @@ def training_section(cfg, args, dataset, log, epochs, top1, base) -> str:
         lines += ['', f'Training began from `{base}`.']
     if epochs:
         dtype = f" in {args.get('amp_dtype') or 'float16'}" if args.get('amp') else ''
-        measured = '' if top1 is None else f', with {top1}% top-1 as train.py measured it{dtype}'
-        lines += ['', f'These weights are those after {epochs} epochs{measured}.']
+        measured = '' if top1 is None else f', with {round(top1, 2)}% top-1 as train.py measured it{dtype}'
+        lines += ['', f"These weights are those after {epochs} epoch{'s' * (epochs > 1)}{measured}."]
     if log:
         lines += ['', 'Accuracy by epoch is in [summary.csv](summary.csv).']
     for note in cfg.get('notes') or ():
