@@ -256,8 +256,10 @@ class FBNConv2d(nn.Module):
     @torch.jit.unused
     def _is_cheap(self, x: torch.Tensor) -> bool:
         """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
-        if self.fbn_groups == 1 or not x.numel():
-            return not self.save_memory or not x.numel()
+        if not x.numel():
+            return True
+        if self.fbn_groups == 1:
+            return not self.save_memory
         weights = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # of one output channel
         return self.fbn_groups * self._positions(x) < 4 * weights
 
