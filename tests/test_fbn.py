@@ -376,6 +376,39 @@ def test_compiled_training_matches_eager(compiled):
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_training_holds_nothing_G_times_wide():
+    """Before torch 2.12 `torch.compiler.is_exporting()`, traced, is true: then the paper's form was compiled."""
+    widths = []
+
+    def record(graph, inputs):
+        widths.extend(
+            node.meta['example_value'].shape[1] for node in graph.graph.nodes
+            if isinstance(node.meta.get('example_value'), torch.Tensor) and node.meta['example_value'].dim() == 4)
+        return graph.forward
+    torch.compiler.reset()
+    layer, x = make((16, 24, 1, 1, 0, 1, 4)), torch.randn(4, 16, 6, 5, dtype=torch.float64)
+    torch.compile(layer, backend=record, fullgraph=True)(x)
+    assert max(widths) == 24
+
+
+@pytest.mark.parametrize('compile', [False, True])
+@pytest.mark.parametrize('inside', [False, True])
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_no_autocast_in_the_backward_pass(kernel, inside, compile, compiled):
+    """torch.compile traces it under the forward pass's autocast; some people call `backward()` inside."""
+    layer = FBNConv2d(20, 20, kernel, padding=kernel // 2, fbn_groups=4)
+    x, grad_y = torch.randn(2, 8, 20, 12, 12).unbind()
+    found = []
+    for run, autocast in ((layer, False), (compiled(deepcopy(layer)) if compile else deepcopy(layer), inside)):
+        with torch.autocast('cpu', torch.bfloat16):
+            y = run(x)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            y.backward(grad_y.to(y.dtype))
+        found.append([p.grad for p in run.parameters()])
+    for a, b in zip(*found):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
 @pytest.mark.parametrize('kernel', [1, 3])
 def test_low_precision_output_has_the_mean_that_beta_asks_for(kernel):
     """A bias from the weight before rounding leaves the mean's part of that rounding: a deviation and more, here."""

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from timm.layers import register_notrace_module
 
+from .fbn import is_exporting
+
 __all__ = ['DepthwiseConv2d']
 
 
@@ -52,7 +54,7 @@ class DepthwiseConv2d(nn.Conv2d):
     @torch.jit.unused
     def _strided(self, x: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        if dtype.itemsize > 2 or x.dtype == torch.float64 or torch.compiler.is_exporting():
+        if dtype.itemsize > 2 or x.dtype == torch.float64 or is_exporting():
             return self._conv_forward(x, self.weight, self.bias)
         with torch.autocast('cpu', enabled=False):
             return _Strided.apply(x.to(dtype), self.weight.to(dtype), self.stride, self.padding)

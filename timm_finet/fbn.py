@@ -25,7 +25,7 @@ from timm.layers import register_notrace_module, to_2tuple
 
 from .ops.moment_form import MomentForm
 from .ops.recomputed import RecomputedNorm
-from .ops.torch_passes import memory_format
+from .ops.torch_passes import has_autocast, memory_format
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
@@ -35,9 +35,9 @@ KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
 
 
-@torch.compiler.assume_constant_result  # torch 2.9 cannot trace the call
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+@torch.compiler.assume_constant_result  # traced by torch.compile before 2.12, it is true
+def is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result
@@ -61,7 +61,7 @@ def operators_alone() -> bool:
 
     Whoever runs an exported graph differentiates it by himself, or switches its BatchNorms to eval mode.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return True
     if torch.compiler.is_compiling():
         return False
@@ -241,7 +241,7 @@ class FBNConv2d(nn.Module):
         form = self._moment_form if self._takes_moments(x, group) else self._group_by_group
         weight = self.weight  # once, as a parametrisation may compute another one each time
         device = x.device.type
-        if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
                 return form(x.to(dtype), weight, group, relu)

@@ -17,7 +17,7 @@ import torch
 from torch.utils._triton import has_triton_package
 
 from .sync import all_reduce, pool_moments
-from .torch_passes import TorchPasses, memory_format, moments_dtype
+from .torch_passes import TorchPasses, memory_format, moments_dtype, without_autocast
 
 __all__ = ['MomentForm']
 
@@ -172,6 +172,11 @@ class MomentForm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *_):
+        with without_autocast(ctx.saved_tensors[0]):
+            return MomentForm.gradients(ctx, grad_y)
+
+    @staticmethod
+    def gradients(ctx, grad_y):
         x, weight, gamma, shift, rest, w_cov, inv, folded, y = ctx.saved_tensors
         if grad_y is None:  # zeros: other processes may be waiting for this one's sums
             grad_y = x.new_zeros(len(x), len(weight), *x.shape[2:])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .sync import sync_batch_norm
+from .torch_passes import without_autocast
 
 __all__ = ['RecomputedNorm']
 
@@ -52,6 +53,11 @@ class RecomputedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, *_):
+        with without_autocast(ctx.saved_tensors[0]):
+            return RecomputedNorm.gradients(ctx, grad_y)
+
+    @staticmethod
+    def gradients(ctx, grad_y):
         x, weight, gamma, beta, mean, inv = ctx.saved_tensors
         x = x.contiguous(memory_format=ctx.layout)  # once for all of it
         z = F.conv2d(x, weight, None, *ctx.conv)

@@ -1,11 +1,27 @@
 """The moment form's passes over the activations, in torch's own operators: any device, layout and dtype."""
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['TorchPasses', 'memory_format', 'moments_dtype']
+__all__ = ['TorchPasses', 'has_autocast', 'memory_format', 'moments_dtype', 'without_autocast']
+
+
+@torch.compiler.assume_constant_result  # torch 2.9 cannot trace the call
+def has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def without_autocast(x: torch.Tensor):
+    """For backward passes, whose dtypes are those of the forward pass.
+
+    torch.compile would trace them under the autocast that surrounds the layer; some people call `backward()` in it.
+    """
+    device = x.device.type
+    if has_autocast(device) and (torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 @contextmanager
