@@ -377,7 +377,7 @@ def test_compiled_training_matches_eager(compiled):
 
 
 def test_compiled_training_holds_nothing_G_times_wide():
-    """Before torch 2.12 `torch.compiler.is_exporting()`, traced, is true: then the paper's form was compiled."""
+    """In torch 2.11 `torch.compiler.is_exporting()`, traced, is true: then the paper's form was compiled."""
     widths = []
 
     def record(graph, inputs):

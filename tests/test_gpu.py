@@ -61,7 +61,9 @@ def triton_passes(monkeypatch):
 
 @pytest.mark.parametrize('dtype, error', [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize('ratio', [0, 10])
-@pytest.mark.parametrize('channels, out, groups', SHAPES)
+@pytest.mark.parametrize('channels, out, groups', SHAPES + [
+    (24, 100, 4), (100, 200, 4), (200, 200, 4), (400, 400, 4), (104, 104, 8), (64, 256, 2), (256, 64, 2),
+    (512, 2048, 2)])
 def test_triton_passes_are_the_definition_on_a_gpu(channels, out, groups, ratio, dtype, error, triton_passes):
     layer = inputs(channels, out, groups, dtype, ratio, (16, 27, 27), 'cuda')
     found = run_layer(*layer, groups, relu=True)

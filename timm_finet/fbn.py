@@ -35,7 +35,7 @@ KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
 
 
-@torch.compiler.assume_constant_result  # traced by torch.compile before 2.12, it is true
+@torch.compiler.assume_constant_result  # traced, it is true in torch 2.11
 def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
@@ -343,7 +343,6 @@ class FBNConv2d(nn.Module):
         self._track(torch.cat(means), torch.cat(variances))
         return y.relu_() if relu else y
 
-    @torch.no_grad()
     def _count_batch(self) -> Optional[float]:
         """Count a batch. By how much it moves the running statistics, or None where they stay; as BatchNorm has it."""
         bn = self.bn

@@ -3,9 +3,10 @@
     python -m scripts.bench.gpu --minutes 10
 
 First tests/test_gpu.py, with torch's passes and with Triton's. Then each pass over the layers of finet_large, by torch
-and by Triton: milliseconds, and bytes a second of the fewest bytes that the pass needs, beside the card's own copy.
-torch's passes begin with a centred copy, which in a layer two of them share. Then training steps of whole networks
-against torch's own modules, eager, as a CUDA graph and compiled: milliseconds, memory, kernels launched.
+and by Triton: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs,
+beside the card's own copy. torch's passes begin with a centred copy, which in a layer two of them share. Then training
+steps of whole networks against torch's own modules, in turns, eager, as a CUDA graph and compiled: milliseconds,
+memory, kernels launched.
 
 Each line is written to results/gpu.csv as soon as it is known, with the card's name; the command, started again, goes
 on with what is missing. `--device cpu --tiny` rehearses all of it without a GPU.
@@ -19,6 +20,7 @@ import sys
 import time
 from argparse import Namespace
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scripts.bench.bench_training import build, peak_bytes, seconds, step
 from scripts.bench.kernels import FEWEST, FINET_LARGE
-from scripts.report import RESULTS, ROOT, cpu_name, read_rows
+from scripts.report import RESULTS, ROOT, cpu_name, markdown, read_rows, write_block
 from timm_finet import convert_fbn
 from timm_finet.cuda_graphs import captured
 from timm_finet.ops import moment_form
@@ -39,14 +41,15 @@ from timm_finet.ops.torch_passes import TorchPasses
 COLUMNS = ['card', 'kind', 'name', 'size', 'batch', 'groups', 'form', 'run', 'ms', 'gb_per_s', 'peak_mb', 'kernels',
            'result', 'torch', 'date']
 KEY = COLUMNS[:8]
-NETWORKS = {'finet_large': 4, 'finet_small': 4, 'resnet50': 2, 'mobilenetv3_large_100': 2}  # G
 BATCHES = ((224, 256), (32, 512), (32, 128))  # px, images
+NETWORKS = [  # and G, and their batches
+    ('finet_large', 4, BATCHES), ('finet_large', 2, BATCHES), ('finet_large', 8, BATCHES), ('finet_small', 4, BATCHES),
+    ('resnet50', 2, BATCHES[:1]), ('mobilenetv3_large_100', 2, BATCHES[:1])]
 FORMS = ('bn', 'torch', 'triton')
-RUNS = ('graph', 'eager', 'compiled')
-FULL = dict(networks=NETWORKS, compiled=list(NETWORKS), batches=BATCHES, images=256, rounds=10)
+FULL = dict(networks=NETWORKS, compiled=NETWORKS[:1], images=256, rounds=10, copies=8, times=24)
 TINY = dict(
-    networks={'finet_small': 4, 'mobilenetv3_small_050': 2}, compiled=['mobilenetv3_small_050'], batches=((32, 8),),
-    images=1, rounds=1)
+    networks=[('finet_small', 4, ((32, 8),)), ('mobilenetv3_small_050', 2, ((32, 8),))],
+    compiled=[('mobilenetv3_small_050', 2, ((32, 8),))], images=1, rounds=1, copies=1, times=1)
 
 
 class Results:
@@ -82,7 +85,7 @@ def run_tests(results):
         key = dict(kind='tests', name='tests/test_gpu.py', form=form)
         if results.missing(**key):
             done = subprocess.run(
-                [sys.executable, '-m', 'pytest', '-n', '0', 'tests/test_gpu.py'], cwd=ROOT, text=True,
+                [sys.executable, '-m', 'pytest', '-n', '4', 'tests/test_gpu.py'], cwd=ROOT, text=True,
                 env={**os.environ, 'TIMM_FINET_TRITON': switch}, capture_output=True)
             if done.returncode:
                 print(done.stdout[-3000:])
@@ -103,32 +106,41 @@ def passes_of(form, channels, out, groups, x, grad_y):
     forward = passes(x)
     shift, rest, cov = forward.moments(groups, torch.float32)
     folded, bias, _, _, inv, w_cov = algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count)
-    y = forward.convolve(folded, bias, True)
-    products, sums = passes(x, shift, grad_y, y).weight_gradient(out, torch.float32)
-    grad_var = algebra.unfold(weight, gamma, rest, inv, w_cov, products, sums)[3]
+    products, sums = passes(x, shift, grad_y).weight_gradient(out, torch.float32)
+    grad_var = algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums)[3]
     a, b = algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count)
     return {
         'moments_kernel': lambda: passes(x).moments(groups, torch.float32),
         'fold': lambda: algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count),
         'convolve_kernel': lambda: passes(x, shift).convolve(folded, bias, True),
-        'weight_gradient_kernel': lambda: passes(x, shift, grad_y, y).weight_gradient(out, torch.float32),
-        'unfold': lambda: algebra.unfold(weight, gamma, rest, inv, w_cov, products, sums),
+        'weight_gradient_kernel': lambda: passes(x, shift, grad_y).weight_gradient(out, torch.float32),
+        'unfold': lambda: algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums),
         'input_terms': lambda: algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count),
-        'input_gradient_kernel': lambda: passes(x, shift, grad_y, y).input_gradient(folded, a, b),
+        'input_gradient_kernel': lambda: passes(x, shift, grad_y).input_gradient(folded, a, b),
     }
 
 
-def timed(run, device, rounds):
-    """Median milliseconds, after a run that compiles."""
-    run()
-    return 1e3 * median(seconds(run, device) for _ in range(rounds))
+def timed(runs, device, rounds, times):
+    """Median milliseconds of the functions, each of which does the same to tensors of its own; on a GPU as a graph."""
+    def run():
+        for i in range(times):
+            runs[i % len(runs)]()
+    for first in runs:
+        first()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    return 1e3 * median(seconds(run, device) for _ in range(rounds)) / times
 
 
 def bench_copy(results, args, sizes):
     key = dict(kind='copy', name='clone')
     if results.missing(**key):
         x = torch.zeros(2 ** 28 if args.device == 'cuda' else 2 ** 16, device=args.device)
-        ms = timed(x.clone, args.device, sizes['rounds'])
+        ms = timed([x.clone], args.device, sizes['rounds'], sizes['times'])
         results.add(**key, ms=round(ms, 4), gb_per_s=round(2 * x.numel() * x.element_size() / ms / 1e6, 1))
 
 
@@ -144,14 +156,16 @@ def bench_passes(results, args, sizes, groups=4):
                      if results.missing(**key, name=f'{name} {channels} to {out}')]
             if not names:
                 continue
-            x, grad_y = (torch.randn(
-                sizes['images'], width, side, side, device=args.device).to(torch.bfloat16).contiguous(
-                memory_format=torch.channels_last) for width in (channels, out))
-            runs = None
+            bytes_of_x = 2 * channels * positions * sizes['images']
+            copies = []  # together more than any cache holds
             for name in names:
                 try:
-                    runs = runs or passes_of(form, channels, out, groups, x, grad_y)
-                    ms = timed(runs[name], args.device, sizes['rounds'])
+                    while len(copies) < min(sizes['copies'], 2 ** 28 // bytes_of_x + 1):
+                        x, grad_y = (torch.randn(
+                            sizes['images'], width, side, side, device=args.device).to(torch.bfloat16).contiguous(
+                            memory_format=torch.channels_last) for width in (channels, out))
+                        copies.append(passes_of(form, channels, out, groups, x, grad_y))
+                    ms = timed([runs[name] for runs in copies], args.device, sizes['rounds'], sizes['times'])
                     times_x, times_y = FEWEST.get(name, (0, 0))
                     fewest = 2 * (times_x * channels + times_y * out) * positions * sizes['images']
                     found = dict(ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1) if fewest else '')
@@ -178,45 +192,86 @@ def count_kernels(run):
     return sum(event.device_type == DeviceType.CUDA and not event.name.startswith('Mem') for event in prof.events())
 
 
-def bench_step(name, groups, form, size, batch, how, args, rounds):
-    """A training step under bfloat16 autocast."""
+def prepare_step(name, groups, form, size, batch, how, args):
+    """A function that takes a training step under bfloat16 autocast; it has taken one."""
     torch.manual_seed(0)
-    moment_form.TRITON = form == 'triton' and args.device == 'cuda'
     model = network(name, groups, form, size, args.device)
     x = torch.randn(batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
     target = torch.randint(10, (batch,), device=args.device)
+    triton = form == 'triton' and args.device == 'cuda'
+    moment_form.TRITON = triton
     if how == 'compiled':
         model.compile(backend='eager' if args.tiny else 'inductor')
     elif how == 'graph' and args.device == 'cuda':
         captured(model, x, torch.bfloat16)
 
     def run():
+        moment_form.TRITON = triton
         step(model, x, target, 'bfloat16')
-    ms = timed(run, args.device, rounds)
-    found = dict(ms=round(ms, 3))
-    if how != 'graph':  # a graph holds its memory from its capture on
-        found['peak_mb'] = round(peak_bytes(run, args.device) / 2 ** 20, 1)
-    if args.device == 'cuda':
-        found['kernels'] = count_kernels(run)
-    return found
+    run()
+    return run
+
+
+def bench_step(steps, how, args, rounds):
+    """Milliseconds, memory and kernels of the forms' steps, which take turns."""
+    times = {form: [] for form in steps}
+    for _ in range(rounds):
+        for form, run in steps.items():
+            times[form].append(1e3 * seconds(run, args.device))
+    for form, run in steps.items():
+        found = dict(ms=round(median(times[form]), 3))
+        if how != 'graph':  # a graph holds its memory from its capture on
+            found['peak_mb'] = round(peak_bytes(run, args.device) / 2 ** 20, 1)
+        if args.device == 'cuda':
+            found['kernels'] = count_kernels(run)
+        yield form, found
 
 
 def bench_steps(results, args, sizes):
-    for how in RUNS:
-        for size, batch in sizes['batches']:
-            for name in sizes['compiled' if how == 'compiled' else 'networks']:
-                groups = sizes['networks'][name]
-                for form in FORMS:
-                    key = dict(kind='step', name=name, size=size, batch=batch, groups=groups, form=form, run=how)
-                    if not results.missing(**key):
-                        continue
+    for runs, networks in ((('graph', 'eager'), sizes['networks']), (('compiled',), sizes['compiled'])):
+        for name, groups, batches in networks:
+            for (size, batch), how in product(batches, runs):
+                key = dict(kind='step', name=name, size=size, batch=batch, groups=groups, run=how)
+                steps = {}
+                for form in [form for form in FORMS if results.missing(**key, form=form)]:
                     try:
-                        results.add(**key, **bench_step(name, groups, form, size, batch, how, args, sizes['rounds']))
+                        steps[form] = prepare_step(name, groups, form, size, batch, how, args)
                     except Exception as error:  # out of memory, or what the next card will not have
-                        results.add(**key, result=first_line(error))
-                    torch.compiler.reset()
-                    if args.device == 'cuda':
-                        torch.cuda.empty_cache()
+                        results.add(**key, form=form, result=first_line(error))
+                for form, found in bench_step(steps, how, args, sizes['rounds']):
+                    results.add(**key, form=form, **found)
+                steps.clear()
+                torch.compiler.reset()
+                if args.device == 'cuda':
+                    torch.cuda.empty_cache()
+
+
+def tables(rows):
+    """The documents' tables, of the last card in the file."""
+    rows = [row for row in rows if row['card'] == rows[-1]['card']]
+    steps = {}
+    for row in rows:
+        if row['kind'] == 'step' and row['ms']:
+            key = row['name'], row['groups'], row['size'], row['batch']
+            steps.setdefault(key, {})[row['run'], row['form']] = row
+
+    def ratio(of, how, form, column='ms'):
+        found, bn = of.get((how, form)), of.get((how, 'bn'))
+        return f'{float(found[column]) / float(bn[column]):.2f}' if found and bn else '-'
+    write_block('gpu_steps', markdown(
+        ['training step', 'G', 'BN, ms: graph', 'eager', 'Triton: graph', 'eager', "torch's: graph", 'eager', 'memory'],
+        [[f'{name}, {size} px, batch {batch}', groups,
+          *(f"{float(of[how, 'bn']['ms']):.1f}" if (how, 'bn') in of else '-' for how in ('graph', 'eager')),
+          *(ratio(of, how, form) for form in ('triton', 'torch') for how in ('graph', 'eager')),
+          ratio(of, 'eager', 'triton', 'peak_mb')] for (name, groups, size, batch), of in steps.items()]))
+    passes = {}
+    for row in rows:
+        if row['kind'] == 'pass' and row['form'] == 'triton' and row['gb_per_s']:
+            name, layer = row['name'].split(' ', 1)
+            passes.setdefault(f"{layer}, {row['size']} px", {})[name] = row
+    write_block('gpu_passes', markdown(
+        ['layer', *FEWEST], [[layer, *(f"{1e3 * float(of[name]['ms']):.0f} us, {float(of[name]['gb_per_s']) / 1e3:.1f}"
+                                       for name in FEWEST)] for layer, of in passes.items()]))
 
 
 def main():
@@ -225,7 +280,10 @@ def main():
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
     parser.add_argument('--tiny', action='store_true', help='small sizes, for a rehearsal')
     parser.add_argument('--file', type=Path, default=RESULTS / 'gpu.csv')
+    parser.add_argument('--table', action='store_true', help="write the documents' tables")
     args = parser.parse_args()
+    if args.table:
+        return tables(read_rows(args.file))
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('torch finds no GPU here: rehearse with --device cpu --tiny --file FILE')
     results = Results(args.file, torch.cuda.get_device_name() if args.device == 'cuda' else cpu_name(), args.minutes)

@@ -5,7 +5,7 @@
 Writes to results: `kernels_errors.csv`, errors against float64 in Triton's interpreter; `kernels_bytes.csv`, the bytes
 that each pass loads and stores, counted there, beside the fewest that it needs; `kernels_resources.csv`, registers,
 spills and shared memory of every kernel, compiled ahead for each card; `kernels_launches.csv`, launches of a layer with
-these passes and with torch's. Tables go to the documents. No GPU has run the kernels yet, and no time is measured.
+these passes and with torch's. Tables go to the documents. Times are gpu.py's.
 """
 import argparse
 import os
@@ -159,9 +159,9 @@ def counted_bytes(kernels):
         triton_passes.launch = launch
 
 
-FEWEST = {  # what a pass over the activations has to move with ReLU inside, times x and times y
-    'moments_kernel': (1, 0), 'convolve_kernel': (1, 1), 'weight_gradient_kernel': (1, 2),
-    'input_gradient_kernel': (2, 2)}
+FEWEST = {  # what a pass over the activations has to move, times x and times y
+    'moments_kernel': (1, 0), 'convolve_kernel': (1, 1), 'weight_gradient_kernel': (1, 1),
+    'input_gradient_kernel': (2, 1)}
 ACTIVATIONS = ('x', 'y', 'grad_x', 'grad_y')
 FINET_LARGE = {  # channels, out: layers, and positions of an image of 224 px
     (24, 100): (1, 56 ** 2), (100, 100): (7, 28 ** 2), (100, 200): (1, 28 ** 2), (200, 200): (15, 14 ** 2),
@@ -174,8 +174,8 @@ def run_passes(channels, out, groups, positions):
     x, weight, _, _, grad_y = inputs(channels, out, 1, torch.float16, shape=(1, 1, positions))
     forward = TritonPasses(x)
     shift, rest, cov = forward.moments(groups, torch.float32)
-    y = forward.convolve(weight.half(), torch.zeros(groups, out), True)
-    backward = TritonPasses(x, shift, grad_y, y)
+    forward.convolve(weight.half(), torch.zeros(groups, out), True)
+    backward = TritonPasses(x, shift, grad_y)
     backward.weight_gradient(out, torch.float32)
     backward.input_gradient(weight.half(), cov.half(), rest)
 
@@ -186,8 +186,9 @@ def measure_bytes(groups=4, positions=(128, 256)):
     By the difference between two numbers of positions, as sums have one part in both.
     """
     from timm_finet.ops import triton_passes
-    parts_of = triton_passes.parts_of
+    parts_of, card = triton_passes.parts_of, triton_passes.card
     triton_passes.parts_of = lambda *args: (1, positions[1])
+    triton_passes.card = lambda device: (132, 227 * 1024)
     for (channels, out), (layers, image) in FINET_LARGE.items():
         counts = []
         for n in positions:
@@ -203,7 +204,7 @@ def measure_bytes(groups=4, positions=(128, 256)):
                 channels=channels, out=out, groups=groups, layers=layers, positions=image, kernel=kernel,
                 activations=round(activations), fewest=2 * (times_x * channels + times_y * out),
                 weights=round(sum(moved.values()) - activations))
-    triton_passes.parts_of = parts_of
+    triton_passes.parts_of, triton_passes.card = parts_of, card
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,19 +213,19 @@ def measure_bytes(groups=4, positions=(128, 256)):
 TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
 
 
-def layer_launches(channels, out, groups, relu=True):
+def layer_launches(channels, out, groups, relu=True, shared_kib=227):
     """The launches of a step of a layer of bfloat16 with ReLU and running statistics, none of them run."""
     from timm_finet.ops import moment_form, triton_passes
-    implementation, processors = moment_form.implementation, triton_passes.processors
+    implementation, card = moment_form.implementation, triton_passes.card
     moment_form.implementation = lambda *_: (triton_passes.TritonPasses, triton_passes.TritonAlgebra)
-    triton_passes.processors = lambda device: 132
+    triton_passes.card = lambda device: (132, shared_kib * 1024)
     try:
         with recorded_launches(run=False) as launches:
             layer = inputs(channels, out, groups, torch.bfloat16, shape=(256, 28, 28), device='meta')
             running = *torch.empty(2, groups * out, device='meta'), 0.1
             run_layer(*layer, groups, relu=relu, running=running)
     finally:
-        moment_form.implementation, triton_passes.processors = implementation, processors
+        moment_form.implementation, triton_passes.card = implementation, card
     return launches
 
 
@@ -268,8 +269,8 @@ def resources(compiled, card):
 
 def measure_resources(shapes=SHAPES, cards=CARDS):
     for channels, out, groups in shapes:
-        for kernel, grid, args, options in layer_launches(channels, out, groups):
-            for card in cards:
+        for card in cards:
+            for kernel, grid, args, options in layer_launches(channels, out, groups, shared_kib=CARDS[card]):
                 yield dict(
                     kernel=kernel.fn.__name__, channels=channels, out=out, groups=groups, card=card,
                     **resources(compile_for(card, kernel, args, options), card))
@@ -315,8 +316,8 @@ def measure_launches(channels=100, out=100, groups=4):
 
     torch_passes = TorchPasses, TorchAlgebra
     ours = triton_passes.TritonPasses, triton_passes.TritonAlgebra
-    implementation, processors = moment_form.implementation, triton_passes.processors
-    triton_passes.processors, torch.Tensor.is_cuda = lambda device: 132, True
+    implementation, card = moment_form.implementation, triton_passes.card
+    triton_passes.card, torch.Tensor.is_cuda = lambda device: (132, 227 * 1024), True
     try:
         for name, layer, passes in (
                 ('convolution, BatchNorm, ReLU', batch_norm, torch_passes),
@@ -337,7 +338,7 @@ def measure_launches(channels=100, out=100, groups=4):
                 layer=name, channels=channels, out=out, groups=layer_groups, forward=forward.count + triton_forward,
                 backward=backward.count + len(launches) - triton_forward)
     finally:
-        moment_form.implementation, triton_passes.processors = implementation, processors
+        moment_form.implementation, triton_passes.card = implementation, card
         del torch.Tensor.is_cuda
 
 

@@ -1,5 +1,6 @@
 """The Triton passes without a GPU: run by Triton's interpreter, and compiled ahead for the cards that may meet them."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,34 @@ def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(card):
     assert [row for row in rows if row['spilled_bytes'] or row['shared_kib'] > kernels.CARDS[card]] == []
 
 
+def overwritten(ttgir):
+    """Buffers of asynchronous copies that are filled again while a product of an earlier turn may be reading them."""
+    copies = {name: int(n) for name, n in re.findall(r'(%\w+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x', ttgir)}
+    views = dict(re.findall(r'(%\w+) = ttg.memdesc_(?:index|trans) (%\w+)', ttgir))
+    found = []
+    products = r'warp_group_dot (%\w+), (%\w+),.*(?:\n.*warp_group_dot %.*)*\n.*pendings = (\d+)'
+    for a, b, wait in re.findall(products, ttgir):
+        for operand in (a, b):
+            while operand in views:
+                operand = views[operand]
+            if int(wait) and copies.get(operand, 3) < 3:  # one is read, one was read, one is filled
+                found.append(operand)
+    return found
+
+
+@pytest.mark.parametrize('shape', [(100, 100, 4), (400, 400, 4)])
+def test_no_copy_overwrites_what_a_product_still_reads(shape):
+    """Triton 3.6 gives a load that is used by more than products two buffers, and lets one product wait for the next:
+    on an H200 that made gradients which were another each time."""
+    for kernel, _, args, options in kernels.layer_launches(*shape):
+        if options.get('num_stages') == 3:
+            compiled = kernels.compile_for('sm_90', kernel, args, options)
+            assert overwritten(compiled.asm['ttgir']) == [], kernel.fn.__name__
+    assert overwritten(
+        '%g = ttg.local_alloc : () -> !ttg.memdesc<2x64x64xbf16>\n%i = ttg.memdesc_index %g[%k]\n'
+        '%t = ttg.memdesc_trans %i\n%d = ttng.warp_group_dot %t, %x, %acc\n%w = wait %d {pendings = 1 : i32}') == ['%g']
+
+
 def test_the_committed_table_has_every_class_of_shapes_on_every_card():
     rows = read_rows(kernels.RESULTS / 'kernels_resources.csv')
     shapes = {(row['channels'], row['out'], row['groups'], row['card']) for row in rows}
@@ -39,7 +68,7 @@ def test_the_committed_table_has_every_class_of_shapes_on_every_card():
 def test_launches_of_a_layer():
     rows = {row['layer']: row for row in kernels.measure_launches()}
     ours = rows['FBN, Triton passes, ReLU inside']
-    assert ours['forward'] <= 4 and ours['backward'] <= 5
+    assert ours['forward'] <= 4 and ours['backward'] <= 1 + 5  # the first is the ReLU's
 
 
 def test_every_pass_moves_about_the_fewest_bytes():

@@ -77,6 +77,7 @@ class TorchAlgebra:
     def unfold(
             weight: torch.Tensor,
             gamma: Optional[torch.Tensor],
+            shift: torch.Tensor,
             rest: torch.Tensor,
             inv: torch.Tensor,
             w_cov: torch.Tensor,
@@ -84,6 +85,8 @@ class TorchAlgebra:
             grad_bias: torch.Tensor,
     ) -> Tuple[Optional[torch.Tensor], ...]:
         """Gradients of the folded convolution over `c`, `(out, C)` and `(out,)`, to those of what it was folded from.
+
+        (`shift` is for passes whose convolution is over `x` itself.)
 
         Returns:
             Gradients of weight, gamma and beta, the last two None without gamma; and of var `(G, out)`.
@@ -124,7 +127,7 @@ class TorchAlgebra:
         return a, b
 
 
-# Not the default before a GPU has run it. With TRITON_INTERPRET=1 it runs on the CPU, for tests.
+# Not the default before tests/test_gpu.py has passed on a GPU. With TRITON_INTERPRET=1 it runs on the CPU, for tests.
 TRITON = os.environ.get('TIMM_FINET_TRITON') == '1' and has_triton_package()
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
@@ -183,7 +186,7 @@ class MomentForm(torch.autograd.Function):
         passes = ctx.passes(x, shift, grad_y, y)
         grad_folded, grad_bias = passes.weight_gradient(len(weight), inv.dtype)
         grad_weight, grad_gamma, grad_beta, grad_var = ctx.algebra.unfold(
-            weight, gamma, rest, inv, w_cov, grad_folded, grad_bias)
+            weight, gamma, shift, rest, inv, w_cov, grad_folded, grad_bias)
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.process_group is not None:

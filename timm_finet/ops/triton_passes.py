@@ -1,10 +1,9 @@
 """The moment form in Triton for half precision in channels_last: four launches forward, five backward.
 
-Not yet run on a GPU: by Triton's interpreter, and compiled.
-
 `x` is rows `(P, C)`, a position each; `S = C / G` channels make a group. What a channel's mean would take from half
-precision is kept in float32 instead of a centred copy: `moments` and `weight_gradient` subtract a `shift` from each
-value as it is loaded, and the products that give `y` and `grad_x` start from a float32 bias.
+precision is kept in float32 instead of a centred copy: `moments` subtracts a `shift` from each value as it is loaded,
+the products that give `y` and `grad_x` start from a float32 bias, and the mean's part is taken from the sums that make
+the weight's gradient when they are complete.
 
 Sums over positions are written in parts, one a program, and added by a launch of their own: no atomics, so that a step
 gives the same twice. Columns stand in tiles of up to 128: whole groups as long as they fit, else pieces of one group.
@@ -15,11 +14,13 @@ from typing import Optional, Tuple
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 
 from .moment_form import track
 
 __all__ = ['TritonAlgebra', 'TritonPasses']
 
+# Blocks, warps and stages are the fastest of some 5,000 tried on an H200 with the layers of finet_large.
 WIDEST = 128  # columns of a tile
 
 
@@ -111,85 +112,97 @@ def convolve_kernel(
         x, weight, bias, y, P,
         C: tl.constexpr, OUT: tl.constexpr, G: tl.constexpr, RELU: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """`y = W' x + b'`, `b'` the sum of `bias` `(G, OUT)`."""
+    """`y = W' x + b'`, `b'` the sum of `bias` `(G, OUT)`. A program takes every so manieth block of positions."""
     TILES: tl.constexpr = (OUT + BO - 1) // BO
-    row = tl.program_id(0) // TILES * BP + tl.arange(0, BP)
-    o, exists = columns_of(0, tl.program_id(0) % TILES, OUT, OUT, BO)
-    acc = tl.zeros((BP, BO), tl.float32)
-    for k in range(0, C, BC):
-        c = k + tl.arange(0, BC)
-        values = load_rows(x, row, P, c, c < C, C)
-        w = tl.load(weight + (o[None, :] * C + c[:, None]), exists[None, :] & (c[:, None] < C), 0.0)
-        acc = tl.dot(values, w, acc)
+    RESIDENT: tl.constexpr = C <= BC
+    o, o_exists = columns_of(0, tl.program_id(0) % TILES, OUT, OUT, BO)
+    c = tl.arange(0, BC)
+    if RESIDENT:  # the weight stays where it is while activations pass by
+        w = tl.load(weight + (o[None, :] * C + c[:, None]), o_exists[None, :] & (c[:, None] < C), 0.0)
+    b = tl.zeros((BO,), tl.float32)
     for g in range(G):
-        acc += tl.load(bias + g * OUT + o, exists, 0.0)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)  # a NaN stays one
-    mask = (row[:, None] < P) & exists[None, :]
-    tl.store(y + row[:, None].to(tl.int64) * OUT + o[None, :], acc.to(y.dtype.element_ty), mask)
-
-
-@triton.jit
-def load_grad(grad_y, y, row, last, o, exists, OUT: tl.constexpr, RELU: tl.constexpr):
-    """`dy`, zero where the ReLU has made a zero."""
-    grad = load_rows(grad_y, row, last, o, exists, OUT)
-    if RELU:
-        grad = tl.where(load_rows(y, row, last, o, exists, OUT).to(tl.float32) <= 0, 0.0, grad)
-    return grad
+        b += tl.load(bias + g * OUT + o, o_exists, 0.0)
+    for p in range(tl.program_id(0) // TILES * BP, P, tl.num_programs(0) // TILES * BP):
+        row = p + tl.arange(0, BP)
+        if RESIDENT:
+            acc = tl.dot(load_rows(x, row, P, c, c < C, C), w)
+        else:
+            acc = tl.zeros((BP, BO), tl.float32)
+            for k in range(0, C, BC):
+                exists = k + c < C
+                values = load_rows(x, row, P, k + c, exists, C)
+                part = tl.load(weight + (o[None, :] * C + k + c[:, None]), o_exists[None, :] & exists[:, None], 0.0)
+                acc = tl.dot(values, part, acc)
+        acc += b[None, :]
+        if RELU:
+            acc = tl.where(acc < 0, 0.0, acc)  # a NaN stays one
+        mask = (row[:, None] < P) & o_exists[None, :]
+        tl.store(y + row[:, None].to(tl.int64) * OUT + o[None, :], acc.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def weight_gradient_kernel(
-        grad_y, y, x, shift, parts, P, rows,
-        C: tl.constexpr, OUT: tl.constexpr, RELU: tl.constexpr,
-        BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """Of `rows` positions: `sum dy c^T` `(OUT, C)`, then `sum dy` `(OUT,)`: a row of `parts`."""
+        grad_y, x, parts, P, rows,
+        C: tl.constexpr, OUT: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
+    """Of `rows` positions: `sum dy x^T` `(OUT, C)`, then `sum dy` `(OUT,)`: a row of `parts`."""
     TILES: tl.constexpr = (C + BC - 1) // BC
     part, tile = tl.program_id(1), tl.program_id(0) % TILES
     o, o_exists = columns_of(0, tl.program_id(0) // TILES, OUT, OUT, BO)
     c, c_exists = columns_of(0, tile, C, C, BC)
-    shift_c = tl.load(shift + c, c_exists, 0.0)
     product = tl.zeros((BO, BC), tl.float32)
-    total = tl.zeros((BP, BO), tl.float32)
+    # The sum is a product as well: of a load that has a second use, Triton 3.6 overwrites what a product still reads.
+    ones, total = tl.full((BP, 16), 1, x.dtype.element_ty), tl.zeros((BO, 16), tl.float32)
     last = min(P, (part + 1) * rows)
     for p in range(part * rows, last, BP):
         row = p + tl.arange(0, BP)
-        grad = load_grad(grad_y, y, row, last, o, o_exists, OUT, RELU)
-        values = load_centred(x, row, last, c, c_exists, shift_c, C)
-        product = tl.dot(tl.trans(grad), values, product)
-        total += grad.to(tl.float32)
+        grad = tl.trans(load_rows(grad_y, row, last, o, o_exists, OUT))
+        product = tl.dot(grad, load_rows(x, row, last, c, c_exists, C), product)
+        total = tl.dot(grad, ones, total)
     parts += part.to(tl.int64) * (OUT * C + OUT)
     tl.store(parts + (o[:, None] * C + c[None, :]), product, o_exists[:, None] & c_exists[None, :])
     if tile == 0:
-        tl.store(parts + OUT * C + o, tl.sum(total, 0), o_exists)
+        tl.store(parts + OUT * C + o, tl.sum(total, 1) / 16, o_exists)
 
 
 @triton.jit
 def input_gradient_kernel(
-        grad_y, y, x, weight, a, b, grad_x, P,
-        C: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, RELU: tl.constexpr,
+        grad_y, x, weight, a, b, grad_x, P,
+        C: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """`dx = W'^T dy + A x + b`, in one accumulator; `a` `(C, S)`, symmetric."""
+    """`dx = W'^T dy + A x + b`, in one accumulator; `a` `(C, S)`, symmetric. Programs as in `convolve_kernel`."""
     TILES: tl.constexpr = (WIDTH + BC - 1) // BC
     BLOCKS: tl.constexpr = (C + WIDTH - 1) // WIDTH
-    row = tl.program_id(0) // (BLOCKS * TILES) * BP + tl.arange(0, BP)
+    RESIDENT: tl.constexpr = (TILES == 1) & (OUT <= BO)
     block, tile = tl.program_id(0) // TILES % BLOCKS, tl.program_id(0) % TILES
     column, exists = columns_of(block, tile, C, WIDTH, BC)
-    acc = tl.zeros((BP, BC), tl.float32)
-    for k in range(TILES):
-        c, c_exists = columns_of(block, k, C, WIDTH, BC)
-        j = column[None, :] - c[:, None] // S * S
-        mask = c_exists[:, None] & exists[None, :] & (j >= 0) & (j < S)
-        values = load_rows(x, row, P, c, c_exists, C)
-        acc = tl.dot(values, tl.load(a + (c[:, None] * S + j), mask, 0.0), acc)
-    for k in range(0, OUT, BO):
-        o = k + tl.arange(0, BO)
-        grad = load_grad(grad_y, y, row, P, o, o < OUT, OUT, RELU)
+    o = tl.arange(0, BO)
+    if RESIDENT:
+        j = column[None, :] - column[:, None] // S * S
+        inside = exists[:, None] & exists[None, :] & (j >= 0) & (j < S)
+        quadratic = tl.load(a + (column[:, None] * S + j), inside, 0.0)
         w = tl.load(weight + (o[:, None] * C + column[None, :]), (o[:, None] < OUT) & exists[None, :], 0.0)
-        acc = tl.dot(grad, w, acc)
-    acc += tl.load(b + column, exists, 0.0)[None, :]
-    mask = (row[:, None] < P) & exists[None, :]
-    tl.store(grad_x + row[:, None].to(tl.int64) * C + column[None, :], acc.to(grad_x.dtype.element_ty), mask)
+    constant = tl.load(b + column, exists, 0.0)
+    for p in range(tl.program_id(0) // (BLOCKS * TILES) * BP, P, tl.num_programs(0) // (BLOCKS * TILES) * BP):
+        row = p + tl.arange(0, BP)
+        if RESIDENT:
+            acc = tl.dot(load_rows(x, row, P, column, exists, C), quadratic)
+            acc = tl.dot(load_rows(grad_y, row, P, o, o < OUT, OUT), w, acc)
+        else:
+            acc = tl.zeros((BP, BC), tl.float32)
+            for k in range(TILES):
+                c, c_exists = columns_of(block, k, C, WIDTH, BC)
+                at = column[None, :] - c[:, None] // S * S
+                within = c_exists[:, None] & exists[None, :] & (at >= 0) & (at < S)
+                values = load_rows(x, row, P, c, c_exists, C)
+                acc = tl.dot(values, tl.load(a + (c[:, None] * S + at), within, 0.0), acc)
+            for k in range(0, OUT, BO):
+                grad = load_rows(grad_y, row, P, k + o, k + o < OUT, OUT)
+                at = (k + o[:, None]) * C + column[None, :]
+                part = tl.load(weight + at, (k + o[:, None] < OUT) & exists[None, :], 0.0)
+                acc = tl.dot(grad, part, acc)
+        acc += constant[None, :]
+        mask = (row[:, None] < P) & exists[None, :]
+        tl.store(grad_x + row[:, None].to(tl.int64) * C + column[None, :], acc.to(grad_x.dtype.element_ty), mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +297,7 @@ def fold_kernel(
 
 @triton.jit
 def unfold_kernel(
-        weight, gamma, rest, inv_, w_cov, grad_folded, grad_bias, grad_weight, grad_gamma, grad_beta, grad_var,
+        weight, gamma, shift, rest, inv_, w_cov, grad_folded, grad_bias, grad_weight, grad_gamma, grad_beta, grad_var,
         C: tl.constexpr, OUT: tl.constexpr, S: tl.constexpr, AFFINE: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr):
     """Gradients of weight, gamma, beta and var of group g."""
     g = tl.program_id(1)
@@ -297,8 +310,8 @@ def unfold_kernel(
         at = o[:, None] * C + g * S + cj[None, :]
         mask = exists[:, None] & (cj[None, :] < S)
         w = tl.load(weight + at, mask, 0.0).to(tl.float32)
-        m = tl.load(rest + g * S + cj, cj < S, 0.0)
-        effective = tl.load(grad_folded + at, mask, 0.0) - gb[:, None] * m[None, :]  # y = W' (c - rest) + beta
+        m = tl.load(shift + g * S + cj, cj < S, 0.0) + tl.load(rest + g * S + cj, cj < S, 0.0)
+        effective = tl.load(grad_folded + at, mask, 0.0) - gb[:, None] * m[None, :]  # y = W' (x - m) + beta
         grad_scale += tl.sum(effective * w, 1)
     inv = tl.load(inv_ + g * OUT + o, exists, 0.0)
     scale = inv
@@ -312,7 +325,7 @@ def unfold_kernel(
         cj = j + tl.arange(0, BS)
         at = o[:, None] * C + g * S + cj[None, :]
         mask = exists[:, None] & (cj[None, :] < S)
-        m = tl.load(rest + g * S + cj, cj < S, 0.0)
+        m = tl.load(shift + g * S + cj, cj < S, 0.0) + tl.load(rest + g * S + cj, cj < S, 0.0)
         effective = tl.load(grad_folded + at, mask, 0.0) - gb[:, None] * m[None, :]
         grad = effective * scale[:, None] + 2 * dvar[:, None] * tl.load(w_cov + at, mask, 0.0)  # var = diag(W S W^T)
         tl.store(grad_weight + at, grad.to(grad_weight.dtype.element_ty), mask)
@@ -357,39 +370,87 @@ def input_terms_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
+# What launches a compiled kernel, and the constants to call it with, by all that Triton would compile it by.
+LAUNCHERS = {}
+
+
 def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constants):
     """Every launch of this module goes through here, which its tests count and compile."""
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    device = args[0].get_device()
+    if device < 0 or device == torch.cuda.current_device():
+        launch_here(kernel, grid, device, args, constants, num_warps, num_stages)
+    else:
+        with torch.cuda.device(device):
+            launch_here(kernel, grid, device, args, constants, num_warps, num_stages)
+
+
+def launch_here(kernel, grid, device, args, constants, num_warps, num_stages):
+    """Launch on the current device: first by Triton, whose way to the compiled kernel takes time, then without.
+
+    On NVIDIA's cards Triton compiles anew for other dtypes and constants, for whether an integer is 1, large, or a
+    multiple of 16, and for whether a pointer is one. Integers are in the key by value; pointers that are none, which
+    torch makes only as views, always go by Triton. AMD's backend looks at sizes too, and keeps to Triton.
+    """
+    addresses, key = 0, [kernel.fn, grid, device, num_warps, num_stages, *constants.items()]
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            addresses |= value.data_ptr()
+            key.append(value.dtype)
+        else:
+            key.append(float if type(value) is float else (type(value), value))
+    key = tuple(key)
+    aligned = addresses % 16 == 0
+    if aligned and key in LAUNCHERS:
+        launcher, rest = LAUNCHERS[key]
+        launcher(*args, *rest)
+        return
+    compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    if aligned and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == 'cuda':
+        # It takes all of the kernel's arguments in order, and three dimensions of a grid.
+        rest = [constants[name] for name in kernel.arg_names[len(args):]]
+        LAUNCHERS[key] = compiled[(*grid, 1, 1)[:3]], rest
+
+
+def cdiv(a: int, b: int) -> int:
+    """Triton's, made for kernels too, takes thirty times as long; so does its `next_power_of_2`."""
+    return -(-a // b)
 
 
 def power_of_2(n: int, least: int = 16) -> int:
     """The block for n columns: `tl.dot` takes 16 or more."""
-    return max(least, triton.next_power_of_2(n))
+    return max(least, 1 << (n - 1).bit_length())
 
 
-def tiles(channels: int, groups: int) -> dict:
+def tiles(channels: int, groups: int, widest: int = WIDEST) -> dict:
     """How the columns are cut: blocks of WIDTH, whole groups, in tiles of BC."""
     size = channels // groups
-    if size > WIDEST:
+    if size > widest:
         return dict(WIDTH=size, BC=WIDEST)
-    width = size * min(groups, WIDEST // size)
+    width = size * min(groups, widest // size)
     return dict(WIDTH=width, BC=power_of_2(width))
 
 
 @lru_cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 2
+def card(device: torch.device) -> Tuple[int, int]:
+    """Processors, and bytes of shared memory that a program may take."""
+    if device.type != 'cuda':
+        return 2, 2 ** 16
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, 'shared_memory_per_block_optin', properties.shared_memory_per_block)
+    return properties.multi_processor_count, shared
 
 
-def parts_of(positions: int, n_tiles: int, least: int, block: int, device: torch.device) -> Tuple[int, int]:
-    """Into how many parts a sum over positions is split, and the positions of each.
+def parts_of(positions: int, n_tiles: int, each: int, block: int, device: torch.device) -> Tuple[int, int]:
+    """Into how many parts a sum over positions is split, `each` programs a processor, and the positions of each."""
+    parts = max(1, min(cdiv(each * card(device)[0], n_tiles), positions // 128))
+    rows = cdiv(cdiv(positions, parts), block) * block
+    return cdiv(positions, rows), rows
 
-    Two programs a processor, unless writing and reading the parts came to a quarter of what is summed.
-    """
-    parts = max(1, min(triton.cdiv(2 * processors(device), n_tiles), positions // max(least, block)))
-    rows = triton.cdiv(triton.cdiv(positions, parts), block) * block
-    return triton.cdiv(positions, rows), rows
+
+def programs(positions: int, n_tiles: int, block: int, each: Optional[int], device: torch.device) -> Tuple[int]:
+    """The grid of a pass that writes activations: `each` programs a processor, or None for one a block."""
+    blocks = cdiv(positions, block)
+    return n_tiles * (blocks if each is None else min(blocks, cdiv(each * card(device)[0], n_tiles))),
 
 
 def count_positions(x: torch.Tensor) -> int:
@@ -421,21 +482,22 @@ def moments_outputs(x: torch.Tensor, groups: int):
 def triton_moments(x: torch.Tensor, groups: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shift, rest, cov = moments_outputs(x, groups)
     positions, channels, size = count_positions(x), x.shape[1], cov.shape[2]
-    cut = tiles(channels, groups)
-    n_blocks, n_tiles = triton.cdiv(channels, cut['WIDTH']), triton.cdiv(cut['WIDTH'], cut['BC'])
+    cut = tiles(channels, groups, 64 if size <= 64 else WIDEST)
+    n_blocks, n_tiles = cdiv(channels, cut['WIDTH']), cdiv(cut['WIDTH'], cut['BC'])
     n_pairs = n_tiles * (n_tiles + 1) // 2
-    parts, rows = parts_of(positions, n_blocks * n_pairs, 16 * size, 32, x.device)
+    block, each = (32, 1) if cut['BC'] > 64 else (64, 2)
+    parts, rows = parts_of(positions, n_blocks * n_pairs, each, block, x.device)
     products, sums = rest.new_empty(parts, channels, size), rest.new_empty(parts, channels)
     launch(moments_kernel, (n_blocks * n_tiles ** 2, parts), x, shift, products, sums, positions, rows,
-           C=channels, S=size, **cut, BP=32, num_warps=8 if cut['BC'] > 64 else 4, num_stages=3)
+           C=channels, S=size, **cut, BP=block, num_warps=8 if cut['BC'] > 64 else 4, num_stages=3)
     block = min(128, power_of_2(size))
-    launch(covariances_kernel, (channels, triton.cdiv(size, block)), products, sums, rest, cov, parts, positions,
-           C=channels, S=size, BK=16, BS=block)
+    launch(covariances_kernel, (channels, cdiv(size, block)), products, sums, rest, cov, parts, positions,
+           C=channels, S=size, BK=64, BS=block)
     return shift, rest, cov
 
 
 def fold_outputs(weight, gamma, beta, shift, rest, cov, running_mean, running_var, eps, momentum, unbiased, dtype):
-    out, groups, size = len(weight), len(cov), cov.shape[2]
+    out, groups, size = weight.shape[0], cov.shape[0], cov.shape[2]
     folded = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     small = [cov.new_empty(groups, out) for _ in range(4)]
     return folded, *small, cov.new_empty(out, groups, size)
@@ -450,49 +512,60 @@ def triton_fold(
     made = fold_outputs(
         weight, gamma, beta, shift, rest, cov, running_mean, running_var, eps, momentum, unbiased, dtype)
     out, groups, size = made[-1].shape
-    launch(fold_kernel, (triton.cdiv(out, 16), groups), weight.contiguous(), gamma, beta, shift, rest, cov,
+    block = min(64, power_of_2(size))
+    launch(fold_kernel, (cdiv(out, 16), groups), weight.contiguous(), gamma, beta, shift, rest, cov,
            running_mean, running_var, *made, eps, momentum, unbiased, C=groups * size, OUT=out, S=size,
-           AFFINE=gamma is not None, TRACK=running_mean is not None, BO=16, BS=min(64, power_of_2(size)))
+           AFFINE=gamma is not None, TRACK=running_mean is not None, BO=16, BS=block,
+           num_warps=8 if 32 < size <= 64 else 4)
     return made
 
 
 def convolve_outputs(x, weight, bias, relu):
-    return torch.empty_like(x[:, :1].expand(-1, len(weight), -1, -1), memory_format=torch.channels_last)
+    return torch.empty(
+        (x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @operator(convolve_outputs)
 def triton_convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, relu: bool) -> torch.Tensor:
     y = convolve_outputs(x, weight, bias, relu)
-    positions, channels, out = count_positions(x), x.shape[1], len(weight)
-    block = min(128, power_of_2(out))
-    grid = triton.cdiv(positions, 128) * triton.cdiv(out, block),
-    launch(convolve_kernel, grid, x, weight, bias, y, positions, C=channels, OUT=out, G=len(bias), RELU=relu,
-           BP=128, BO=block, BC=min(64, power_of_2(channels)), num_warps=8 if block > 64 else 4)
+    positions, channels, out = count_positions(x), x.shape[1], weight.shape[0]
+    stages, rows, block, resident = 3, 64, min(128, power_of_2(out)), power_of_2(channels)
+    each = 2 if channels <= 128 else 1
+    if resident > 256 or 2 * resident * (block + stages * rows) > card(x.device)[1]:
+        resident, each = 64, None
+    grid = programs(positions, cdiv(out, block), rows, each, x.device)
+    launch(convolve_kernel, grid, x, weight, bias, y, positions, C=channels, OUT=out, G=bias.shape[0], RELU=relu,
+           BP=rows, BO=block, BC=resident, num_stages=stages)
     return y
 
 
-def weight_gradient_outputs(grad_y, y, x, shift):
+def weight_gradient_outputs(grad_y, x):
     out, channels = grad_y.shape[1], x.shape[1]
-    return shift.new_empty(out * channels + out)
+    return torch.empty(out * channels + out, dtype=torch.float32, device=x.device)
 
 
 @operator(weight_gradient_outputs)
-def triton_weight_gradient(
-        grad_y: torch.Tensor, y: Optional[torch.Tensor], x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    total = weight_gradient_outputs(grad_y, y, x, shift)
+def triton_weight_gradient(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    total = weight_gradient_outputs(grad_y, x)
     positions, channels, out = count_positions(x), x.shape[1], grad_y.shape[1]
-    block_o, block_c = min(128, power_of_2(out)), min(128, power_of_2(channels))
-    n_tiles = triton.cdiv(out, block_o) * triton.cdiv(channels, block_c)
-    parts, rows = parts_of(positions, n_tiles, 16 * out * channels // (out + channels), 32, x.device)
-    sums = shift.new_empty(parts, len(total))
-    launch(weight_gradient_kernel, (n_tiles, parts), grad_y, y, x, shift, sums, positions, rows,
-           C=channels, OUT=out, RELU=y is not None, BP=32, BO=block_o, BC=block_c,
-           num_warps=8 if max(block_o, block_c) > 64 else 4, num_stages=3)
-    launch(add_parts_kernel, (triton.cdiv(len(total), 128),), sums, total, parts, N=len(total), BK=16, BN=128)
+    stages, rows, block_o, block_c, each = 3, 64, min(128, power_of_2(out)), min(128, power_of_2(channels, 32)), 1
+    if out * channels > 2 ** 16:
+        block_o, each = 64, 3
+    elif max(block_o, block_c) <= 64:
+        each = 2
+    if 2 * stages * rows * (block_o + block_c) > card(x.device)[1]:
+        rows = 32
+    n_tiles = cdiv(out, block_o) * cdiv(channels, block_c)
+    parts, part = parts_of(positions, n_tiles, each, rows, x.device)
+    sums = total.new_empty(parts, total.shape[0])
+    launch(weight_gradient_kernel, (n_tiles, parts), grad_y, x, sums, positions, part,
+           C=channels, OUT=out, BP=rows, BO=block_o, BC=block_c, num_warps=8 if block_o > 64 else 4, num_stages=stages)
+    launch(add_parts_kernel, (cdiv(total.shape[0], 64),), sums, total, parts, N=total.shape[0], BK=32, BN=64,
+           num_warps=2)
     return total
 
 
-def unfold_outputs(weight, gamma, rest, inv, w_cov, grad_folded, grad_bias):
+def unfold_outputs(weight, gamma, shift, rest, inv, w_cov, grad_folded, grad_bias):
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     like = inv if gamma is None else gamma
     return grad_weight, like.new_empty(inv.numel()), like.new_empty(inv.numel()), torch.empty_like(inv)
@@ -500,19 +573,19 @@ def unfold_outputs(weight, gamma, rest, inv, w_cov, grad_folded, grad_bias):
 
 @operator(unfold_outputs)
 def triton_unfold(
-        weight: torch.Tensor, gamma: Optional[torch.Tensor], rest: torch.Tensor, inv: torch.Tensor,
-        w_cov: torch.Tensor, grad_folded: torch.Tensor, grad_bias: torch.Tensor,
+        weight: torch.Tensor, gamma: Optional[torch.Tensor], shift: torch.Tensor, rest: torch.Tensor,
+        inv: torch.Tensor, w_cov: torch.Tensor, grad_folded: torch.Tensor, grad_bias: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    made = unfold_outputs(weight, gamma, rest, inv, w_cov, grad_folded, grad_bias)
+    made = unfold_outputs(weight, gamma, shift, rest, inv, w_cov, grad_folded, grad_bias)
     out, groups, size = w_cov.shape
-    launch(unfold_kernel, (triton.cdiv(out, 16), groups), weight.contiguous(), gamma, rest, inv, w_cov, grad_folded,
-           grad_bias, *made, C=groups * size, OUT=out, S=size, AFFINE=gamma is not None,
-           BO=16, BS=min(128, power_of_2(size)))
+    launch(unfold_kernel, (cdiv(out, 8), groups), weight.contiguous(), gamma, shift, rest, inv, w_cov,
+           grad_folded, grad_bias, *made, C=groups * size, OUT=out, S=size, AFFINE=gamma is not None,
+           BO=8, BS=min(128, power_of_2(size)))
     return made
 
 
 def input_terms_outputs(weight, folded, shift, rest, grad_var, grad_bias, total, count):
-    channels, groups = weight.shape[1], len(grad_var)
+    channels, groups = weight.shape[1], grad_var.shape[0]
     return folded.new_empty(groups, channels // groups, channels // groups), torch.empty_like(rest)
 
 
@@ -521,30 +594,43 @@ def triton_input_terms(
         weight: torch.Tensor, folded: torch.Tensor, shift: torch.Tensor, rest: torch.Tensor, grad_var: torch.Tensor,
         grad_bias: torch.Tensor, total: Optional[torch.Tensor], count: int) -> Tuple[torch.Tensor, torch.Tensor]:
     a, b = input_terms_outputs(weight, folded, shift, rest, grad_var, grad_bias, total, count)
-    groups, size = len(a), a.shape[2]
-    launch(input_terms_kernel, (triton.cdiv(size, 16), groups), weight.contiguous(), folded, shift, rest, grad_var,
-           grad_bias, a, b, count if total is None else total, C=groups * size, OUT=len(weight), S=size,
-           COUNT_IS_TENSOR=total is not None, BI=16, BO=16, BS=min(128, power_of_2(size)))
+    groups, size = a.shape[0], a.shape[2]
+    block = min(128, power_of_2(size))
+    launch(input_terms_kernel, (cdiv(size, 16), groups), weight.contiguous(), folded, shift, rest, grad_var,
+           grad_bias, a, b, count if total is None else total, C=groups * size, OUT=weight.shape[0], S=size,
+           COUNT_IS_TENSOR=total is not None, BI=16, BO=32 if block > 64 else 64, BS=block,
+           num_warps=8 if block == 64 else 4)
     return a, b
 
 
-def input_gradient_outputs(grad_y, y, x, weight, a, b):
+def input_gradient_outputs(grad_y, x, weight, a, b):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 @operator(input_gradient_outputs)
 def triton_input_gradient(
-        grad_y: torch.Tensor, y: Optional[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor,
-        b: torch.Tensor) -> torch.Tensor:
-    grad_x = input_gradient_outputs(grad_y, y, x, weight, a, b)
-    positions, channels, out = count_positions(x), x.shape[1], len(weight)
-    cut = tiles(channels, len(a))
-    n_tiles = triton.cdiv(channels, cut['WIDTH']) * triton.cdiv(cut['WIDTH'], cut['BC'])
-    # A group in several tiles takes more shared memory, odd columns more registers.
-    block = 128 if cut['WIDTH'] <= cut['BC'] and cut['WIDTH'] % 2 == 0 else 64
-    launch(input_gradient_kernel, (triton.cdiv(positions, block) * n_tiles,), grad_y, y, x, weight, a, b, grad_x,
-           positions, C=channels, OUT=out, S=a.shape[2], **cut, RELU=y is not None,
-           BP=block, BO=32, num_warps=8 if cut['BC'] > 32 else 4)
+        grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    grad_x = input_gradient_outputs(grad_y, x, weight, a, b)
+    positions, channels, out, groups = count_positions(x), x.shape[1], weight.shape[0], a.shape[0]
+    stages, rows, resident, each, warps = 3, 64, power_of_2(out), 1, 4
+    for widest in (WIDEST, 64):
+        cut = tiles(channels, groups, widest)
+        width = cut['BC']
+        shared = 2 * (width * (width + resident) + stages * rows * (width + resident))
+        if resident <= 256 and cut['WIDTH'] <= width and shared <= card(x.device)[1]:
+            break
+    else:
+        cut = tiles(channels, groups)
+        if cut['WIDTH'] % 2:
+            cut = tiles(channels, groups, 64)
+        each, warps = None, 8 if cut['BC'] > 32 else 4
+        # A group in several tiles takes more shared memory, odd columns and cards before Hopper more registers.
+        small = cut['WIDTH'] > cut['BC'] or cut['WIDTH'] % 2 or card(x.device)[1] < 200 * 1024
+        stages, rows, resident = (2, 64, 32) if small else (3, 128, 64)
+    n_tiles = cdiv(channels, cut['WIDTH']) * cdiv(cut['WIDTH'], cut['BC'])
+    launch(input_gradient_kernel, programs(positions, n_tiles, rows, each, x.device), grad_y, x, weight, a, b, grad_x,
+           positions, C=channels, OUT=out, S=a.shape[2], **cut, BP=rows, BO=resident, num_warps=warps,
+           num_stages=stages)
     return grad_x
 
 
@@ -558,8 +644,11 @@ class TritonPasses:
             grad_y: Optional[torch.Tensor] = None,
             y: Optional[torch.Tensor] = None,
     ):
-        self.x, self.shift, self.y = x, shift, y
-        self.grad_y = None if grad_y is None else grad_y.contiguous(memory_format=torch.channels_last)
+        self.x = x
+        if grad_y is not None:
+            grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+            # By itself it takes less time than inside both passes that read the result.
+            self.grad_y = grad_y if y is None else torch.ops.aten.threshold_backward(grad_y, y, 0)
 
     def moments(self, groups: int, dtype: torch.dtype):
         """`shift`, `rest`, `cov` as from `TorchPasses`, in float32 whatever `dtype` is."""
@@ -570,14 +659,14 @@ class TritonPasses:
         return triton_convolve(self.x, weight, bias, relu)
 
     def weight_gradient(self, out: int, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-        """`sum dy c^T` `(out, C)` and `sum dy` `(out,)` in float32."""
+        """`sum dy x^T` `(out, C)` and `sum dy` `(out,)` in float32."""
         channels = self.x.shape[1]
-        products, sums = triton_weight_gradient(self.grad_y, self.y, self.x, self.shift).split((out * channels, out))
+        products, sums = triton_weight_gradient(self.grad_y, self.x).split((out * channels, out))
         return products.view(out, channels), sums
 
     def input_gradient(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`W'^T dy + A x + b`."""
-        return triton_input_gradient(self.grad_y, self.y, self.x, weight, a, b)
+        return triton_input_gradient(self.grad_y, self.x, weight, a, b)
 
 
 class TritonAlgebra:
@@ -595,9 +684,9 @@ class TritonAlgebra:
         return made
 
     @staticmethod
-    def unfold(weight, gamma, rest, inv, w_cov, grad_folded, grad_bias):
+    def unfold(weight, gamma, shift, rest, inv, w_cov, grad_folded, grad_bias):
         grad_weight, grad_gamma, grad_beta, grad_var = triton_unfold(
-            weight, gamma, rest, inv, w_cov, grad_folded, grad_bias)
+            weight, gamma, shift, rest, inv, w_cov, grad_folded, grad_bias)
         if gamma is None:
             grad_gamma = grad_beta = None
         return grad_weight, grad_gamma, grad_beta, grad_var
