@@ -11,18 +11,21 @@ from timm.utils import random_seed
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (20, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
 LABELS = np.arange(20, dtype=np.uint8) % 10
+TEST_IMAGES, TEST_LABELS = 255 - IMAGES // 2, (LABELS[:12] + 3) % 10  # other ones, and fewer
+SPLITS = {'train': (IMAGES, LABELS), 'validation': (TEST_IMAGES[:12], TEST_LABELS)}
+ARCHIVE = dict(train=IMAGES, train_labels=LABELS, test=TEST_IMAGES[:12], test_labels=TEST_LABELS)
 
 
 @pytest.fixture(params=['archive', 'file', 'folder', 'torchvision'])
 def root(request, tmp_path, monkeypatch):
-    """Twenty training and twenty test images in every place that the dataset reads."""
+    """Twenty training and twelve test images in every place that the dataset reads."""
     if request.param in ('archive', 'file'):
         path = tmp_path / 'cifar10.npz'
-        np.savez(path, train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS)
+        np.savez(path, **ARCHIVE)
         return tmp_path if request.param == 'archive' else path
     if request.param == 'folder':
-        for split in ('train', 'validation'):
-            for i, (image, label) in enumerate(zip(IMAGES, LABELS)):
+        for split, (images, labels) in SPLITS.items():
+            for i, (image, label) in enumerate(zip(images, labels)):
                 (tmp_path / split / f'class{label}').mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(tmp_path / split / f'class{label}' / f'{i:02}.png')
         return tmp_path
@@ -30,23 +33,32 @@ def root(request, tmp_path, monkeypatch):
     folder = tmp_path / CIFAR10Pad2.base_folder
     folder.mkdir()
     monkeypatch.setattr(CIFAR10Pad2, '_check_integrity', lambda self: True)
-    batch = dict(data=IMAGES.transpose(0, 3, 1, 2).reshape(20, -1), labels=LABELS.tolist())
     monkeypatch.setattr(CIFAR10Pad2, 'train_list', [('train', '')])
     monkeypatch.setattr(CIFAR10Pad2, 'test_list', [('test', '')])
     monkeypatch.setattr(CIFAR10Pad2, '_load_meta', lambda self: None)
-    for name in ('train', 'test'):
+    for name, (images, labels) in zip(('train', 'test'), SPLITS.values()):
+        batch = dict(data=images.transpose(0, 3, 1, 2).reshape(len(images), -1), labels=labels.tolist())
         (folder / name).write_bytes(pickle.dumps(batch))
     return tmp_path
 
 
-def test_every_source_gives_the_same_images(root):
-    data = create_dataset('torch/cifar10_pad2', root=str(root), split='validation')
-    pairs = sorted((int(label), np.asarray(image).tobytes()) for image, label in data)
-    assert pairs == sorted((int(label), image.tobytes()) for image, label in zip(IMAGES, LABELS))
+@pytest.mark.parametrize('split', SPLITS)
+def test_every_source_gives_the_same_images(split, root):
+    data = create_dataset('torch/cifar10_pad2', root=str(root), split=split)
+    images = data.data[:, 2:-2, 2:-2] if split == 'train' else [np.asarray(image) for image, _ in data]
+    pairs = sorted((int(label), image.tobytes()) for image, label in zip(images, data.targets, strict=True))
+    assert pairs == sorted((int(label), image.tobytes()) for image, label in zip(*SPLITS[split]))
+    assert data.targets == [label for _, label in data]
+
+
+def test_labels_are_transformed_where_that_is_asked_for(tmp_path):
+    np.savez(tmp_path / 'cifar10.npz', **ARCHIVE)
+    data = create_dataset('torch/cifar10_pad2', root=str(tmp_path), split='validation', target_transform=lambda y: -y)
+    assert [label for _, label in data] == (-TEST_LABELS.astype(int)).tolist()
 
 
 def test_training_crops_are_shifts_of_the_zero_padded_image(tmp_path):
-    np.savez(tmp_path / 'cifar10.npz', train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS)
+    np.savez(tmp_path / 'cifar10.npz', **ARCHIVE)
     data = create_dataset('torch/cifar10_pad2', root=str(tmp_path), split='train')
     padded = np.pad(IMAGES[3], ((2, 2), (2, 2), (0, 0)))
     crops = {(y, x): padded[y:y + 32, x:x + 32].tobytes() for y in range(5) for x in range(5)}
@@ -55,7 +67,7 @@ def test_training_crops_are_shifts_of_the_zero_padded_image(tmp_path):
 
 
 def test_timms_loader_normalises_crops_and_flips(tmp_path):
-    np.savez(tmp_path / 'cifar10.npz', train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS)
+    np.savez(tmp_path / 'cifar10.npz', **ARCHIVE)
     data = create_dataset('torch/cifar10_pad2', root=str(tmp_path), split='train')
     loader = create_loader(
         data, (3, 32, 32), 20, is_training=True, use_prefetcher=False, scale=(1, 1), ratio=(1, 1), hflip=1.,
@@ -116,9 +128,9 @@ def test_photographs_are_timms_folder_turned(tmp_path):
         assert image.tobytes() == sideways.transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
-def epochs(numbers, workers):
+def epochs(numbers, workers, seed=5):
     """The batches of some epochs, each after the numbers that a training run draws in between."""
-    random_seed(5)
+    random_seed(seed)
     data = create_dataset('torch/cifar10_sample', split='train')
     loader = create_loader(
         data, (3, 32, 32), 100, is_training=True, use_prefetcher=False, scale=(1, 1), ratio=(1, 1), color_jitter=0,
@@ -135,6 +147,21 @@ def epochs(numbers, workers):
 def test_an_epoch_repeats_exactly_whatever_came_before_it(workers):
     unbroken = epochs([0, 1, 2], workers)
     assert len(set(unbroken)) == 3 and epochs([2], workers) == unbroken[2:]
+    assert epochs([2], workers, seed=6) != unbroken[2:]
+
+
+def test_loader_workers_draw_crops_of_their_own(monkeypatch):
+    """Those of one would be those of all, for the first batch of each."""
+    monkeypatch.setattr(torch.utils.data, 'RandomSampler', torch.utils.data.SequentialSampler)
+    random_seed(5)
+    data = create_dataset('torch/cifar10_sample', split='train')
+    data.data[:] = data.data[0]
+    loader = create_loader(
+        data, (3, 32, 32), 100, is_training=True, use_prefetcher=False, scale=(1, 1), ratio=(1, 1), color_jitter=0,
+        hflip=0, num_workers=2)
+    data.set_epoch(0)
+    first, second, _ = (x for x, _ in loader)
+    assert not torch.equal(first, second)
 
 
 def test_several_processes_leave_the_epoch_to_the_sampler(monkeypatch):

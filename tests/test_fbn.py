@@ -376,6 +376,18 @@ def test_compiled_training_matches_eager(compiled):
         torch.testing.assert_close(a, b)
 
 
+def test_a_variance_that_rounding_makes_negative_counts_as_zero():
+    """Where a group's channels cancel, in `z = x_1 + x_2 - x_3` with `x_3 = x_1 + x_2`."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 16, 16)
+    x = torch.cat((x, x.sum(1, keepdim=True)), 1)
+    layer = FBNConv2d(6, 64, fbn_groups=2, eps=1e-12)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(64, 1, 1, 1) * torch.tensor([1., 1, -1, 1, 1, -1]).view(6, 1, 1))
+    y = layer(torch.cat((x, 3 * x), 1))
+    assert y.isfinite().all() and (layer.bn.running_var < 1).all()
+
+
 def test_compiled_training_holds_nothing_G_times_wide():
     """In torch 2.11 `torch.compiler.is_exporting()`, traced, is true: then the paper's form was compiled."""
     widths = []
