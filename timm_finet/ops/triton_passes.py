@@ -112,7 +112,7 @@ def convolve_kernel(
         x, weight, bias, y, P,
         C: tl.constexpr, OUT: tl.constexpr, G: tl.constexpr, RELU: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """`y = W' x + b'`, `b'` the sum of `bias` `(G, OUT)`. A program takes every so manieth block of positions."""
+    """`y = W' x + b'`, `b'` the sum of `bias` `(G, OUT)`. Of n programs each takes every n-th block of positions."""
     TILES: tl.constexpr = (OUT + BO - 1) // BO
     RESIDENT: tl.constexpr = C <= BC
     o, o_exists = columns_of(0, tl.program_id(0) % TILES, OUT, OUT, BO)
