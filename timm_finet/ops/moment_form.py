@@ -175,12 +175,12 @@ class MomentForm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *_):
-        with without_autocast(ctx.saved_tensors[0]):
-            return MomentForm.gradients(ctx, grad_y)
+        saved = ctx.saved_tensors  # once: gradient checkpointing computes them as they are asked for
+        with without_autocast(saved[0]):
+            return MomentForm.gradients(ctx, grad_y, *saved)
 
     @staticmethod
-    def gradients(ctx, grad_y):
-        x, weight, gamma, shift, rest, w_cov, inv, folded, y = ctx.saved_tensors
+    def gradients(ctx, grad_y, x, weight, gamma, shift, rest, w_cov, inv, folded, y):
         if grad_y is None:  # zeros: other processes may be waiting for this one's sums
             grad_y = x.new_zeros(len(x), len(weight), *x.shape[2:])
         passes = ctx.passes(x, shift, grad_y, y)

@@ -53,12 +53,12 @@ class RecomputedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, *_):
-        with without_autocast(ctx.saved_tensors[0]):
-            return RecomputedNorm.gradients(ctx, grad_y)
+        saved = ctx.saved_tensors  # once: gradient checkpointing computes them as they are asked for
+        with without_autocast(saved[0]):
+            return RecomputedNorm.gradients(ctx, grad_y, *saved)
 
     @staticmethod
-    def gradients(ctx, grad_y):
-        x, weight, gamma, beta, mean, inv = ctx.saved_tensors
+    def gradients(ctx, grad_y, x, weight, gamma, beta, mean, inv):
         x = x.contiguous(memory_format=ctx.layout)  # once for all of it
         z = F.conv2d(x, weight, None, *ctx.conv)
         if grad_y is None:  # zeros: other processes may be waiting for this one's sums

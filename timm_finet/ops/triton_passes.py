@@ -151,7 +151,7 @@ def weight_gradient_kernel(
     c, c_exists = columns_of(0, tile, C, C, BC)
     product = tl.zeros((BO, BC), tl.float32)
     # The sum is a product as well: of a load that has a second use, Triton 3.6 overwrites what a product still reads.
-    ones, total = tl.full((BP, 16), 1, x.dtype.element_ty), tl.zeros((BO, 16), tl.float32)
+    ones, total = tl.full((BP, 16), 1, tl.float32).to(x.dtype.element_ty), tl.zeros((BO, 16), tl.float32)
     last = min(P, (part + 1) * rows)
     for p in range(part * rows, last, BP):
         row = p + tl.arange(0, BP)
