@@ -116,7 +116,8 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize('precision', CONFIG['megabytes'])
 def test_answers_are_pytorchs(precision, page, images):
-    page.get_by_label(precision).check()
+    if len(CONFIG['megabytes']) > 1:
+        page.get_by_label(precision).check()
     same = []
     for file, expected in images:
         got = classify(page, file)
@@ -194,13 +195,13 @@ def test_network_that_does_not_load(page, images):
 
 
 def test_keyboard_reaches_all_and_all_is_named(page):
-    reached = []
-    for _ in range(4):
+    reached, controls = [], ['a', 'file', 'camera', *(['input'] if len(CONFIG['megabytes']) > 1 else [])]
+    for _ in controls:
         page.keyboard.press('Tab')
         reached.append(page.evaluate('document.activeElement.id || document.activeElement.tagName.toLowerCase()'))
-    assert reached == ['a', 'file', 'camera', 'input']
+    assert reached == controls
     assert page.get_by_label(re.compile('Drop an image here')).count() == 1
-    assert page.get_by_role('group', name='Precision').count() == 1
+    assert page.get_by_role('group', name='Precision').count() == ('input' in controls)  # with two to choose from
     assert page.get_by_role('region', name='Result').get_attribute('aria-live') == 'polite'
 
 

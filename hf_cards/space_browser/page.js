@@ -45,6 +45,7 @@ async function load() {
     radio.disabled = !(radio.value in config.megabytes);
     if (!radio.disabled) radio.parentElement.append(` (${config.megabytes[radio.value]} MB)`);
   }
+  $('int8').hidden = document.forms.precision.hidden = Object.keys(config.megabytes).length < 2; // nothing to choose
   say('Give an image.');
 }
 
