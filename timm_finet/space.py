@@ -22,6 +22,7 @@ __all__ = ['app', 'space']
 
 GROUPS = (1, 2, 4, 8)
 ROUNDS = 20
+COLUMN = 240  # px at least: three stand beside each other on a laptop, one below the other on a phone
 TEXT = '''
 # Finet
 
@@ -114,7 +115,7 @@ def app():
     with gr.Blocks(title='Finet', analytics_enabled=False) as page:
         gr.Markdown(TEXT)
         with gr.Row():
-            with gr.Column():
+            with gr.Column(min_width=COLUMN):
                 image = gr.Image(type='pil', label='Image', height=280, sources=['upload', 'clipboard'])
                 image.preprocess = read
                 name = gr.Dropdown(names, value=PHOTOGRAPHS, label='Network')
@@ -122,11 +123,11 @@ def app():
                 button = gr.Button('Classify', variant='primary')
             outputs = []
             for title in ('Train form', 'Fused'):
-                with gr.Column():
+                with gr.Column(min_width=COLUMN):
                     outputs += [gr.Label(label=title), gr.Textbox(label=f'{title}: time for this image')]
         inputs = [image, name, fbn_groups]
-        examples = [[tile, SHIPPED] for tile in shipped_images()[0][::40]]
-        gr.Examples(examples, [image, name], label='Test images of CIFAR-10')
+        examples = gr.Examples([[tile] for tile in shipped_images()[0][::40]], image, label='Test images of CIFAR-10')
+        examples.dataset.click(lambda: SHIPPED, None, name)  # which knows these
         button.click(answer, inputs, outputs)
         threads = count(torch.get_num_threads(), 'CPU thread')
         gr.Markdown(f'Times are medians of {ROUNDS} runs on {threads}, the two forms in turns.')
