@@ -231,6 +231,7 @@ BAD = dict(
     other_classes=(other_classes, ['mine'], "FOLDER='.*mine' has 'deer' in one of train and validation alone"),
     weights=(None, ['mine', '--weights', 'finet_large'], "--weights='finet_large' are unknown: use finet_large_se_g4"),
     model=(None, ['mine', '--model=finet_large'], '--model is not for finetune: .* --weights'),
+    in_chans=(None, ['mine', '--in-chans', '1'], '--in-chans is not for finetune: all images are read in three'),
     full=(full, ['mine'], "--output='out' is not empty: name another folder, or go on .* --resume out/last.pth.tar"),
     recipe=(None, ['mine', '--config', 'recipe:none'], "'recipe:none' is unknown: use one of"),
 )

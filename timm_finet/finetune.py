@@ -148,6 +148,8 @@ def prepare(
     for name in SET_HERE:
         if name in names:
             raise ValueError(f'{name} is not for finetune: give images as FOLDER, --weights NAME.TAG, --output FOLDER.')
+    if '--in-chans' in names:
+        raise ValueError('--in-chans is not for finetune: all images are read in three channels, grey ones too.')
     data = Path(folder).absolute()
     output = Path(output or Path('output', 'finetune', data.name))
     launch.check_output(str(output))
