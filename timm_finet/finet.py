@@ -422,8 +422,8 @@ AT_SECOND_HAND = (
     'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs were '
     'enlarged from 64 px.')
 GRAY = (
-    'In gray photographs these weights recognise far less: of 204 photographs of bees they call {}% a bee in colour and '
-    '{}% in gray.')
+    'In gray photographs these weights recognise far less: of 204 photographs of bees they call {}% a bee in colour '
+    'and {}% in gray.')
 
 default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.
