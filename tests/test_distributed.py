@@ -71,6 +71,7 @@ def worker(rank, folder):
         y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
         results[name] = y, grad, [p.grad for p in model.parameters()], list(model.buffers())
     torch.save(results, f'{folder}/{rank}.pt')
+    dist.barrier()  # gloo aborts a process whose peer has gone
     dist.destroy_process_group()
 
 
@@ -121,6 +122,7 @@ def quiet_worker(rank, folder):
     assert not torch.equal(*before)
     distribute_bn(model, 2, reduce=True)
     torch.testing.assert_close(model.bn.running_var, sum(before) / 2)
+    dist.barrier()  # gloo aborts a process whose peer has gone
     dist.destroy_process_group()
 
 
@@ -159,6 +161,7 @@ def empty_worker(rank, folder):
             torch.testing.assert_close(p.grad, q.grad)
         torch.testing.assert_close(synced.bn.running_var, alone.bn.running_var)
         assert synced.bn.num_batches_tracked == 1
+    dist.barrier()  # gloo aborts a process whose peer has gone
     dist.destroy_process_group()
 
 
@@ -214,6 +217,7 @@ def sharded_worker(rank, folder):
             assert 'tracked' not in name or value == 1
         with torch.no_grad():
             torch.testing.assert_close(sharded.eval()(x), plain.eval()(x), **close, check_dtype=False)
+    dist.barrier()  # gloo aborts a process whose peer has gone
     dist.destroy_process_group()
 
 
