@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
+from processes import run_processes
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,8 +59,6 @@ def train(model, x, weighting):
 
 def worker(rank, folder):
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     results = {}
     for name, (model, x, weighting) in torch.load(f'{folder}/jobs.pt', weights_only=False).items():
         model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
@@ -71,8 +69,6 @@ def worker(rank, folder):
         y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])
         results[name] = y, grad, [p.grad for p in model.parameters()], list(model.buffers())
     torch.save(results, f'{folder}/{rank}.pt')
-    dist.barrier()  # gloo aborts a process whose peer has gone
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +86,7 @@ def jobs(tmp_path_factory):
     finally:
         torch.set_default_dtype(torch.float32)
     torch.save(made, folder / 'jobs.pt')
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    run_processes(worker, folder)
     return made, [torch.load(folder / f'{rank}.pt') for rank in range(2)]
 
 
@@ -110,8 +106,6 @@ def test_two_processes_equal_one_with_the_joined_batch(name, jobs):
 
 
 def quiet_worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     model = FBNConv2d(8, 6, fbn_groups=2)
     all_reduce, dist.all_reduce = dist.all_reduce, None  # calling it would raise
     x = torch.randn(4, 8, 5, 5, requires_grad=True)
@@ -122,12 +116,10 @@ def quiet_worker(rank, folder):
     assert not torch.equal(*before)
     distribute_bn(model, 2, reduce=True)
     torch.testing.assert_close(model.bn.running_var, sum(before) / 2)
-    dist.barrier()  # gloo aborts a process whose peer has gone
-    dist.destroy_process_group()
 
 
 def test_unconverted_layers_do_not_communicate_and_timms_dist_bn_averages_them(tmp_path):
-    mp.spawn(quiet_worker, (str(tmp_path),), nprocs=2)
+    run_processes(quiet_worker, tmp_path)
 
 
 @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
@@ -143,8 +135,6 @@ def test_both_conversions_keep_names_and_one_process_alone_works(convert):
 
 def empty_worker(rank, folder):
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     for kernel in (1, 3):
         torch.manual_seed(0)
         alone = FBNConv2d(8, 6, kernel, padding=kernel // 2, fbn_groups=2)
@@ -161,12 +151,10 @@ def empty_worker(rank, folder):
             torch.testing.assert_close(p.grad, q.grad)
         torch.testing.assert_close(synced.bn.running_var, alone.bn.running_var)
         assert synced.bn.num_batches_tracked == 1
-    dist.barrier()  # gloo aborts a process whose peer has gone
-    dist.destroy_process_group()
 
 
 def test_a_process_without_images_takes_part(tmp_path):
-    mp.spawn(empty_worker, (str(tmp_path),), nprocs=2)
+    run_processes(empty_worker, tmp_path)
 
 
 def wrap(model, kind, mesh):
@@ -196,8 +184,6 @@ SHARDED = [
 
 
 def sharded_worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     mesh = init_device_mesh('cpu', (2,))
     for kind in SHARDED:
         torch.manual_seed(0)
@@ -217,10 +203,8 @@ def sharded_worker(rank, folder):
             assert 'tracked' not in name or value == 1
         with torch.no_grad():
             torch.testing.assert_close(sharded.eval()(x), plain.eval()(x), **close, check_dtype=False)
-    dist.barrier()  # gloo aborts a process whose peer has gone
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings('ignore')
 def test_sharded_layers_train_and_evaluate_as_unsharded_ones(tmp_path):
-    mp.spawn(sharded_worker, (str(tmp_path),), nprocs=2)
+    run_processes(sharded_worker, tmp_path)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_processes
 
 from timm_finet.ops.moment_form import MomentForm
 from timm_finet.ops.reference import fbn_reference
@@ -53,20 +53,17 @@ def test_no_positions_have_no_products():
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     x, grad_y, *rest = torch.load(f'{folder}/job.pt')
     inputs = [v.requires_grad_() for v in (x.split(SPLIT)[rank].clone(), *rest)]
     y, mean, var, count = MomentForm.apply(*inputs, 2, 1e-5, dist.group.WORLD)
     torch.save((y.detach(), mean, var, count, gradients(y, grad_y.split(SPLIT)[rank], inputs)), f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
 
 
 def test_a_process_without_images_joins_the_others(tmp_path):
     x, *rest = layer(8, 6, 2, sum(SPLIT))
     grad_y = torch.randn(sum(SPLIT), 6, 5, 4, dtype=torch.float64)
     torch.save((x, grad_y, *rest), tmp_path / 'job.pt')
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    run_processes(worker, tmp_path)
     (y0, *statistics0, grads0), (y1, *statistics1, grads1) = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     inputs = [v.requires_grad_() for v in (x, *rest)]
     expected, mean, var = fbn_reference(*inputs, 2, 1e-5)
