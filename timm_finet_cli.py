@@ -84,7 +84,7 @@ def main(argv=None) -> None:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        from timm_finet.cli import run
+        from timm_finet.commands.main import run
         run(args)
     except KeyboardInterrupt:
         parser.exit(130, f'timm-finet {args.command}: interrupted.\n')

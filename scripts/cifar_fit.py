@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from timm.data import create_dataset
 
 from scripts.cifar_runs import dataset_args, folder
-from timm_finet.checkpoint import load_checkpoint
-from timm_finet.data import PAD
+from timm_finet.hub.checkpoint import load_checkpoint
+from timm_finet.data.cifar import PAD
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ os.environ.update(
 
 import timm.utils  # noqa: E402
 
-from timm_finet import patches  # noqa: E402
-from timm_finet.cli import main  # noqa: E402 (registers the models)
+from timm_finet.commands import timm_patches  # noqa: E402
+from timm_finet_cli import main  # noqa: E402 (registers the models)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def scripts_run_here(monkeypatch):
             (torch.nn.SyncBatchNorm, ['forward']), (sys, ['argv']), (argparse.ArgumentParser, ['parse_args'])):
         for name in names:
             monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(patches, 'keep_buffers', lambda: None)  # nothing undoes it
+    monkeypatch.setattr(timm_patches, 'keep_buffers', lambda: None)  # nothing undoes it
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_p
 
 from timm_finet import FBNConv2d
 from timm_finet.fbn import as_reference
-from timm_finet.patches import train_on_several_cpus
+from timm_finet.commands.timm_patches import train_on_several_cpus
 
 SPLIT = (3, 5)
 

@@ -10,8 +10,8 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_finet import count_flops, fuse_fbn
-from timm_finet.cli import main
-from timm_finet.names import find_names
+from timm_finet_cli import main
+from timm_finet.commands.names import find_names
 
 from test_paper import FC1, TABLE_2
 

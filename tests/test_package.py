@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_finet.export import PACKAGES
+from timm_finet.commands.export import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,8 +48,21 @@ def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
     settings = (ROOT / 'pyproject.toml').read_text()
     assert all(f'"{pattern}"' in settings for pattern in ('recipes/*.yaml', 'weights/*', 'py.typed'))
     assert (ROOT / 'timm_finet' / 'py.typed').is_file()
+    packages = re.search(r'^packages = (\[[^]]*\])', settings, re.M)[1]
+    rooms = {path.parent.name for path in (ROOT / 'timm_finet').glob('*/__init__.py')}
+    assert set(yaml.safe_load(packages)) == {'timm_finet', *(f'timm_finet.{room}' for room in rooms)}
     folders = {path.parent.name for path in (ROOT / 'timm_finet').glob('*/*')}
-    assert folders - {'__pycache__'} == {'ops', 'recipes', 'weights'}
+    assert folders - {'__pycache__'} == {*rooms, 'recipes', 'weights'}
+
+
+def test_arrows_between_the_rooms_run_one_way():
+    order = ['ops', 'fbn', 'fusion', 'rewrite', 'data', 'hub', 'commands']
+    for room in ('ops', 'fusion', 'data', 'hub'):
+        above = order[order.index(room) + 1:] + ['scripts']
+        for file in (ROOT / 'timm_finet' / room).glob('*.py'):
+            imported = re.findall(r'^ *from (?:\.\.(\w+)|(scripts)\b)', file.read_text(), re.M)
+            if file.name not in ('checkpoint.py', 'card.py', 'repository.py'):  # which know the networks
+                assert not {name for pair in imported for name in pair} & {*above, 'finet', 'resnet_fbn'}, file
 
 
 @pytest.mark.parametrize('extra, packages', [('export', PACKAGES['onnx']), ('executorch', PACKAGES['executorch'])])
@@ -58,7 +71,7 @@ def test_export_asks_for_the_packages_of_its_extra(extra, packages):
     assert set(re.findall(r'"(\w+)>', listed)) == set(packages.split())
 
 
-@pytest.mark.parametrize('statement', ['import timm_finet', 'import timm_finet.cli'])
+@pytest.mark.parametrize('statement', ['import timm_finet', 'import timm_finet.commands.main'])
 def test_importing_prints_and_warns_nothing(statement):
     result = subprocess.run(
         [sys.executable, '-W', 'error::UserWarning', '-c', statement], capture_output=True, text=True)

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torchvision.transforms import InterpolationMode
 
-from timm_finet import launch
+from timm_finet.commands import run as launch
 
 PAPER = ['imagenet', 'tiny_in200', 'cifar10', 'cifar100', 'resnet_cifar']
 RECIPES = [

@@ -26,6 +26,7 @@ from timm.layers import register_notrace_module, to_2tuple
 from .ops.moment_form import MomentForm
 from .ops.recomputed import RecomputedNorm
 from .ops.torch_passes import has_autocast, memory_format
+from .ops.tracing import operators_alone
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
@@ -33,11 +34,6 @@ __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 # Their forwards as torch defines them: some programs replace those of a whole class.
 KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
-
-
-@torch.compiler.assume_constant_result  # traced, it is true in torch 2.11
-def is_exporting() -> bool:
-    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result
@@ -54,18 +50,6 @@ def check_input(x: torch.Tensor, in_channels: int) -> None:
 def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def operators_alone() -> bool:
-    """Whether torch.export, torch.jit.trace or torch.func is at work: they know torch's operators alone.
-
-    Whoever runs an exported graph differentiates it by himself, or switches its BatchNorms to eval mode.
-    """
-    if is_exporting():
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def fold(

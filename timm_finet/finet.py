@@ -24,11 +24,12 @@ from timm.layers import DropPath, Linear, SelectAdaptivePool2d, calculate_drop_p
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from .depthwise import DepthwiseConv2d
+from .data.datasets import CIFAR10, CIFAR100, TINY_IN200
 from .fbn import FBNConv2d, has_hooks
-from .pretrained import WEIGHTS, build_model
+from .fusion.watch import NORMS, why_untouchable
+from .hub.pretrained import WEIGHTS, build_model
+from .ops.depthwise import DepthwiseConv2d
 from .rewrite import check_form, fuse_named
-from .watch import NORMS, why_untouchable
 
 __all__ = ['Finet']
 
@@ -389,60 +390,15 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-CIFAR100_CLASSES = tuple((WEIGHTS / 'cifar100.txt').read_text().splitlines())
-TINY_IN200_CLASSES = tuple((WEIGHTS / 'tiny_in200.txt').read_text().splitlines())
-
-
-# What timm's cfgs say of weights trained on a data set.
-CIFAR10 = dict(
-    description='trained on CIFAR-10', license='other', num_classes=10, label_names=CIFAR10_CLASSES,
-    input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0,
-    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-CIFAR100 = {
-    **CIFAR10, 'description': 'trained on CIFAR-100', 'num_classes': 100, 'label_names': CIFAR100_CLASSES,
-    'mean': (0.5071, 0.4865, 0.4409), 'std': (0.2673, 0.2564, 0.2762)}
-TINY_IN200 = dict(
-    description='trained on Tiny-ImageNet-200', license='other', num_classes=200, label_names=TINY_IN200_CLASSES,
-    input_size=(3, 128, 128), pool_size=(4, 4), test_input_size=(3, 160, 160), crop_pct=1.0, interpolation='bicubic')
-
-FOUR_RUNS = (
-    'The arguments are those of the last of four runs, each from the averaged weights of the one before: 5 epochs at '
-    '64 px, 6 at 96 px and 7 at 128 px, the learning rate one straight line from 0.4 to zero over these, and 7 more at '
-    '128 px from 0.1. Each had two processes, 256 images a step in all. The size for testing was chosen on the '
-    'validation images among 128, 160 and 192 px.')
-RESUMED = (
-    'The run was stopped, and resumed from its own checkpoint, after epoch 16: in two processes it then draws its '
-    'crops from the seed anew, so a run in one piece will end a little differently.')
-FINISHED_ON_A_CPU = (
-    'The first 66 of the 72 epochs ran on an NVIDIA H200, the last six on two CPU cores in two processes, with a '
-    'momentum that began anew: a run in one piece will end a little differently.')
-AT_SECOND_HAND = (
-    'The targets are the mean of the label and of the probabilities of a teacher, a linear head on the features that '
-    'EfficientNet-Lite2 has learnt from ImageNet: these weights know ImageNet at second hand. The photographs were '
-    'enlarged from 64 px.')
-GRAY = (
-    'In gray photographs these weights recognise far less: of 204 photographs of bees they call {}% a bee in colour '
-    'and {}% in gray.')
-
 default_cfgs = generate_default_cfgs({
     # Best first: without a tag, pretrained=True takes in1k, else the first.
     'finet_large_se_g4.tiny_in200': _cfg(
-        file=str(WEIGHTS / 'finet_large_se_g4.tiny_in200.safetensors'), **TINY_IN200, notes=(
-            FOUR_RUNS + ' The first was begun as one of 14 epochs and stopped after its fifth.', AT_SECOND_HAND,
-            GRAY.format(56.9, 2.9))),
-    'finet_large_se_g4.cifar10': _cfg(
-        file=str(WEIGHTS / 'finet_large_se_g4.cifar10.safetensors'), **CIFAR10,
-        notes=(FINISHED_ON_A_CPU,)),
-    'finet_large_se_g4.cifar100': _cfg(
-        file=str(WEIGHTS / 'finet_large_se_g4.cifar100.safetensors'), **CIFAR100,
-        notes=(RESUMED,)),
+        file=str(WEIGHTS / 'finet_large_se_g4.tiny_in200.safetensors'), **TINY_IN200.cfg()),
+    'finet_large_se_g4.cifar10': _cfg(file=str(WEIGHTS / 'finet_large_se_g4.cifar10.safetensors'), **CIFAR10.cfg()),
+    'finet_large_se_g4.cifar100': _cfg(file=str(WEIGHTS / 'finet_large_se_g4.cifar100.safetensors'), **CIFAR100.cfg()),
     'finet_small_se_g4.tiny_in200': _cfg(
-        file=str(WEIGHTS / 'finet_small_se_g4.tiny_in200.safetensors'), **TINY_IN200,
-        notes=(FOUR_RUNS, AT_SECOND_HAND, GRAY.format(59.8, 0.0))),
-    'finet_small_g4.cifar10': _cfg(file=str(WEIGHTS / 'finet_small_g4.cifar10.safetensors'), **CIFAR10, notes=(
-        'The run was stopped, and resumed from its own checkpoints, after epochs 3, 4 and 24, with a first version of '
-        'the moment form: the same mathematics, other rounding.',)),
+        file=str(WEIGHTS / 'finet_small_se_g4.tiny_in200.safetensors'), **TINY_IN200.cfg()),
+    'finet_small_g4.cifar10': _cfg(file=str(WEIGHTS / 'finet_small_g4.cifar10.safetensors'), **CIFAR10.cfg()),
     # `*` keeps the paper's network the default; timm lets a tag with weights take over unless this one comes last
     'finet_small.untrained*': _cfg(),
     'finet_small_g2.untrained*': _cfg(),

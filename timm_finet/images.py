@@ -6,7 +6,7 @@ from typing import List, Sequence, Tuple, Union
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from .output import replace_file
+from .data.files import replace_file
 
 __all__ = ['contact_sheet', 'find_images', 'read_image', 'read_images', 'shipped_images']
 

@@ -8,10 +8,11 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .finet import CIFAR10, set_bn_args
-from .pretrained import UNTRAINED, WEIGHTS, build_model
+from .data.datasets import CIFAR10
+from .finet import set_bn_args
+from .fusion.watch import neighbours
+from .hub.pretrained import UNTRAINED, WEIGHTS, build_model
 from .rewrite import check_form, convert_named, fits_fbn, fuse_named
-from .watch import neighbours
 
 __all__ = ['ResNetFBN']
 
@@ -92,7 +93,7 @@ def _cfg(**kwargs: Any):
 
 
 default_cfgs = generate_default_cfgs({
-    'resnet18_fbn.cifar10': _cfg(file=str(WEIGHTS / 'resnet18_fbn.cifar10.safetensors'), **CIFAR10),
+    'resnet18_fbn.cifar10': _cfg(file=str(WEIGHTS / 'resnet18_fbn.cifar10.safetensors'), **CIFAR10.cfg()),
     **{f'{name}.{UNTRAINED}*': _cfg()
        for name in ('resnet18_fbn', 'resnet18_fbn_g4', 'resnet50_fbn', 'resnet50_fbn_g4')},
 })

@@ -20,10 +20,10 @@ from torch.nn.parameter import is_lazy
 from timm.models._input import update_model_args
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 
-from .depthwise import DepthwiseConv2d
 from .fbn import FBNConv2d
-from .trial import Example, copy_model, copy_to_run, distance, example_for, judge, run, undisturbed
-from .watch import KNOWN_LAYERS, NO_LAYER, Watch, layers_and_norms, neighbours, why_untouchable
+from .fusion.trial import Example, copy_model, copy_to_run, distance, example_for, judge, run, undisturbed
+from .fusion.watch import KNOWN_LAYERS, NO_LAYER, Watch, layers_and_norms, neighbours, why_untouchable
+from .ops.depthwise import DepthwiseConv2d
 
 __all__ = ['fuse_fbn', 'convert_fbn']
 

@@ -1,3 +1,3 @@
-from timm_finet.space import space
+from timm_finet.commands.space import space
 
 space()

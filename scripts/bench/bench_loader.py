@@ -26,7 +26,7 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from scripts.report import cpu_name
-from timm_finet.launch import find_recipe
+from timm_finet.commands.run import find_recipe
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'bench_loader.csv'
 RECIPES = ('cifar10', 'modern')

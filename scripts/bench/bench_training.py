@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.cuda_graphs import captured
-from timm_finet.depthwise import DepthwiseConv2d
+from timm_finet.ops.depthwise import DepthwiseConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
 
 FILE = RESULTS / 'bench_training.csv'

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from scripts.bench.networks import networks
 from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
-from timm_finet import fuse_fbn, rewrite, trial
-from timm_finet.watch import layers_and_norms
+from timm_finet import fuse_fbn, rewrite
+from timm_finet.fusion import trial
+from timm_finet.fusion.watch import layers_and_norms
 
 FILE = RESULTS / 'fuse_networks.csv'
 EPS = torch.finfo(torch.float64).eps

@@ -16,7 +16,7 @@ import torch
 from scripts.report import RESULTS, command, cpu_name, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.images import shipped_images
-from timm_finet.demo import SHIPPED
+from timm_finet.commands.demo import SHIPPED
 from timm_finet.fbn import ReferenceFBNConv2d
 
 FILE = RESULTS / 'numerics.csv'

@@ -27,7 +27,7 @@ from timm.utils import random_seed
 from scripts.cifar_runs import FILES, PROTOCOLS, folder, missing
 from scripts.paper.cifar_tables import commit
 from scripts.report import RESULTS, command, cpu_name, read_rows, write_rows
-from timm_finet.launch import find_recipe
+from timm_finet.commands.run import find_recipe
 
 EVAL_BATCH = 500
 

@@ -20,7 +20,7 @@ from scripts.cifar_runs import PROTOCOLS, collect, folder
 from scripts.paper.cifar_tables import BN, against_bn, mean_deviation, pm
 from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from scripts.weights.int8 import scores
-from timm_finet import export
+from timm_finet.commands import export
 from timm_finet.data import CIFAR100Pad2
 
 FILE = RESULTS / 'int8_groups.csv'

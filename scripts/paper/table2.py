@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
-from timm_finet.flops import count_flops, count_row, create
+from timm_finet import count_flops
+from timm_finet.commands.flops import count_row, create
 
 # The paper's Table 2: millions of multiply-adds, millions of parameters, top-1 on ImageNet.
 PAPER = {

@@ -25,8 +25,8 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from scripts.cifar_runs import epochs_of
 from scripts.report import RESULTS, write_rows
-from timm_finet.hub import LOCAL_ARGS
-from timm_finet.pretrained import WEIGHTS
+from timm_finet.hub.repository import LOCAL_ARGS
+from timm_finet.hub.pretrained import WEIGHTS
 
 MOVES = 0.05  # points
 ROOM = 60_000_000  # bytes, all embedded weights together

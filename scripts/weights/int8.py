@@ -16,7 +16,7 @@ from timm.data import create_transform
 from tqdm import tqdm
 
 from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
-from timm_finet import export
+from timm_finet.commands import export
 from timm_finet.data import CIFAR10Pad2
 
 NAME = 'finet_small_g4.cifar10'

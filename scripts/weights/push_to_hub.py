@@ -15,8 +15,9 @@ import timm
 import yaml
 
 from scripts.report import RESULTS, read_rows
-from timm_finet import card, hub
-from timm_finet.names import MODULES
+from timm_finet import hub
+from timm_finet.hub import card
+from timm_finet.hub.pretrained import MODULES
 
 CARDS = Path(__file__).parents[2] / 'hf_cards'
 

@@ -23,7 +23,7 @@ from timm.utils import accuracy
 from torch import nn
 from tqdm import tqdm
 
-from timm_finet.patches import keep_buffers
+from timm_finet.commands.timm_patches import keep_buffers
 
 SIZE, FOLDS, EPOCHS, BATCH = 192, 5, 20, 500
 

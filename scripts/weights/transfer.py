@@ -24,9 +24,9 @@ from scripts.paper.cifar_tables import mean_deviation, pm, top1
 from scripts.paper.table2_photos import arguments, parse, rows_of, run
 from scripts.report import RESULTS, markdown, write_block
 from scripts.weights import photos
-from timm_finet.data import PAD, CIFAR10Pad2
-from timm_finet.finet import CIFAR10_CLASSES
-from timm_finet.launch import find_recipe
+from timm_finet.commands.run import find_recipe
+from timm_finet.data import datasets
+from timm_finet.data.cifar import PAD, CIFAR10Pad2
 
 CSV = RESULTS / 'transfer.csv'
 TRAIN, PER_CLASS = 5000, 100
@@ -69,7 +69,8 @@ def pack_cifar(root, folder, train=TRAIN):
         data = CIFAR10Pad2(root, train=split == 'train')
         images = data.data[:train, PAD:-PAD, PAD:-PAD] if split == 'train' else data.data
         places = {
-            f'{label}_{CIFAR10_CLASSES[label]}/{i:05}.png': i for i, label in zip(range(len(images)), data.targets)}
+            f'{label}_{datasets.CIFAR10.classes[label]}/{i:05}.png': i
+            for i, label in zip(range(len(images)), data.targets)}
 
         def read(index):
             file = io.BytesIO()

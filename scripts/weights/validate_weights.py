@@ -21,7 +21,7 @@ import torch
 
 from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet import count_flops, fuse_fbn
-from timm_finet.names import MODULES
+from timm_finet.hub.pretrained import MODULES
 
 FILE = RESULTS / 'weights.csv'
 DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name

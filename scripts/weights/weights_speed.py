@@ -17,7 +17,7 @@ from timm.data import resolve_data_config
 
 from scripts.report import RESULTS, command, cpu_name, write_rows
 from timm_finet import fuse_fbn
-from timm_finet.names import MODULES
+from timm_finet.hub.pretrained import MODULES
 
 ROUNDS, RUNS = 100, 10
 

@@ -1,0 +1,108 @@
+"""`timm-finet demo` as a user calls it."""
+import errno
+import os
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from timm_finet.commands.demo import PHOTOGRAPHS
+from timm_finet.images import contact_sheet, shipped_images
+
+
+def test_shipped_images_are_classified_fused_and_drawn(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = cli('demo')
+    assert status == 0, err
+    train, fused = re.findall(r'(?:train form|fused) +([\d.]+)% +([\d,]+) +([\d,]+) +(\d+)', out)
+    assert float(train[0]) >= 88 and train[0] == fused[0]
+    assert train[1:3] == ('1,387,730', '12,971,520') and fused[1:3] == ('1,369,338', '12,971,520')
+    difference = float(re.search(r'largest difference of the logits: (\S+)', out)[1])
+    assert 0 < difference < 1e-4
+    assert '8/8' in err  # the progress bar
+    with Image.open(tmp_path / 'finet_demo.png') as sheet:
+        assert sheet.size == (1280, 1840)
+
+
+def test_own_images_and_folders(cli, tmp_path):
+    folder = tmp_path / 'mine'
+    folder.mkdir()
+    images, _ = shipped_images()
+    images[0].resize((300, 200)).save(folder / 'plane.jpg')
+    images[399].convert('L').save(tmp_path / 'gray.png')
+    status, out, err = cli('demo', folder, tmp_path / 'gray.png', '--output', tmp_path / 'out.png')
+    assert status == 0, err
+    assert out.startswith(f'{PHOTOGRAPHS} on 2 images, ')
+    for file in (folder / 'plane.jpg', tmp_path / 'gray.png'):
+        percents = re.search(rf'^{re.escape(str(file))}: [\w -]+ (\d+)%, [\w -]+ (\d+)%, [\w -]+ (\d+)%$', out, re.M)
+        first, second, third = map(int, percents.groups())
+        assert 100 >= first >= second >= third
+    assert 'It knows 200 classes alone: of anything else a percentage means little.\n' in out
+    assert '156,085,376' in out  # multiply-adds at the size that they are tested at
+    with Image.open(tmp_path / 'out.png') as sheet:
+        assert sheet.size == (256, 142)
+
+
+def test_file_that_cannot_be_read_is_skipped_by_name_and_the_others_are_done(cli, tmp_path):
+    mine = tmp_path / 'mine'
+    mine.mkdir()
+    shipped_images()[0][0].save(mine / 'plane.png')
+    (mine / 'notes.txt').write_text('no image')
+    status, out, err = cli('demo', mine, tmp_path / 'none.png', '--output', tmp_path / 'out.png')
+    assert status == 1 and f'{PHOTOGRAPHS} on 1 image, ' in out and f"\n{mine / 'plane.png'}: " in out
+    skipped = [line for line in err.splitlines() if 'skipped' in line]
+    assert skipped == [
+        f"timm-finet demo: skipped: {mine / 'notes.txt'} is not an image that Pillow can read.",
+        f"timm-finet demo: skipped: {tmp_path / 'none.png'} does not exist: give images, or folders that hold some."]
+    with Image.open(tmp_path / 'out.png') as sheet:
+        assert sheet.width == 128
+
+
+@pytest.mark.parametrize('threads, said', [(1, '1 thread\n'), (2, '2 threads\n')])
+def test_one_thread_is_no_plural(threads, said, cli, tmp_path, monkeypatch):
+    Image.new('RGB', (32, 32)).save(tmp_path / 'own.png')
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    out = cli('demo', tmp_path / 'own.png', '--output', tmp_path / 'out.png')[1]
+    assert f'on 1 image, {said}' in out
+
+
+@pytest.mark.parametrize('name, message', [
+    ('no.png', 'no.png does not exist'), ('text.png', 'text.png is not an image'),
+    ('empty', 'empty is an empty folder'),
+    ('texts', 'none of 2 files can be read, to begin with: .*a.txt is not'), ('bomb.png', 'bomb.png has more pixels')])
+def test_bad_images_give_one_line_and_no_file(name, message, refused, tmp_path, monkeypatch):
+    (tmp_path / 'text.png').write_text('no image')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'texts').mkdir()
+    for text in ('a.txt', 'b.txt'):
+        (tmp_path / 'texts' / text).write_text('no image')
+    Image.new('RGB', (20, 20)).save(tmp_path / 'bomb.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    refused(['demo', tmp_path / name, '--output', tmp_path / 'out.png'], message)
+    assert not (tmp_path / 'out.png').exists()
+
+
+def test_interrupt_ends_in_one_line_and_leaves_no_file(cli, monkeypatch, tmp_path):
+    def interrupt(self, file, **kwargs):
+        open(file, 'wb').close()
+        raise KeyboardInterrupt
+    Image.new('RGB', (32, 32)).save(tmp_path / 'own.png')
+    monkeypatch.setattr(Image.Image, 'save', interrupt)
+    status, _, err = cli('demo', tmp_path / 'own.png', '--output', tmp_path / 'out.png')
+    assert status == 130 and err.endswith('timm-finet demo: interrupted.\n')
+    assert [p.name for p in tmp_path.iterdir()] == ['own.png']
+
+
+def test_full_disk_names_the_file(monkeypatch, tmp_path):
+    def fail(self, file, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Image.Image, 'save', fail)
+    with pytest.raises(OSError, match=r"output='.*sheet.png' cannot be written: No space left"):
+        contact_sheet([Image.new('RGB', (32, 32))], ['a'], [True], str(tmp_path / 'sheet.png'))
+
+
+@pytest.mark.parametrize('output', ['no/out.png', '.', '/proc/out.png'])
+def test_unwritable_output_is_refused_before_the_work(output, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(['demo', '--output', output], f'output={output!r} cannot be written')

@@ -1,0 +1,311 @@
+"""`timm-finet run`: timm's scripts with our models."""
+import http.server
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_finet.commands import run as launch
+from timm_finet.images import shipped_images
+
+SCRIPT = '''
+import sys, timm
+from timm.data import create_dataset
+assert __name__ == '__main__'
+print(sys.argv[1:], timm.is_model('finet_large_se_g4'), timm.is_model('resnet50_fbn'))
+sys.exit(0 if '--ok' in sys.argv else 7)
+'''
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, scripts_run_here):
+    (tmp_path / 'validate.py').write_text(SCRIPT)
+    monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path))
+    return tmp_path / 'validate.py'
+
+
+@pytest.mark.parametrize('by', ['name', 'path'])
+def test_script_runs_as_main_with_our_models_and_its_exit_status(by, script, cli):
+    name = 'validate' if by == 'name' else script
+    assert cli('run', name, '--model', 'x', '--help') == (7, "['--model', 'x', '--help'] True True\n", '')
+
+
+def test_scripts_may_fuse_before_eval(script, cli):
+    script.write_text(
+        "import timm\n"
+        "from timm.utils import reparameterize_model\n"
+        "from timm.utils.model import reparameterize_model as other\n"
+        "for fuse in (reparameterize_model, other):\n"
+        "    model = fuse(timm.create_model('finet_small_g2'))\n"
+        "    print(model.training, any('running_var' in key for key in model.state_dict()))\n")
+    assert cli('run', 'validate')[1].split() == ['False'] * 4
+
+
+def test_torchrun_starts_it(script):
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_finet', 'run',
+         'validate', '--ok'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("['--ok']") == 2 and result.stdout.count('True True') == 2
+
+
+def test_recipes_are_found_by_name(script):
+    command = launch.resolve('validate', ['--config', 'recipe:cifar10_short', '--lr', '1'])
+    assert command[0] == str(script) and command[2].endswith('recipes/cifar10_short.yaml')
+    assert command[3:] == ['--lr', '1']
+    with pytest.raises(FileNotFoundError, match="recipe:none.*cifar10_short"):
+        launch.resolve('validate', ['--config', 'recipe:none'])
+
+
+def test_unknown_scripts_are_named(script):
+    with pytest.raises(FileNotFoundError, match="'trane' is unknown: use one of train"):
+        launch.find_script('trane')
+    with pytest.raises(FileNotFoundError, match=r"no/such\.py"):
+        launch.find_script('no/such.py')
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    return tmp_path / 'timm_scripts' / f'v{timm.__version__}'
+
+
+def test_script_is_fetched_once_at_the_installed_versions_tag(cache, monkeypatch):
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            found = self.path.endswith('/train.py')
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(b'print(1)' if found else b'')
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(launch, 'URL', f'http://127.0.0.1:{server.server_port}/timm')
+        for _ in range(2):
+            assert launch.find_script('train').read_text() == 'print(1)'
+        with pytest.raises(FileNotFoundError, match='404.*Three ways out'):
+            launch.find_script('validate')
+        server.shutdown()
+    assert asked == [f'/timm/v{timm.__version__}/train.py', f'/timm/v{timm.__version__}/validate.py']
+    assert [p.name for p in cache.iterdir()] == ['train.py']
+
+
+def test_no_network_names_three_ways_out(cache, monkeypatch):
+    monkeypatch.setattr(launch, 'URL', 'http://127.0.0.1:1')
+    message = f'TIMM_SCRIPTS to a checkout of timm at tag v{timm.__version__}.*train.py'
+    with pytest.raises(FileNotFoundError, match=message):
+        launch.find_script('train')
+    assert not cache.exists()
+
+
+TRAIN = """
+import argparse, json, sys, yaml
+from timm import utils
+config = argparse.ArgumentParser(add_help=False)
+config.add_argument('-c', '--config')
+parser = argparse.ArgumentParser()
+parser.add_argument('data', nargs='?')
+parser.add_argument('--device', default='cuda')
+parser.add_argument('--pretrained', action='store_true')
+for name in ('num-classes', 'img-size', 'input-size'):
+    parser.add_argument(f'--{name}', type=int)
+for name in ('data-dir', 'dataset', 'model', 'output', 'resume', 'train-split', 'loss'):
+    defaults = {'dataset': 'hfids/x', 'model': 'finet_small', 'train-split': 'train'}
+    parser.add_argument(f'--{name}', default=defaults.get(name))
+parser.add_argument('--device-modules', nargs='+')
+known, rest = config.parse_known_args()
+if known.config:
+    parser.set_defaults(**yaml.safe_load(open(known.config)))
+args = parser.parse_args(rest)
+if args.loss:
+    utils.AverageMeter().update(float(args.loss))
+print(json.dumps(vars(args)))
+"""
+
+
+@pytest.fixture
+def train(script, cli, monkeypatch):
+    """`timm-finet run train` with a script that reads its arguments as timm's does, and prints them."""
+    (script.parent / 'train.py').write_text(TRAIN)
+    monkeypatch.chdir(script.parent)
+    return lambda *args: cli('run', 'train', *args)
+
+
+@pytest.fixture
+def classes(script):
+    for name in 'abcd':
+        (script.parent / 'data' / 'train' / name).mkdir(parents=True)
+        shipped_images()[0][0].save(script.parent / 'data' / 'train' / name / '0.png')
+
+
+def test_training_stops_at_a_loss_that_is_nan(train):
+    status, out, err = train('--loss', 'nan')
+    assert (status, out) == (1, '') and err.splitlines()[-1].startswith('The loss is nan: ')
+
+
+@pytest.mark.parametrize('by', ['option', 'config'])
+def test_output_that_cannot_be_written_is_refused_before_training(by, train, refused, tmp_path):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'recipe.yaml').write_text(f'output: {tmp_path}/file/runs\n')
+    refused(
+        ['run', 'train', *(('--output', tmp_path / 'file' / 'runs') if by == 'option' else ('-c', 'recipe.yaml'))],
+        f"--output='{tmp_path}/file/runs' cannot be written to")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason='needs a machine without an accelerator')
+def test_train_takes_device_classes_and_size_that_nobody_gave_and_says_so(train, classes, tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('pretrained: true\ndataset: ""\n')
+    _, out, err = train('-c', 'recipe.yaml', '--model', 'finet_small_g4.cifar10', '--data-dir', 'data')
+    args = json.loads(out)
+    assert (args['device'], args['num_classes']) == ('cpu', 4)
+    assert err == (
+        'timm-finet run train: takes --num-classes 4, --device cpu, --img-size 32 of the weights, '
+        'as nothing else was given.\n')
+
+
+@pytest.mark.parametrize('by', ['option', 'config'])
+def test_device_that_was_given_stays(by, train, tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('device: meta\n')
+    _, out, err = train('--device', 'meta') if by == 'option' else train('-c', 'recipe.yaml')
+    assert json.loads(out)['device'] == 'meta' and err == ''
+
+
+BAD = dict(
+    model=(['--model', 'finet_smal'], "--model='finet_smal' is unknown: did you mean finet_small"),
+    tag=(['--model', 'finet_small_g4.cifar'], "--model='finet_small_g4.cifar' is unknown: "),
+    no_data=(['--dataset', 'torch/cifar10_pad2'], '--data-dir is missing'),
+    data=(['--dataset', '', '--data-dir', 'none'], "--data-dir='none' does not exist"),
+    empty=(['--dataset', '', '--data-dir', 'empty'], "--data-dir='empty': Found 0 images"),
+    resume=(['--resume', 'no.pth.tar'], "--resume='no.pth.tar' does not exist"),
+    classes=(
+        ['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
+    untold=(['--pretrained', '--dataset', 'hfids/x'], '--num-classes is missing'),
+    device=(['--device', 'gpu'], "--device='gpu' is no device of torch: use cpu or cuda"),
+    misspelt=(['--outptu', 'x'], 'unrecognized arguments: --outptu: did you mean --output\\?'),
+    ambiguous=(['--data', 'x'], 'ambiguous option: --data could match --data-dir, --dataset$'),
+    no_number=(['--num-classes', 'x'], "argument --num-classes: invalid int value: 'x'$"),
+    module=(['--device-modules', 'no_module'], "--device-modules='no_module' cannot be imported: No module named"),
+)
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, refused):
+    args, message = BAD[case]
+    Path('empty').mkdir()
+    refused(['run', 'train', *args], f'^timm-finet run train: .*{message}')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without such a GPU')
+@pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
+def test_gpu_that_is_not_there_is_named_in_one_line(device, train, refused):
+    refused(['run', 'train', '--device', device],
+            f"^timm-finet run train: --device='{device}' cannot be used, torch finds no such GPU here: use --device")
+
+
+def test_network_of_a_module_of_ones_own_is_known(train, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'own_net.py').write_text("""
+from timm.models import register_model
+from timm_finet.finet import finet_small
+
+@register_model
+def net_of_ones_own(pretrained=False, **kwargs):
+    return finet_small(pretrained, **kwargs)
+""")
+    _, out, _ = train('--device-modules', 'own_net', '--model', 'net_of_ones_own')
+    assert json.loads(out)['model'] == 'net_of_ones_own'
+
+
+def test_checkpoint_that_does_not_exist_is_named_before_validation(script, cli):
+    script.write_text(
+        'import argparse\np = argparse.ArgumentParser()\np.add_argument("--checkpoint")\np.parse_args()\nprint(1)')
+    assert cli('run', 'validate', '--checkpoint', 'no.pth') == (
+        2, '', "timm-finet run validate: --checkpoint='no.pth' does not exist.\n")
+
+
+@pytest.mark.parametrize('caught', [True, False])
+def test_interrupted_training_ends_in_one_line_and_status_130(caught, script):
+    wait, end = 'print("on", flush=True)\n    time.sleep(60)\n', 'except KeyboardInterrupt:\n    pass\nprint("end")'
+    (script.parent / 'train.py').write_text(f'import time\ntry:\n    {wait}{end if caught else "finally: pass"}')
+    command = [sys.executable, '-m', 'timm_finet', 'run', 'train']
+    with subprocess.Popen(  # a shell's background jobs, and so these tests in one, start with the signal ignored
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        assert process.stdout.readline() == 'on\n'
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == 'timm-finet run: interrupted.\n'
+    assert out == ('end\n' if caught else '')
+
+
+@pytest.mark.parametrize('error', ['KeyboardInterrupt', 'OSError(28, "No space left on device")'])
+def test_half_a_checkpoint_is_deleted(error, script, cli, monkeypatch):
+    (script.parent / 'train.py').write_text(
+        'import torch\nfrom timm import utils\n\n'
+        f'def save(state, file):\n    open(file, "w").close()\n    raise {error}\n'
+        'torch.save = save\nmodel = torch.nn.Linear(1, 1)\n'
+        'utils.CheckpointSaver(model, torch.optim.SGD(model.parameters()), checkpoint_dir="out").save_checkpoint(0)')
+    (script.parent / 'out').mkdir()
+    monkeypatch.chdir(script.parent)
+    status, _, err = cli('run', 'train')
+    assert not list(Path('out').iterdir()) and len(err.splitlines()) == 1, err
+    if error == 'KeyboardInterrupt':
+        assert status == 130
+    else:
+        assert status == 1 and 'out/tmp.pth.tar cannot be written' in err
+
+
+def test_folder_of_scripts_without_the_script_is_named(monkeypatch):
+    monkeypatch.setenv('TIMM_SCRIPTS', '/nope')
+    with pytest.raises(FileNotFoundError, match="TIMM_SCRIPTS='/nope' holds no train.py"):
+        launch.find_script('train')
+
+
+def test_full_disk_is_refused_before_training(tmp_path):
+    resource = pytest.importorskip('resource')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # a write beyond it fails as on a full disk
+    try:
+        with pytest.raises(OSError, match='cannot be written to.*64 MB'):
+            launch.check_output(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    launch.check_output(str(tmp_path / 'new' / 'folder'))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='mallopt is glibc\'s')
+def test_training_keeps_freed_buffers():
+    """A large buffer that takes the place of a freed one must not be faulted in page by page again."""
+    code = """if True:
+        import ctypes, resource
+        from timm_finet.commands.timm_patches import keep_buffers
+        keep_buffers()
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            buffer = libc.malloc(ctypes.c_size_t(16_000_000))
+            ctypes.memset(buffer, 1, 16_000_000)
+            libc.free(ctypes.c_void_p(buffer))
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        first = faults()
+        faults()  # the heap may have to grow twice
+        print(first, faults())"""
+    first, later = map(int, subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
+    assert later < first / 10

@@ -1,0 +1,115 @@
+"""`timm-finet demo`: classify images with embedded weights, before and after fusion, and draw what was seen."""
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Dict, List, Sequence, Tuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from tqdm import tqdm
+
+from ..data.files import check_output
+from ..flops import count_flops
+from ..images import contact_sheet, find_images, read_image, shipped_images
+from ..rewrite import fuse_fbn
+
+__all__ = ['demo']
+
+SHIPPED = 'finet_small_g4.cifar10'  # for the shipped images
+PHOTOGRAPHS = 'finet_large_se_g4.tiny_in200'  # for one's own
+BATCH = 50
+TOP = 3  # classes that are named of one's own image
+
+
+def count(number: int, noun: str) -> str:
+    """'1 image', '2 images'."""
+    return f'{number} {noun}' + 's' * (number != 1)
+
+
+@torch.inference_mode()
+def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple[torch.Tensor, float]]:
+    """Each network's logits for `x` `(n, 3, H, W)` and its images a second: median over batches, taken in turns."""
+    logits, seconds = [[] for _ in networks], [[] for _ in networks]
+    for network in networks:
+        network(x[:BATCH])  # warm-up
+    for part in tqdm(x.split(BATCH), unit='batch'):
+        for network, outputs, times in zip(networks, logits, seconds):
+            start = time.perf_counter()
+            outputs.append(network(part))
+            times.append((time.perf_counter() - start) / len(part))
+    return [(torch.cat(outputs), 1 / median(times)) for outputs, times in zip(logits, seconds)]
+
+
+def read_what_can_be(files: Sequence[Path]) -> Tuple[Dict[Path, Image.Image], List[str]]:
+    """The images of the files that can be read, and for each other file the reason, which names it.
+
+    Raises:
+        ValueError, FileNotFoundError: None of them can be read.
+    """
+    images, errors = {}, []
+    for file in files:
+        try:
+            images[file] = read_image(file)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    if len(errors) == 1 == len(files):
+        raise errors[0]
+    if not images:
+        raise ValueError(f'none of {len(files)} files can be read, to begin with: {errors[0]}')
+    return images, [str(error) for error in errors]
+
+
+def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
+    """Classify the shipped images or those at `paths`, print what it took, and write a contact sheet.
+
+    Returns:
+        Whether every file was read. Those that were not are named, each with the reason.
+
+    Raises:
+        ValueError, OSError: `output` cannot be written, a folder is empty, or no file can be read.
+    """
+    check_output(output)
+    labels, reasons = None, []
+    if paths:
+        files, reasons = read_what_can_be(find_images(paths))
+        images = list(files.values())
+    else:
+        images, labels = shipped_images()
+    name = PHOTOGRAPHS if paths else SHIPPED
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
+    x = torch.stack([transform(image) for image in images])
+
+    print(f"{name} on {count(len(images), 'image')}, {count(torch.get_num_threads(), 'thread')}")
+    networks = (model, fuse_fbn(model))
+    results = classify(networks, x)
+    print('form        top-1  parameters  multiply-adds  images/s')
+    for form, network, (logits, speed) in zip(('train form', 'fused'), networks, results):
+        top1 = '-' if labels is None else f'{(logits.argmax(1) == torch.tensor(labels)).double().mean().item():.2%}'
+        counts = count_flops(network, tuple(x.shape[1:]))
+        macs = counts['conv'] + counts['linear']
+        print(f'{form:<10} {top1:>6}  {counts["params"]:>10,}  {macs:>13,}  {speed:>10.0f}')
+    print(f'largest difference of the logits: {(results[0][0] - results[1][0]).abs().max().item():.1e}')
+
+    classes = model.pretrained_cfg['label_names']
+    probabilities, guesses = (t.tolist() for t in logits.softmax(1).topk(TOP))
+    if labels is None:
+        titles = [[f'{classes[c]} {p:.0%}' for p, c in zip(*pair)] for pair in zip(probabilities, guesses)]
+        for file, title in zip(files, titles):
+            print(f"{file}: {', '.join(title)}")
+        print(f'It knows {len(classes)} classes alone: of anything else a percentage means little.')
+        contact_sheet(images, [title[0] for title in titles], [True] * len(images), output, size=128)
+    else:
+        guesses = [guess for guess, *_ in guesses]
+        right = [guess == label for guess, label in zip(guesses, labels)]
+        titles = [
+            classes[guess] + ('\n' if ok else f'\n({classes[label]})')
+            for guess, label, ok in zip(guesses, labels, right)]
+        contact_sheet(images, titles, right, output)
+    print(f'wrote {output}')
+    for reason in reasons:
+        print(f'timm-finet demo: skipped: {reason}', file=sys.stderr)
+    return not reasons

@@ -1,0 +1,266 @@
+"""`timm-finet export`: a fused network as an ONNX or ExecuTorch file, float32 or int8, checked before it is written."""
+import logging
+import os
+import warnings
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import create_transform, resolve_input_data_config
+from timm.utils import reparameterize_model
+
+from ..data.datasets import CIFAR10
+from ..data.files import check_output, replace_file
+from ..flops import least_size
+from ..hub.checkpoint import load_checkpoint
+from ..images import TRAINING_IMAGES, find_images, read_images, shipped_images
+from ..rewrite import fuse_fbn
+from .names import find_names
+
+__all__ = ['export']
+
+SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
+PACKAGES = {'onnx': 'onnx onnxscript onnxruntime', 'executorch': 'executorch torchao'}  # those of our extras
+
+CALIBRATION = 400  # of a whole training set as many images: more move int8's ranges little
+
+# What a file must reach against the fused network in PyTorch, on the shipped test images, to be written.
+# First the share of images with the same top-1; rounding to int8 turns close calls.
+LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}
+LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; float32 alone
+
+
+@contextmanager
+def needs(to: str):
+    """Turn a missing package into an error that says what to install, and keep the exporters' chatter away."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(None):
+            warnings.simplefilter('ignore')
+            yield
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"--to {to} needs the package {error.name}: pip install {PACKAGES[to]}.") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def to_onnx(
+        model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None,
+        metadata: Optional[Dict[str, str]] = None, dynamic_batch: bool = False) -> None:
+    """Write a fused `model` for one image shaped like `x` `(1, 3, H, W)`, or for any number of them.
+
+    It is in int8 where there are `calibration` images `(n, 3, H, W)`, and keeps `metadata` in its `metadata_props`.
+    """
+    with needs('onnx'):
+        import onnx
+        import onnxruntime  # noqa: F401 (torch's own message for a missing package is long)
+        import onnxscript  # noqa: F401
+        if dynamic_batch:  # torch takes a dimension of one for a constant
+            x = x.expand(2, -1, -1, -1)
+        torch.onnx.export(
+            model, (x,), file, input_names=['input'], output_names=['logits'], dynamo=True, external_data=False,
+            verbose=False, dynamic_shapes=({0: torch.export.Dim('batch')},) if dynamic_batch else None)
+        if calibration is not None:
+            quantise_onnx(file, calibration)
+        if metadata:  # after quantisation, which leaves its own
+            written = onnx.load(file)
+            onnx.helper.set_model_props(written, metadata)
+            onnx.save(written, file)
+
+
+def quantise_onnx(file: str, calibration: torch.Tensor) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        images = iter(calibration.split(1))
+
+        def get_next(self):
+            x = next(self.images, None)
+            return None if x is None else {'input': x.numpy()}
+
+    quant_pre_process(file, file)
+    quantize_static(file, file, Reader(), per_channel=True)
+
+
+def to_executorch(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None) -> None:
+    """As `to_onnx`, for ExecuTorch with XNNPACK."""
+    with needs('executorch'):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        program = torch.export.export(model, (x,))
+        if calibration is not None:
+            program = torch.export.export(quantise_executorch(program.module(), calibration), (x,))
+        program = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        Path(file).write_bytes(program.to_executorch().buffer)
+
+
+def quantise_executorch(model: nn.Module, calibration: torch.Tensor) -> nn.Module:
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer, get_symmetric_quantization_config)
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    model = prepare_pt2e(model, XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
+    for x in calibration.split(1):
+        model(x)
+    return convert_pt2e(model)
+
+
+def load_onnx(file: str, threads: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'input': x.numpy()})[0])
+
+
+def load_executorch(file: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    from executorch.runtime import Runtime
+    method = Runtime.get().load_program(file).load_method('forward')
+    return lambda x: method.execute([x])[0]
+
+
+WRITE = {'onnx': to_onnx, 'executorch': to_executorch}
+LOAD = {'onnx': load_onnx, 'executorch': load_executorch}
+
+
+def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
+    """A network, fused, with its pretrained weights, those of a checkpoint in either form, or random ones.
+
+    Raises:
+        ValueError: The name is unknown, or the checkpoint does not fit.
+        FileNotFoundError: There is no such checkpoint.
+    """
+    from_hub = name.startswith(('hf-hub:', 'local-dir:'))
+    if not from_hub:
+        find_names([name])
+    if checkpoint is None:
+        model = timm.create_model(name, pretrained=from_hub or timm.get_pretrained_cfg(name).has_weights)
+    else:
+        model, _ = load_checkpoint(checkpoint, name)
+    return fuse_fbn(reparameterize_model(model.eval(), inplace=True), inplace=True)
+
+
+def make_config(name: str, model: nn.Module, img_size: Optional[int] = None) -> Dict[str, Any]:
+    """timm's data config that the weights are tested with, or the same with squares of `img_size` pixels.
+
+    Raises:
+        ValueError: The network takes no such images.
+    """
+    if img_size is None:
+        return resolve_input_data_config(model, use_test_size=True)
+    least = least_size(model)
+    if img_size < least:
+        raise ValueError(
+            f'--img-size={img_size} is too small for {name}, which reduces its input {least} times: '
+            f'give at least {least}.')
+    try:
+        return resolve_input_data_config(model, {'img_size': img_size}, use_test_size=True)
+    except ValueError as error:  # a network of one size
+        raise ValueError(f'--img-size={img_size} does not fit {name}: {error}') from error
+
+
+def make_metadata(name: str, model: nn.Module, config: Dict[str, Any], dynamic_batch: bool = False) -> Dict[str, str]:
+    """What a file says of itself: its classes, and how an image becomes its input, of timm's data `config`.
+
+    What is no plain word is a Python literal; numbers and lists are JSON too. ultralytics reads the first seven keys.
+    """
+    channels, *size = config['input_size']
+    names = model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes))
+    facts = dict(
+        names=dict(enumerate(names)), imgsz=size, task='classify', stride=1, batch=1, channels=channels,
+        args=dict(dynamic=dynamic_batch),
+        name=name, mean=list(config['mean']), std=list(config['std']),
+        crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], interpolation=config['interpolation'])
+    return {key: str(value) for key, value in facts.items()}
+
+
+@torch.no_grad()
+def compare(
+        model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch: int = 1,
+) -> Tuple[torch.Tensor, ...]:
+    """Logits of the fused network and of the file, which gets `batch` at a time, for images `x` `(n, 3, H, W)`."""
+    return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(batch)])
+
+
+def export(
+        name: str, to: str, output: Optional[str] = None, int8: bool = False, checkpoint: Optional[str] = None,
+        calibration: Sequence[str] = (), img_size: Optional[int] = None, dynamic_batch: bool = False) -> None:
+    """Write a network, unless the file disagrees with PyTorch; print its preprocessing and what was found.
+
+    An ONNX file says in its metadata what it is: `make_metadata`.
+
+    Args:
+        name: A network of timm, ours among them.
+        to: 'onnx' or 'executorch'.
+        output: The file to write, by default the network's name in the current folder.
+        int8: Post-training quantisation, weights per channel, calibrated on images.
+        checkpoint: Weights, in train or fused form, instead of the pretrained ones; of train.py, with its input's size
+            and the rest as its arguments say.
+        calibration: Images or folders of them, also with a folder a class, `CALIBRATION` of which are used; by default
+            100 training images of CIFAR-10, for networks of its classes.
+        img_size: Height and width of the input, by default those that the weights are tested at.
+        dynamic_batch: Any number of images at a time, instead of one; ONNX alone.
+
+    Raises:
+        ValueError, FileNotFoundError: An argument is wrong.
+        RuntimeError: A package or the weights are missing, or the file disagrees.
+    """
+    precision = 'int8' if int8 else 'float32'
+    output = Path(output or name.replace(':', '_').replace('/', '_') + ('.int8' if int8 else '') + SUFFIXES[to])
+    if output.suffix in SUFFIXES.values() and output.suffix != SUFFIXES[to]:
+        raise ValueError(f'output={str(output)!r} does not go with --to {to}: end it in {SUFFIXES[to]}.')
+    if calibration and not int8:
+        raise ValueError(f'calibration={calibration} needs --int8.')
+    if dynamic_batch and to != 'onnx':
+        raise ValueError(f'--dynamic-batch does not go with --to {to}: leave it out, or use --to onnx.')
+    check_output(output)
+    model = build(name, checkpoint)
+    config = make_config(name, model, img_size)
+    classes = tuple(model.pretrained_cfg.get('label_names') or ())
+    if int8 and not calibration and classes != CIFAR10.classes:
+        raise ValueError(
+            f'calibration: give images that {name} was trained on, or folders of them; those shipped are of CIFAR-10.')
+    transform = create_transform(**config)
+
+    def batch(images):
+        return torch.stack([transform(image) for image in images])
+
+    (images, labels), of = shipped_images(), 'test images of CIFAR-10'
+    calibrating = None
+    if calibration:
+        files = find_images(calibration)
+        files = files[::-(-len(files) // CALIBRATION)]  # of every class alike, as they are in order
+        calibrating = batch(read_images(files))
+    elif int8:
+        calibrating = batch(shipped_images(TRAINING_IMAGES)[0])
+    x = batch(images)
+    if int8 and classes != CIFAR10.classes:  # on images of classes that it does not know int8 would be judged by chance
+        x, of = calibrating, 'calibration images'
+    options = {}
+    if to == 'onnx':
+        options = dict(metadata=make_metadata(name, model, config, dynamic_batch), dynamic_batch=dynamic_batch)
+    with replace_file(output) as part:
+        WRITE[to](model, x[:1], part, calibrating, **options)
+        expected, got = compare(model, LOAD[to](part), x, batch=50 if dynamic_batch else 1)
+        agreement = (expected.argmax(1) == got.argmax(1)).double().mean().item()
+        difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
+        size = os.path.getsize(part)
+        shape = 'x'.join(map(str, ('N' if dynamic_batch else 1, *config['input_size'])))
+        print(f"{name}, fused, {precision}; input {shape}, mean {config['mean']}, std {config['std']}, "
+              f"crop_pct {config['crop_pct']} ({config['crop_mode']}), interpolation {config['interpolation']}")
+        if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
+            print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
+        print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; '
+              f'largest difference of the logits: {difference:.2g}, largest logit: {largest:.2g}')
+        if classes == CIFAR10.classes:
+            right = [(logits.argmax(1) == torch.tensor(labels)).double().mean().item() for logits in (expected, got)]
+            print(f'right: {right[0]:.2%} in PyTorch, {right[1]:.2%} in the file')
+        if not (agreement >= LEAST_AGREEMENT[precision] and (int8 or difference <= LARGEST_DIFFERENCE * largest)):
+            limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
+            raise RuntimeError(
+                f'{output} is not written, it disagrees: '
+                f'{LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
+    print(f'wrote {output}, {size / 2 ** 20:.2f} MiB')

@@ -1,0 +1,260 @@
+"""`timm-finet finetune`: class folders in; a fine-tuned network, its confusion and its mistakes out."""
+import random
+import shlex
+import shutil
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from PIL import Image, ImageDraw
+from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.models import is_model_in_modules, is_model_pretrained, list_models
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..data.files import replace_file
+from ..hub.checkpoint import load_checkpoint, training_args
+from ..hub.pretrained import MODULES
+from ..images import contact_sheet, read_image, read_images
+from . import run
+from .demo import PHOTOGRAPHS
+
+__all__ = ['draw_confusion', 'prepare', 'train']
+
+BATCH = 64  # of the recipes
+MISTAKES = 60  # drawn, the surest first
+HELD_OUT = 5  # one image in as many is for validation, where the folder does not tell
+SET_HERE = ('--class-map', '--data-dir', '--dataset', '--experiment', '--model')
+
+Classes = Dict[str, List[Path]]
+
+
+def find_classes(root: Path) -> Classes:
+    """The images of each class folder in `root`, in order.
+
+    Raises:
+        ValueError: There are no two classes, or images in no class folder, or a class without images.
+    """
+    folder = f'FOLDER={str(root)!r}'
+    classes = {path: [] for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != '.'}
+    if len(classes) < 2:
+        raise ValueError(f'{folder} has {len(classes)} class folders: give one with two or more, FOLDER/CLASS/*.jpg.')
+    try:
+        files = create_dataset('', str(root), search_split=False).filenames(absolute=True)
+    except RuntimeError:  # there are none
+        files = []
+    for file in map(Path, files):
+        if file.parent not in classes:  # timm would make another class of its folder
+            raise ValueError(f'{folder} has {file} outside of a class folder: move it to FOLDER/CLASS/{file.name}.')
+        classes[file.parent].append(file)
+    for path, images in classes.items():
+        if not images:
+            raise ValueError(f'{folder} has no images in {path.name!r}: add some, as .jpg or .png, or remove it.')
+    return {path.name: images for path, images in classes.items()}
+
+
+def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
+    """The images to train on, and to validate on where the folder has these apart; all are tried.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such folder, or something in it cannot be used.
+    """
+    folder, validation = f'FOLDER={str(source)!r}', None
+    if not source.is_dir():
+        found = 'is a file' if source.exists() else 'does not exist'
+        raise FileNotFoundError(f'{folder} {found}: give a folder with a folder of images a class.')
+    root = source / 'train'
+    if not root.is_dir() or not any(path.is_dir() for path in root.iterdir()):  # it may be a class, of railways
+        root = source
+    training = find_classes(root)
+    apart = next((path for path in (source / name for name in ('validation', 'val', 'valid')) if path.is_dir()), None)
+    if root != source and apart:
+        validation = find_classes(apart)
+        odd = sorted(training.keys() ^ validation)
+        if odd:
+            raise ValueError(f'{folder} has {odd[0]!r} in one of train and {apart.name} alone: both need all classes.')
+    else:
+        for name, images in training.items():
+            if len(images) == 1:
+                raise ValueError(f'{folder} has one image in {name!r}: two are needed, one of them for validation.')
+    files = [file for classes in (training, validation or {}) for images in classes.values() for file in images]
+    with tqdm(files, 'try images', unit='image', leave=False, disable=None) as bar:
+        for file in bar:
+            try:
+                read_image(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(f'{folder}: {error} Repair or remove it.') from error
+    return training, validation
+
+
+def hold_out(classes: Classes) -> Tuple[Classes, Classes]:
+    """Split each class, always alike: images to train on, and to validate on."""
+    held = {name: random.Random(0).sample(images, max(1, len(images) // HELD_OUT)) for name, images in classes.items()}
+    return {name: [file for file in images if file not in held[name]] for name, images in classes.items()}, held
+
+
+def link(splits: Dict[str, Classes], folder: Path) -> None:
+    """Make `folder`/SPLIT/CLASS/IMAGE, links to the images: these stay where they are, and timm reads them so."""
+    for split, classes in splits.items():
+        for name, images in classes.items():
+            (folder / split / name).mkdir(parents=True)
+            for file in images:
+                (folder / split / name / file.name).symlink_to(file)
+
+
+def start_from(weights: str) -> List[str]:
+    """train.py's options that build the network of these weights and begin from them.
+
+    Args:
+        weights: A name of timm's, ours among them, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or a checkpoint of train.py.
+
+    Raises:
+        ValueError: They are none of these.
+    """
+    if not Path(weights).is_file():
+        if not weights.startswith(('hf-hub:', 'local-dir:')) and not is_model_pretrained(weights):
+            known = list_models(pretrained=True)
+            raise ValueError(
+                f"--weights={weights!r} are unknown: use {', '.join(list_models(module=MODULES, pretrained=True))}, "
+                f'another of the {len(known)} of timm, hf-hub:ORG/NAME, local-dir:FOLDER or a checkpoint of train.py.')
+        return ['--model', weights]
+    name = training_args(Path(weights)).get('model')
+    if not name:
+        raise ValueError(f'--weights={weights!r} has no arguments of train.py in it, or in args.yaml beside it.')
+    model, args = load_checkpoint(weights, name)
+    cfg, model_kwargs = model.pretrained_cfg, args.get('model_kwargs') or {}
+    options = ['--model', name, '--pretrained-path', weights]
+    if model_kwargs:
+        options += ['--model-kwargs', *(f'{key}={value!r}'.replace(' ', '') for key, value in model_kwargs.items())]
+    for key in ('input_size', 'mean', 'std'):
+        options += [f"--{key.replace('_', '-')}", *map(str, cfg[key])]
+    return options
+
+
+def prepare(
+        folder: str, weights: Optional[str], output: Optional[str], options: Sequence[str],
+) -> Tuple[List[str], str, Path]:
+    """Check the arguments and the images, link these where they are to be split, and make train.py's command line.
+
+    Returns:
+        The command line, the network as train.py gets it, and the output folder.
+
+    Raises:
+        ValueError, OSError: Something is wrong with them; nothing is left behind.
+    """
+    weights = weights or PHOTOGRAPHS
+    start = start_from(weights)
+    names = [option.split('=')[0] for option in options]
+    for name in SET_HERE:
+        if name in names:
+            raise ValueError(f'{name} is not for finetune: give images as FOLDER, --weights NAME.TAG, --output FOLDER.')
+    if '--in-chans' in names:
+        raise ValueError('--in-chans is not for finetune: all images are read in three channels, grey ones too.')
+    data = Path(folder).absolute()
+    output = Path(output or Path('output', 'finetune', data.name))
+    run.check_output(str(output))
+    last, links = output / 'last.pth.tar', output.absolute() / 'images'
+    resumes = '--resume' in names and last.is_file()
+    if output.is_dir() and any(output.iterdir()) and not resumes:
+        raise ValueError(f'--output={str(output)!r} is not empty: name another folder, or go on '
+                         f'with --resume {shlex.quote(str(last))}.')
+    if resumes and links.is_dir():
+        data = links  # the split stays, whatever came since
+    training, validation = find_images(data)
+    splits = None
+    if validation is None:
+        training, validation = hold_out(training)
+        data, splits = links, {'train': training, 'validation': validation}
+    count, held = (sum(map(len, classes.values())) for classes in (training, validation))
+    command = run.resolve('train', [
+        '--config', 'recipe:finetune',
+        *(['--batch-size', str(count)] if count < BATCH else []),  # train.py drops what does not fill a batch
+        *options,
+        *start, '--dataset', 'torch/photographs', '--data-dir', str(data),
+        '--output', str(output.parent), '--experiment', output.name])
+    if splits:
+        try:
+            link(splits, links)
+        except OSError as error:
+            clear(output)
+            raise OSError(f'--output={str(output)!r} cannot hold links to the images ({error.strerror}): name a folder '
+                          'on a disk that can.') from error
+    print(f'{len(training)} classes, {count} images to train on and {held} to validate on', flush=True)
+    return command, start[1], output
+
+
+def clear(output: Path) -> None:
+    """Remove an output folder without a checkpoint. It was empty or missing before, or `prepare` had refused it."""
+    if not (output / 'last.pth.tar').is_file():
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def train(command: List[str], weights: str, output: Path) -> None:
+    """Run train.py, then report; what ends before the first checkpoint leaves nothing behind."""
+    try:
+        run.run(command, 'finetune')
+    finally:
+        clear(output)
+    report(output, weights)
+
+
+@torch.inference_mode()
+def report(output: Path, weights: str) -> None:
+    """Judge the best checkpoint by the validation images, draw its confusion and mistakes, print what comes next."""
+    checkpoint = output / 'model_best.pth.tar'
+    model, args = load_checkpoint(str(checkpoint), weights)
+    names = model.pretrained_cfg['label_names']
+    dataset = create_dataset('torch/photographs', args['data_dir'], 'validation')
+    dataset.transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
+    model.to(args['device'])
+    results = [(model(x.to(args['device'])).softmax(1).cpu(), labels)
+               for x, labels in tqdm(DataLoader(dataset, BATCH, num_workers=args['workers']), 'validate', unit='batch')]
+    probabilities, labels = map(torch.cat, zip(*results))
+    sure, guesses = probabilities.max(1)
+    counts = torch.bincount(labels * len(names) + guesses, minlength=len(names) ** 2).view(len(names), -1)
+    draw_confusion(counts.tolist(), names, str(output / 'confusion.png'))
+    print(f'{checkpoint}: {(guesses == labels).double().mean().item():.2%} of {len(labels)} validation images right')
+    print(f"wrote {output / 'confusion.png'}")
+
+    wrong = (guesses != labels).nonzero().flatten()
+    wrong = wrong[sure[wrong].argsort(descending=True)][:MISTAKES].tolist()
+    if wrong:
+        files = dataset.filenames(absolute=True)
+        titles = [f'{names[guesses[i]]:.16} {sure[i]:.0%}\nnot {names[labels[i]]:.16}' for i in wrong]
+        images = read_images([files[i] for i in wrong])
+        contact_sheet(images, titles, [False] * len(wrong), str(output / 'mistakes.png'), size=112)
+        print(f"wrote {output / 'mistakes.png'}")
+
+    name = model.pretrained_cfg['architecture']
+    fuse = ['export', name, '--to', 'onnx', '--checkpoint', str(checkpoint), '--output', str(output / f'{name}.onnx')]
+    print('next, fuse it into a file for a phone:', shlex.join(['timm-finet', *fuse]), sep='\n')
+    if is_model_in_modules(name, MODULES):
+        push = ['push', str(checkpoint), '--model', name, '--repo-id', 'ORG/NAME', '--dry-run']
+        print('and see its card, which goes to the Hub without --dry-run:', shlex.join(['timm-finet', *push]), sep='\n')
+
+
+def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], file: str) -> None:
+    """Draw how many images of a class, a row, were taken for a class, a column: blue where right, red where wrong."""
+    n, corner, short = len(names), 'row: class\ncolumn: guess', [f'{name:.20}' for name in names]
+    cell = max(6, min(32, 2400 // n))
+    font = dict(font_size=min(12, cell * 2 // 3))
+    measure = ImageDraw.Draw(Image.new('RGB', (1, 1))).textlength
+    margin = 8 + round(max(measure(text, **font) for text in (*corner.split('\n'), *short)))
+    titles = Image.new('RGB', (margin, n * cell), 'white')
+    draw = ImageDraw.Draw(titles)
+    for i, name in enumerate(short):
+        draw.text((margin - 4, i * cell + cell // 2), name, fill='black', anchor='rm', **font)
+    sheet = Image.new('RGB', (margin + n * cell + 8, 8 + n * cell + margin), 'white')
+    sheet.paste(titles, (0, 8))
+    sheet.paste(titles.rotate(90, expand=True), (margin, 8 + n * cell))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin - 4, n * cell + 14), corner, fill='gray', anchor='ra', align='right', **font)
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            x, y, pale = margin + j * cell, 8 + i * cell, round(255 - 155 * count / max(1, sum(row)))
+            fill = (pale, pale, 255) if i == j else (255, pale, pale)
+            draw.rectangle((x, y, x + cell, y + cell), fill=fill, outline='lightgray')
+            if count:
+                draw.text((x + cell / 2, y + cell / 2), str(count), fill='black', anchor='mm', **font)
+    with replace_file(file) as part:
+        sheet.save(part, format='PNG')

@@ -1,0 +1,39 @@
+"""Names of networks: ours, timm's and torchvision's."""
+import difflib
+from typing import List, Sequence
+
+import timm
+import torchvision
+
+__all__ = ['find_names', 'hint']
+
+TORCHVISION = 'torchvision:'  # before names of torchvision's
+
+
+def find_names(patterns: Sequence[str]) -> List[str]:
+    """Names of networks, wildcards resolved: timm's, ours among them, and torchvision's behind `torchvision:`.
+
+    Raises:
+        ValueError: A name is unknown, or a pattern fits none.
+    """
+    known = timm.list_models() + [f'{TORCHVISION}{n}' for n in torchvision.models.list_models(torchvision.models)]
+    names = []
+    for pattern in patterns:
+        if '*' in pattern or '?' in pattern:
+            if pattern.startswith(TORCHVISION):
+                found = torchvision.models.list_models(torchvision.models, include=pattern.removeprefix(TORCHVISION))
+                names += [f'{TORCHVISION}{name}' for name in found]
+            else:
+                found = timm.list_models(pattern)
+                names += found
+        else:
+            found = pattern in known or timm.models.is_model(pattern)  # which looks past a tag
+            names.append(pattern)
+        if not found:
+            raise ValueError(f'NAME={pattern!r} is unknown: {hint(pattern, known)}')
+    return list(dict.fromkeys(names))
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3)
+    return f"did you mean {', '.join(near)}?" if near else 'use a name of timm.list_models()'

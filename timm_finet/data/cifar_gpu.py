@@ -1,0 +1,97 @@
+"""CIFAR held on the GPU whole; crop, flip and normalisation are done there, a batch at a time.
+
+For networks that outrun the host's loader: `--dataset torch/cifar10_gpu --no-prefetcher --workers 0`, or
+`cifar100_gpu`, draws from the same distribution as `--dataset torch/cifar10_pad2`. Importing this module makes the
+names known to timm.
+"""
+import numpy as np
+import torch
+from timm.data import dataset_factory
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from torch.utils.data import get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
+from torchvision.transforms import CenterCrop, ColorJitter, Normalize, RandomHorizontalFlip, Resize
+
+from .cifar import PAD, CIFAR10Pad2, CIFAR100Pad2
+
+__all__ = ['CIFAR10GPU', 'CIFAR100GPU']
+
+
+class Batch(tuple):
+    """Images and labels that need no collation."""
+
+
+default_collate_fn_map[Batch] = lambda batch, *, collate_fn_map=None: tuple(batch[0])  # torch's own way to extend it
+
+
+def changes_nothing(transform):
+    """Whether timm's transform leaves a 32 px image as it is."""
+    if isinstance(transform, RandomResizedCropAndInterpolation):
+        return tuple(transform.size) == (32, 32) and {*transform.scale, *transform.ratio} == {1}
+    if isinstance(transform, ColorJitter):
+        return not any((transform.brightness, transform.contrast, transform.saturation, transform.hue))
+    if isinstance(transform, (Resize, CenterCrop)):
+        return {*np.atleast_1d(transform.size)} == {32}
+    return isinstance(transform, MaybeToTensor)
+
+
+class _OnGPU:
+    """Does to whole batches on the device what the transforms that timm hands the dataset do to one image.
+
+    Shapes and values are those of timm's loader: float32 `(N, 3, 32, 32)`, normalised. Without a GPU it works on the
+    CPU.
+
+    Raises:
+        ValueError: At the first batch: timm's prefetcher or loader workers are on, or there are more transforms than
+            crop, flip and normalisation.
+    """
+
+    images = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.has_workers = False
+
+    def _set_up(self):
+        if get_worker_info() is not None:
+            raise ValueError('Images that lie on the GPU need no loader workers: --workers 0.')
+        transforms = [t for t in self.transform.transforms if not changes_nothing(t)]
+        self.flip = sum(t.p for t in transforms if isinstance(t, RandomHorizontalFlip))
+        normalize = next((t for t in transforms if isinstance(t, Normalize)), None)
+        if normalize is None:
+            raise ValueError(
+                'Images that lie on the GPU need no prefetcher, and are normalised there: --no-prefetcher.')
+        others = [type(t).__name__ for t in transforms if not isinstance(t, (RandomHorizontalFlip, Normalize))]
+        if others:
+            raise ValueError(f"{', '.join(others)}: not done on the GPU; switch it off, or use torch/{self.name}_pad2.")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
+        self.mean, self.std = (torch.as_tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
+        self.labels = torch.tensor(self.targets, device=device)
+        self.images = torch.from_numpy(self.data).to(device)
+        self.side = torch.arange(32, device=device)
+
+    def __getitems__(self, indices):
+        if self.images is None:
+            self._set_up()
+        draws = torch.zeros(4, len(indices), dtype=torch.int64)
+        draws[0] = torch.tensor(indices)
+        if self.train:
+            draws[1:3].random_(2 * PAD + 1)
+            draws[3] = torch.rand(len(indices)) < self.flip
+        index, top, left, flip = draws.to(self.side.device)[:, :, None]
+        rows = top + self.side
+        columns = left + torch.where(flip == 1, 31 - self.side, self.side)
+        batch = self.images[index[:, :, None], rows[:, :, None], columns[:, None]]
+        batch = batch.permute(0, 3, 1, 2).float().contiguous()
+        return [Batch((batch.div_(255).sub_(self.mean).div_(self.std), self.labels[index[:, 0]]))]
+
+
+class CIFAR10GPU(_OnGPU, CIFAR10Pad2):
+    pass
+
+
+class CIFAR100GPU(_OnGPU, CIFAR100Pad2):
+    pass
+
+
+dataset_factory._TORCH_BASIC_DS.update(cifar10_gpu=CIFAR10GPU, cifar100_gpu=CIFAR100GPU)

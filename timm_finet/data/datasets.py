@@ -1,0 +1,88 @@
+"""The data sets that weights come from, a record each: what networks, cards, commands and recipes say of them."""
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+__all__ = ['CIFAR10', 'CIFAR100', 'DATASETS', 'FOLDERS', 'IMAGENET', 'TINY_IN200', 'UNKNOWN', 'Dataset']
+
+WEIGHTS = Path(__file__).parents[1] / 'weights'
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set for image classification.
+
+    Args:
+        hub: Its name on the Hub.
+        title: Its name in a sentence.
+        classes: The names of its classes, in the order of a network's outputs; None where they are not known.
+        split: The one that networks are judged by.
+        terms: Under what terms its photographs may be used: the end of a sentence.
+        license: The licence of weights trained on it, as a card's metadata name it.
+        size: Height and width of the images that it is trained at, in pixels.
+        test_size: The same for tests, where it is another.
+        pool_size: Height and width of the last feature map at `size`.
+        mean, std: Of its pixels in RGB, between 0 and 1.
+        crop_pct, interpolation: As timm's cfgs have them.
+    """
+
+    hub: str
+    title: str
+    classes: Optional[Tuple[str, ...]] = None
+    split: str = 'validation'
+    terms: str = ''
+    license: Optional[str] = None
+    size: int = 224
+    test_size: Optional[int] = None
+    pool_size: int = 7
+    mean: Tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: Tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    crop_pct: float = 0.875
+    interpolation: str = 'bilinear'
+
+    def cfg(self) -> Dict[str, Any]:
+        """What timm's cfg says of weights trained on it."""
+        cfg = dict(
+            description=f'trained on {self.title}', license=self.license, num_classes=len(self.classes),
+            label_names=self.classes, input_size=(3, self.size, self.size),
+            pool_size=(self.pool_size, self.pool_size), crop_pct=self.crop_pct, interpolation=self.interpolation,
+            mean=self.mean, std=self.std)
+        if self.test_size is not None:
+            cfg['test_input_size'] = (3, self.test_size, self.test_size)
+        return cfg
+
+
+def names_in(file: str) -> Tuple[str, ...]:
+    return tuple((WEIGHTS / file).read_text(encoding='utf-8').splitlines())
+
+
+OF_CIFAR = 'were collected from the web for research and come without a licence'
+OF_IMAGENET = "are ImageNet's, which may be used for non-commercial research and teaching alone"
+
+CIFAR10 = Dataset(
+    'uoft-cs/cifar10', 'CIFAR-10',
+    ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    split='test', terms=OF_CIFAR, license='other', size=32, pool_size=4, crop_pct=1.0,
+    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+CIFAR100 = replace(
+    CIFAR10, hub='uoft-cs/cifar100', title='CIFAR-100', classes=names_in('cifar100.txt'),
+    mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+TINY_IN200 = Dataset(
+    'zh-plus/tiny-imagenet', 'Tiny-ImageNet-200', names_in('tiny_in200.txt'), terms=OF_IMAGENET, license='other',
+    size=128, test_size=160, pool_size=4, crop_pct=1.0, interpolation='bicubic')
+IMAGENET = Dataset('ILSVRC/imagenet-1k', 'ImageNet-1k', terms=OF_IMAGENET)
+UNKNOWN = Dataset('imagefolder', "the owner's images")
+
+DATASETS = {  # by the tag of weights, and by train.py's --dataset
+    'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
+    'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
+    'torch/cifar10_first1000': replace(CIFAR10, title='the first 1,000 training images a class of CIFAR-10'),
+    'torch/cifar100_first100': replace(CIFAR100, title='the first 100 training images a class of CIFAR-100'),
+    'torch/cifar10_sample': Dataset(
+        'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10.classes, terms=OF_CIFAR),
+    'in1k': IMAGENET, 'torch/imagenet': IMAGENET, 'tiny_in200': TINY_IN200,
+}
+# train.py's --dataset for a folder a class; the first is also for a tar of them
+FOLDERS = ('', 'torch/folder', 'torch/image_folder', 'torch/photographs')

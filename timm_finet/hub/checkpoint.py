@@ -1,0 +1,164 @@
+"""A checkpoint of timm's train.py as the network that was trained: built, fed and named as its arguments say."""
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from timm.data import create_dataset, resolve_data_config
+from timm.models import is_model, is_model_in_modules, is_model_pretrained, load_state_dict
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from ..data.datasets import DATASETS, FOLDERS, UNKNOWN
+from ..rewrite import fuse_fbn
+from .pretrained import MODULES, UNTRAINED
+
+__all__ = ['class_names', 'first_weights', 'load_checkpoint', 'progress']
+
+
+def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The network of a checkpoint of train.py (its EMA, where it has one) or of a state dict, in the form it is in.
+
+    Args:
+        checkpoint: Its training arguments, in it or in `args.yaml` beside it, tell how the network is built and fed.
+        name: The network, any of timm's; its tag, or the lack of one, tells the same where there are no such arguments.
+
+    Returns:
+        The network in eval mode, whose `pretrained_cfg` describes these weights, and the training arguments.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a checkpoint of that network, or its weights are not finite.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        reason = 'is a folder: give a file in it' if path.is_dir() else 'does not exist'
+        raise FileNotFoundError(f'checkpoint={str(checkpoint)!r} {reason}.')
+    try:
+        weights, args = load_state_dict(str(path)), training_args(path)
+        bad = [key for key, weight in weights.items() if not isinstance(weight, torch.Tensor)]
+        if bad:
+            raise TypeError(f'{bad[0]} is no tensor')
+    except Exception as error:  # whatever torch and safetensors raise for a file that is none of theirs
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} cannot be read, as timm's train.py or torch.save leave one: "
+            f'{one_line(error)}') from error
+    bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f'checkpoint={str(checkpoint)!r} has values that are not finite in {bad[0]}: take an earlier one.')
+    try:
+        model = build(name, weights, args)
+        describe(model, args)
+    except Exception as error:  # odd arguments go wrong anywhere in timm
+        raise ValueError(f'checkpoint={str(checkpoint)!r} does not fit {name}: {one_line(error)}') from error
+    return model, args
+
+
+def one_line(error: Exception) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) < 200 else f'{text[:200]} ...'
+
+
+def training_args(path: Path) -> Dict[str, Any]:
+    if path.suffix != '.safetensors':
+        args = load_checkpoint_metadata(path).get('args')
+        if args is not None:
+            return vars(args)
+    beside = path.with_name('args.yaml')
+    if not beside.is_file():
+        return {}
+    args = yaml.safe_load(beside.read_text())
+    if not isinstance(args, dict) or not isinstance(args.get('model', ''), str):
+        raise ValueError(f'{beside} does not hold the arguments of train.py, of which model is a name.')
+    return args
+
+
+def progress(checkpoint: str) -> Tuple[Optional[int], Optional[float]]:
+    """How many epochs made the weights in a checkpoint of train.py, and the top-1 accuracy that it then measured.
+
+    Of a run that was resumed these are the checkpoint's own. Each is None where it is not known.
+    """
+    if Path(checkpoint).suffix == '.safetensors':
+        return None, None
+    saved = load_checkpoint_metadata(checkpoint)
+    epoch, args = saved.get('epoch'), saved.get('args')
+    is_top1 = getattr(args, 'eval_metric', 'top1') == 'top1'
+    return None if epoch is None else epoch + 1, saved.get('metric') if is_top1 else None
+
+
+def first_weights(args: Dict[str, Any]) -> str:
+    """The weights that training with these arguments began from: a name, a file's name, or '' for random ones."""
+    for key in ('initial_checkpoint', 'pretrained_path'):
+        if args.get(key):
+            return Path(args[key]).name
+    if not args.get('pretrained'):
+        return ''
+    cfg = timm.get_pretrained_cfg(args['model'], allow_unregistered=True)
+    tag = cfg.tag if cfg and cfg.tag and '.' not in args['model'] else ''
+    return f"{args['model']}.{tag}" if tag else args['model']
+
+
+def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> nn.Module:
+    built_as, architecture = args.get('model', name), name.split('.')[0]
+    cfg = (
+        timm.get_pretrained_cfg(built_as, allow_unregistered=True)
+        or timm.get_pretrained_cfg(name, allow_unregistered=True))
+    is_ours = is_model_in_modules(architecture, MODULES)
+    sizes = dict(
+        num_classes=args.get('num_classes'), in_chans=args.get('in_chans') or (args.get('input_size') or (None,))[0])
+    for key, layer, dim in (('num_classes', cfg and cfg.classifier, 0), ('in_chans', is_ours and cfg.first_conv, 1)):
+        if f'{layer}.weight' in weights:  # the first layers of other networks are not always given their channels so
+            sizes[key] = weights[f'{layer}.weight'].shape[dim]
+    # What a tag says of how its network is built comes with its weights; those of a file may bear a name without any.
+    by_tag = args.get('pretrained', False) and not (args.get('pretrained_path') and not is_model_pretrained(built_as))
+    model = timm.create_model(
+        built_as, pretrained=is_ours and by_tag, **sizes, global_pool=args.get('gp'),
+        bn_eps=args.get('bn_eps'), **args.get('model_kwargs') or {}).eval()
+    # A function that is registered may build another's network and change it, as people do in modules of their own.
+    if is_model(name) and architecture not in (built_as.split('.')[0], model.pretrained_cfg['architecture']):
+        raise ValueError(f'it was trained as {built_as}.')
+    if is_ours and not any(key.endswith('running_var') for key in weights):
+        model = fuse_fbn(model, inplace=True)
+    model.load_state_dict(weights)
+    return model
+
+
+def class_names(args: Dict[str, Any]) -> Optional[List[str]]:
+    """The classes, in order, of the data that arguments of train.py name; None where that cannot be told.
+
+    Raises:
+        RuntimeError, AssertionError, ValueError, OSError: The folder holds no images, or `class_map` cannot be read.
+    """
+    dataset, root = args.get('dataset') or '', args.get('data_dir') or args.get('data')
+    if dataset not in FOLDERS:
+        return DATASETS.get(dataset, UNKNOWN).classes
+    if not root or not Path(root).exists():
+        return None
+    data = create_dataset(dataset, root, args.get('train_split') or 'train', class_map=args.get('class_map') or None)
+    reader = getattr(data, 'reader', data)
+    indices = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx  # the latter is timm's tar reader's
+    return sorted(map(str, indices), key=lambda name: indices[name])
+
+
+def describe(model: nn.Module, args: Dict[str, Any]) -> None:
+    """Make `model.pretrained_cfg`, which came with the name, that of the weights trained with `args`."""
+    cfg = dict(model.pretrained_cfg)
+    data = resolve_data_config(args, model=model)
+    data['input_size'] = (getattr(model, 'in_chans', data['input_size'][0]), *data['input_size'][1:])
+    if data['input_size'] != cfg['input_size']:
+        data['pool_size'] = None
+    try:
+        names = class_names(args) if args else cfg.get('label_names')
+    except (RuntimeError, AssertionError, ValueError, OSError):  # the folder is no longer what it was
+        names = None
+    cfg.update(
+        data, num_classes=model.num_classes, label_names=names if names and len(names) == model.num_classes else None)
+    if args:
+        dataset = DATASETS.get(args.get('dataset'), UNKNOWN)
+        cfg.update(
+            tag=None, notes=None, test_input_size=None, description=f'trained on {dataset.title}', license=None)
+    elif cfg['tag'] == UNTRAINED:
+        cfg['tag'] = None
+    model.pretrained_cfg = model.default_cfg = cfg

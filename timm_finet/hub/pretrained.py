@@ -1,0 +1,102 @@
+"""What `pretrained=True` loads: which tag, from where, and that it is the recorded file."""
+import hashlib
+import warnings
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch.nn as nn
+from huggingface_hub import hf_hub_download
+from timm.models import (
+    PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, list_models, resolve_pretrained_cfg)
+from timm.models._input import update_model_args
+
+__all__ = ['build_model']
+
+MODULES = ['finet', 'resnet_fbn']  # ours, as timm knows them
+WEIGHTS = Path(__file__).parents[1] / 'weights'  # SHA256SUMS in it records the weights on the Hub as well
+FUNCTIONAL = ('small_input', 'act_place')  # arguments that change the function and no shape of a weight
+UNTRAINED = 'untrained'  # the tag of the networks as in the paper: 224 px, 1000 classes
+
+
+def build_model(
+        model_cls, variant: str, pretrained: bool = False, trained_with: Optional[Dict[str, Dict[str, Any]]] = None,
+        **kwargs: Any) -> nn.Module:
+    """timm's `build_model_with_cfg`, strict about `pretrained=True`.
+
+    A tag's weights are the embedded file, else the Hub's, and must have the recorded sha256. Without a tag they are
+    `in1k`, else, with a warning, the first tag registered with weights. A source of the caller's own stays: `hf-hub:`,
+    `local-dir:`, or one in the cfg or its overlay. Networks for images up to 32 px get the small-input stem, and
+    those named in `trained_with` ('architecture.tag') the arguments there; weights load with what they were trained
+    with and nothing else. Every network records such arguments and its form, and timm's `save_for_hf` writes them.
+
+    Raises:
+        RuntimeError: There are no such weights, or the file is not the recorded one.
+        ValueError: An argument makes another function of the weights than the one they were trained for.
+        FileNotFoundError: The embedded file is missing, and nothing on the Hub stands in for it.
+    """
+    cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    registered = get_arch_pretrained_cfgs(variant)
+    if isinstance(cfg, dict):
+        cfg = PretrainedCfg(**cfg)
+    if cfg in registered.values():  # timm's scripts look the name up by themselves
+        cfg = None if cfg.tag == UNTRAINED else cfg.tag
+    has_source = isinstance(cfg, PretrainedCfg) or any(
+        overlay.get(key) for key in ('file', 'url', 'hf_hub_id', 'state_dict'))
+    if pretrained and not has_source:
+        cfg = choose(variant, cfg, {c.tag: c for c in registered.values() if c.has_weights})
+        cfg = replace(cfg, file=str(find_file(cfg, kwargs.get('cache_dir'))))
+    ours = pretrained and not has_source  # an overlay changes what is built, not what those were trained with
+    size = resolve_pretrained_cfg(variant, cfg, None if ours else overlay).input_size
+    cfg = resolve_pretrained_cfg(variant, cfg, overlay)
+    needed = {'small_input': max(size[1:]) <= 32, **(trained_with or {}).get(f'{variant}.{cfg.tag}', {})}
+    source = kwargs.get('pretrained_model_args') or {}  # what the config of a saved network records
+    for name, value in (source if has_source else needed).items():
+        if pretrained and name in FUNCTIONAL and kwargs.get(name, value) != value:
+            raise ValueError(
+                f'{name}={kwargs[name]!r} does not fit the weights of {variant}, which were trained with '
+                f'{name}={value!r}: use that, or pretrained=False.')
+    kwargs = {**needed, **kwargs}
+    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg, **kwargs)
+    parameters = signature(model_cls).parameters
+    update_model_args(model, **{
+        name: kwargs.get(name, parameters[name].default) for name in (*FUNCTIONAL, 'fused') if name in parameters})
+    return model
+
+
+def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> PretrainedCfg:
+    if not tags:
+        names = ', '.join(list_models(module=MODULES, pretrained=True))
+        raise RuntimeError(f'{variant} has no pretrained weights. These exist: {names}. Use one, or pretrained=False.')
+    if tag and tag not in tags:
+        raise RuntimeError(
+            f"{variant} has no pretrained weights of tag {tag!r}: use {', '.join(tags)}, or pretrained=False.")
+    if tag or 'in1k' in tags:
+        return tags[tag or 'in1k']
+    tag, cfg = next(iter(tags.items()))
+    size = cfg.test_input_size or cfg.input_size
+    warnings.warn(
+        f"{variant} has no ImageNet weights: pretrained=True gives {variant}.{tag}, {cfg.description}, "
+        f"{cfg.num_classes} classes, input {'x'.join(map(str, size))}. Name the tag to silence this.",
+        stacklevel=6)
+    return cfg
+
+
+def find_file(cfg: PretrainedCfg, cache_dir=None) -> Path:
+    path = WEIGHTS / f'{cfg.architecture}.{cfg.tag}.safetensors'
+    name, way_out = path.name, 'Reinstall timm-finet, or use pretrained=False.'
+    record = WEIGHTS / 'SHA256SUMS'
+    if not record.is_file():
+        raise FileNotFoundError(f'{record}, which records what the weights are, is missing. {way_out}')
+    sums = dict(line.split()[::-1] for line in record.read_text().splitlines())
+    if not path.is_file():
+        if not cfg.hf_hub_id:
+            raise FileNotFoundError(f'The weight file {path} is missing. {way_out}')
+        repo_id, _, revision = cfg.hf_hub_id.partition('@')
+        path = Path(hf_hub_download(repo_id, 'model.safetensors', revision=revision or None, cache_dir=cache_dir))
+        way_out = f'Delete it to download {cfg.hf_hub_id} again; should that not help, upgrade timm-finet.'
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sums.get(name):
+        raise RuntimeError(
+            f'The weight file {path} is damaged or altered: its sha256 is not the one of {name}. {way_out}')
+    return path

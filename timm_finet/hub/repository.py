@@ -1,0 +1,148 @@
+"""Model repositories for the Hugging Face Hub: save a network with its card, push both as one commit."""
+import json
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, List, Literal, Optional, Union
+
+import timm
+import torch.nn as nn
+import yaml
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is httpx's, under whatever name that has
+from timm.data import resolve_input_data_config
+from timm.models import is_model_in_modules, list_models
+from timm.models._input import get_model_args
+
+from ..rewrite import fuse_fbn
+from .card import FIGURES, make_card, read_results
+from .checkpoint import first_weights, load_checkpoint, one_line, progress
+from .pretrained import MODULES
+
+__all__ = ['push', 'push_checkpoint', 'save', 'save_for_hf']
+
+LOCAL_ARGS = (
+    'class_map', 'config', 'data', 'data_dir', 'experiment', 'initial_checkpoint', 'output', 'pretrained_path',
+    'resume')
+
+
+def read_names(file: str, num_classes: int) -> List[str]:
+    """The class names in a text file, one a line in the order of the outputs.
+
+    Raises:
+        ValueError: There are more or fewer than `num_classes`.
+    """
+    names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
+    if len(names) != num_classes:
+        raise ValueError(
+            f'--class-names {file!r} has {len(names)} names, the network {num_classes} classes: give one a line.')
+    return names
+
+
+def save_for_hf(
+        model: nn.Module, folder: str, safe_serialization: Union[bool, Literal['both']] = True, **kwargs: Any) -> None:
+    """timm's `save_for_hf`, of any of its networks, in a folder that transformers loads too.
+
+    Arguments as there, but for the default: safetensors alone, as the Hub's other files. The size of the images in it
+    is the one that the weights are tested at: transformers knows no other than the first.
+    """
+    kwargs = {'data_config': resolve_input_data_config(model, use_test_size=True), **kwargs}
+    timm.models.save_for_hf(model, folder, safe_serialization=safe_serialization, **kwargs)
+    file = Path(folder) / 'config.json'
+    config = json.loads(file.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # transformers passes it by itself, out of the root
+    names = config['pretrained_cfg'].get('label_names')
+    if names:  # in keys of its own, as transformers saves a `label_names` unchanged after tuning to other classes
+        config['id2label'] = dict(enumerate(names))
+        config['label2id'] = {name: i for i, name in enumerate(names)}
+    file.write_text(json.dumps(config, indent=2))
+
+
+def save(
+        model: nn.Module, folder: str, card: ModelCard, args: Optional[Dict[str, Any]] = None,
+        log: Optional[str] = None) -> None:
+    """Write a model repository: timm's config.json and model.safetensors, the card, training arguments and log."""
+    save_for_hf(model, folder)
+    folder = Path(folder)
+    card.save(folder / 'README.md')
+    if args:
+        (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    if log:
+        shutil.copyfile(log, folder / 'summary.csv')
+    for figure in FIGURES.glob('block*.png'):
+        if figure.name in card.text:
+            shutil.copyfile(figure, folder / figure.name)
+
+
+def push(folder: str, repo_id: str, private: bool = False, revision: Optional[str] = None) -> str:
+    """Push a folder of `save` as one commit, or none where nothing differs, as timm's `push_to_hf_hub` does.
+
+    timm's function would write its own card, in a repository that has none, or keep the old one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RuntimeError: No token, no right to the repository, or no network. The repository is as it was, or new and
+            empty.
+    """
+    if not get_token():
+        raise RuntimeError('There is no token for the Hub: run `hf auth login`, or set HF_TOKEN.')
+    api = HfApi(library_name='timm', library_version=timm.__version__)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message='Add model').commit_url
+    except (HTTPError, OSError, RuntimeError) as error:
+        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        if status == 401:
+            reason = 'the token is not valid: run `hf auth login`, or set HF_TOKEN'
+        elif status in (403, 404):
+            reason = 'the token has no right to write to it'
+        elif status is None:
+            reason = f'{constants.ENDPOINT} cannot be reached or broke off ({one_line(error)})'
+        else:
+            reason = one_line(error)
+        raise RuntimeError(f'--repo-id {repo_id}: {reason}. A push is one commit or none: push again.') from error
+
+
+def push_checkpoint(
+        checkpoint: str, name: str, repo_id: str, private: bool = False, revision: Optional[str] = None,
+        fused: bool = False, results: Optional[str] = None, class_names: Optional[str] = None,
+        dry_run: bool = False) -> None:
+    """`timm-finet push`: a checkpoint with its card, arguments and log; a dry run prints what it would push."""
+    if repo_id.count('/') != 1:
+        raise ValueError(f'--repo-id {repo_id!r} must be ORG/NAME.')
+    if not is_model_in_modules(name, MODULES):
+        raise ValueError(f"--model {name!r} is unknown: use one of {', '.join(list_models(module=MODULES))}.")
+    model, args = load_checkpoint(checkpoint, name)
+    epochs, top1 = progress(checkpoint)
+    base = first_weights(args)
+    args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
+    if class_names:
+        model.pretrained_cfg['label_names'] = read_names(class_names, model.num_classes)
+    if fused:
+        model = fuse_fbn(model, inplace=True)
+    elif get_model_args(model)['fused']:
+        raise ValueError(f'checkpoint={checkpoint!r} is in fused form: add --fused to push it.')
+    if not model.pretrained_cfg['label_names']:
+        print(
+            'The names of the classes are not known, so images get numbers: --class-names FILE adds them.',
+            file=sys.stderr)
+    log = Path(checkpoint).with_name('summary.csv')
+    log = log if log.is_file() else None
+    rows = read_results(results, name) if results else []
+    source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
+    with TemporaryDirectory() as folder:
+        save(model, folder, make_card(model, name, source, rows, args, log, (), epochs, top1, base), args, log)
+        if not dry_run:
+            print(push(folder, repo_id, private, revision))
+            return
+        print((Path(folder) / 'README.md').read_text())
+        print(f'Would push to {repo_id}' + (f', branch {revision}' if revision else '') + ':')
+        for file in sorted(Path(folder).iterdir()):
+            print(f'{file.stat().st_size:>12,}  {file.name}')
