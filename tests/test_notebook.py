@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / 'notebooks').glob('*.ipynb'))
+NOTEBOOKS = sorted((Path(__file__).parents[1] / 'examples').glob('*.ipynb'))
 
 
 @pytest.mark.parametrize('file', NOTEBOOKS, ids=lambda file: file.stem)
