@@ -104,18 +104,19 @@ def passes_of(form, channels, out, groups, x, grad_y):
     gamma, beta = torch.ones(groups * out, device=x.device), torch.zeros(groups * out, device=x.device)
     count = x.numel() // channels
     forward = passes(x)
-    shift, rest, cov = forward.moments(groups, torch.float32)
-    folded, bias, _, _, inv, w_cov = algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count)
+    shift, shifted_mean, cov = forward.moments(groups, torch.float32)
+    folded, bias, _, _, inv_std, w_cov = algebra.fold(
+        weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count)
     products, sums = passes(x, shift, grad_y).weight_gradient(out, torch.float32)
-    grad_var = algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums)[3]
-    a, b = algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count)
+    grad_var = algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums)[3]
+    a, b = algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count)
     return {
         'moments_kernel': lambda: passes(x).moments(groups, torch.float32),
-        'fold': lambda: algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count),
+        'fold': lambda: algebra.fold(weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count),
         'convolve_kernel': lambda: passes(x, shift).convolve(folded, bias, True),
         'weight_gradient_kernel': lambda: passes(x, shift, grad_y).weight_gradient(out, torch.float32),
-        'unfold': lambda: algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums),
-        'input_terms': lambda: algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count),
+        'unfold': lambda: algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums),
+        'input_terms': lambda: algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count),
         'input_gradient_kernel': lambda: passes(x, shift, grad_y).input_gradient(folded, a, b),
     }
 

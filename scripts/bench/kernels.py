@@ -173,11 +173,11 @@ def run_passes(channels, out, groups, positions):
     from timm_finet.ops.triton_passes import TritonPasses
     x, weight, _, _, grad_y = inputs(channels, out, 1, torch.float16, shape=(1, 1, positions))
     forward = TritonPasses(x)
-    shift, rest, cov = forward.moments(groups, torch.float32)
+    shift, shifted_mean, cov = forward.moments(groups, torch.float32)
     forward.convolve(weight.half(), torch.zeros(groups, out), True)
     backward = TritonPasses(x, shift, grad_y)
     backward.weight_gradient(out, torch.float32)
-    backward.input_gradient(weight.half(), cov.half(), rest)
+    backward.input_gradient(weight.half(), cov.half(), shifted_mean)
 
 
 def measure_bytes(groups=4, positions=(128, 256)):
@@ -186,8 +186,8 @@ def measure_bytes(groups=4, positions=(128, 256)):
     By the difference between two numbers of positions, as sums have one part in both.
     """
     from timm_finet.ops import triton_passes
-    parts_of, card = triton_passes.parts_of, triton_passes.card
-    triton_passes.parts_of = lambda *args: (1, positions[1])
+    split_positions, card = triton_passes.split_positions, triton_passes.card
+    triton_passes.split_positions = lambda *args: (1, positions[1])
     triton_passes.card = lambda device: (132, 227 * 1024)
     for (channels, out), (layers, image) in FINET_LARGE.items():
         counts = []
@@ -204,7 +204,7 @@ def measure_bytes(groups=4, positions=(128, 256)):
                 channels=channels, out=out, groups=groups, layers=layers, positions=image, kernel=kernel,
                 activations=round(activations), fewest=2 * (times_x * channels + times_y * out),
                 weights=round(sum(moved.values()) - activations))
-    triton_passes.parts_of, triton_passes.card = parts_of, card
+    triton_passes.split_positions, triton_passes.card = split_positions, card
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,6 +77,17 @@ def test_an_unaligned_pointer_goes_by_triton_each_time():
     assert [call[0] for call in kernel.calls] == ['triton', 'triton']
 
 
+def test_no_more_launches_are_kept_than_so_many(monkeypatch):
+    """Training on batches of ever new shapes would fill the memory."""
+    monkeypatch.setattr(triton_passes, 'MAX_LAUNCHERS', 4)
+    kernel, x = Kernel(), torch.zeros(8)
+    for n in range(2, 12):
+        triton_passes.launch(kernel, (3,), x, n, 0.5, A=1, B=2)
+        triton_passes.launch(kernel, (3,), x, n, 0.5, A=1, B=2)
+        assert 1 <= len(triton_passes.LAUNCHERS) <= 4
+    assert [call[0] for call in kernel.calls] == 10 * ['triton', 'again']
+
+
 def test_blocks_are_tritons():
     import triton
     for n in range(1, 300):

@@ -1,20 +1,24 @@
 """FBN behind an unpadded 1x1 convolution without its intermediate, as one autograd function.
 
-The partial sums are linear in the input, `z_g = W_g x_g`, so with the input's mean `m` and a group's covariance `S_g`
+The partial sums are linear in the input, `z_g = W_g x_g`, so their statistics follow from the input's mean `m_g` and
+covariance `S_g = E[(x_g - m_g) (x_g - m_g)^T]` over all positions, and equation (4) of arXiv 2005.06828 becomes one
+convolution with nothing G times wide (equations 8 and 9):
 
-    mu_g = W_g m_g,    var_g = diag(W_g S_g W_g^T),    W'_g = gamma_g W_g / sqrt(var_g + eps)
+    mu_g = W_g m_g,    var_g = diag(W_g S_g W_g^T)
+    W'_g = gamma_g W_g / sqrt(var_g + eps)
     y = W' (x - m) + sum_g beta_g
 
-is equation (4) of arXiv 2005.06828: one convolution, nothing G times wide. What reads or writes activations is a pass
-(torch_passes.py, triton_passes.py). Here is what stands between the passes: algebra with tensors of the weight's size.
-All products are taken with `c = x - shift`, `shift` near the mean, so that nothing cancels, neither in `S_g` nor in the
-gradients. `rest = m - shift`.
+What reads or writes activations is a pass (torch_passes.py, triton_passes.py). Between the passes is algebra with
+tensors of the weight's size, which is here.
+
+Sums of `x_i x_j` would cancel where a channel's mean is large beside its deviation. So the passes sum shifted data
+`c = x - shift`, where `shift` is near the mean; `shifted_mean = E[c] = m - shift` is small.
 """
 import os
-from typing import Optional, Tuple
+from importlib.util import find_spec
+from typing import Optional, Tuple, Union
 
 import torch
-from torch.utils._triton import has_triton_package
 
 from .sync import all_reduce, pool_moments
 from .torch_passes import TorchPasses, memory_format, moments_dtype, without_autocast
@@ -22,15 +26,24 @@ from .torch_passes import TorchPasses, memory_format, moments_dtype, without_aut
 __all__ = ['MomentForm']
 
 
-def track(running, mean: torch.Tensor, var: torch.Tensor, count) -> None:
-    """Move `running = (running_mean, running_var, momentum)` towards a batch's statistics; `var` is biased."""
+def track(running: Tuple[torch.Tensor, torch.Tensor, float], mean: torch.Tensor, var: torch.Tensor, count) -> None:
+    """Move `running = (running_mean, running_var, momentum)` towards a batch's statistics, as BatchNorm does.
+
+    `var` is biased; `count` is the batch's number of positions, an int or a scalar tensor.
+    """
     running_mean, running_var, momentum = running
+    unbiased_var = var * (count / (count - 1))
     running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
-    running_var.lerp_((var.flatten() * (count / (count - 1))).to(running_var.dtype), momentum)
+    running_var.lerp_(unbiased_var.flatten().to(running_var.dtype), momentum)
+
+
+def by_group(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """A weight `(out, C, ...)` of a 1x1 convolution as `(G, out, C/G)`: a view."""
+    return weight.view(len(weight), groups, -1).transpose(0, 1)
 
 
 class TorchAlgebra:
-    """The algebra in torch's operators, for passes that take the centred `c` as their input."""
+    """The algebra in torch's operators, for passes that take the shifted copy `c` as their input."""
 
     @staticmethod
     def fold(
@@ -38,104 +51,119 @@ class TorchAlgebra:
             gamma: Optional[torch.Tensor],
             beta: Optional[torch.Tensor],
             shift: torch.Tensor,
-            rest: torch.Tensor,
+            shifted_mean: torch.Tensor,
             cov: torch.Tensor,
             eps: float,
             dtype: torch.dtype,
             running: Optional[Tuple[torch.Tensor, torch.Tensor, float]],
-            count,
+            count: Union[int, torch.Tensor],
     ) -> Tuple[torch.Tensor, ...]:
-        """Moments to the folded convolution.
+        """The folded convolution, from the input's moments.
 
         Args:
             weight: `(out, C, 1, 1)`; gamma, beta: `(G * out,)` or None.
-            shift, rest: `(C,)`; cov: `(G, C/G, C/G)`.
+            shift, shifted_mean: `(C,)`; cov: `S_g` of all groups, `(G, C/G, C/G)`.
             dtype: Of the folded weight.
             running: Statistics that this batch moves, as for `track`, or None; count: its positions.
 
         Returns:
-            The folded weight `(out, C, 1, 1)` and the bias `(out,)` that goes with `c`; mean and var `(G, out)`; and
-            for `unfold` `1 / sqrt(var + eps)` `(G, out)` and `W S` `(G, out, C/G)`.
+            The folded weight `W'` `(out, C, 1, 1)` and the bias `(out,)` that goes with `c`; mean and biased var
+            `(G, out)`; and for `unfold` `1 / sqrt(var + eps)` `(G, out)` and `W_g S_g` `(G, out, C/G)`.
         """
-        rest, mean = rest.view(len(cov), -1, 1), (shift + rest).view(len(cov), -1, 1)
-        w = weight.to(cov.dtype).view(len(weight), len(cov), -1).transpose(0, 1)  # (G, out, C / G)
-        w_cov, w_mean = torch.bmm(w, torch.cat((cov, mean), 2)).split((cov.shape[2], 1), 2)
-        var = (w_cov * w).sum(2).clamp_min(0)
-        inv = torch.rsqrt(var + eps)
-        scale = inv if gamma is None else inv * gamma.view_as(inv)
-        folded = (w * scale[..., None]).transpose(0, 1).reshape(weight.shape).to(dtype)
-        # With the folded weight as it has been rounded, so that the mean of y is the sum of the betas.
-        bias = -(folded.flatten(1).to(cov.dtype) @ rest.flatten())
+        groups, size, _ = cov.shape
+        w = by_group(weight.to(cov.dtype), groups)
+        m = (shift + shifted_mean).view(groups, size, 1)
+        # W_g S_g and mu_g = W_g m_g in one product
+        w_cov, mean = torch.bmm(w, torch.cat((cov, m), 2)).split((size, 1), 2)
+        mean = mean.squeeze(2)
+        var = (w_cov * w).sum(2).clamp_min(0)  # var_g = diag(W_g S_g W_g^T), which rounding may make negative
+        inv_std = torch.rsqrt(var + eps)
+        scale = inv_std if gamma is None else inv_std * gamma.view_as(inv_std)
+        folded = (w * scale[..., None]).transpose(0, 1).reshape(weight.shape).to(dtype)  # W'_g
+        # y = W' (x - m) + sum_g beta_g = W' c + bias, where x - m = c - shifted_mean. The bias is of W' as it has been
+        # rounded to `dtype`, so that the mean of y is the sum of the betas.
+        bias = -(folded.flatten(1).to(cov.dtype) @ shifted_mean)
         if beta is not None:
-            bias = bias + beta.view_as(inv).sum(0)
-        mean = w_mean.squeeze(2)
+            bias = bias + beta.view_as(inv_std).sum(0)
         if running is not None:
             track(running, mean, var, count)
-        return folded, bias, mean, var, inv, w_cov
+        return folded, bias, mean, var, inv_std, w_cov
 
     @staticmethod
     def unfold(
             weight: torch.Tensor,
             gamma: Optional[torch.Tensor],
             shift: torch.Tensor,
-            rest: torch.Tensor,
-            inv: torch.Tensor,
+            shifted_mean: torch.Tensor,
+            inv_std: torch.Tensor,
             w_cov: torch.Tensor,
             grad_folded: torch.Tensor,
             grad_bias: torch.Tensor,
     ) -> Tuple[Optional[torch.Tensor], ...]:
-        """Gradients of the folded convolution over `c`, `(out, C)` and `(out,)`, to those of what it was folded from.
+        """The backward pass of `fold`.
 
-        (`shift` is for passes whose convolution is over `x` itself.)
+        Args:
+            weight, gamma, shift, shifted_mean, inv_std, w_cov: As `fold` has taken or returned them. (`shift` is not
+                needed here, but for passes whose convolution takes `x` itself.)
+            grad_folded, grad_bias: Gradients `(out, C)` of the folded weight and `(out,)` of the bias that go with `c`.
 
         Returns:
             Gradients of weight, gamma and beta, the last two None without gamma; and of var `(G, out)`.
         """
         groups, out, size = w_cov.shape
-        w = weight.to(inv.dtype).view(out, groups, size).transpose(0, 1)
-        rest = rest.view(groups, -1, 1)
-        scale = inv if gamma is None else inv * gamma.view_as(inv)
-        # y = W' (c - rest) + beta
-        grad_folded = grad_folded.view(out, groups, size).transpose(0, 1)
-        grad_scale = (grad_folded * w).sum(2) - grad_bias * torch.bmm(w, rest).squeeze(2)
-        grad_var = -0.5 * grad_scale * scale * inv.square()  # scale = gamma / sqrt(var + eps)
+        w = by_group(weight.to(inv_std.dtype), groups)
+        grad_folded = by_group(grad_folded, groups)
+        shifted_mean = shifted_mean.view(groups, size, 1)
+        scale = inv_std if gamma is None else inv_std * gamma.view_as(inv_std)
+        # y = scale_g W_g (c - shifted_mean) + ...
+        grad_scale = (grad_folded * w).sum(2) - grad_bias * torch.bmm(w, shifted_mean).squeeze(2)
+        # scale = gamma (var + eps)^(-1/2), so d scale / d var = -1/2 scale / (var + eps)
+        grad_var = -0.5 * grad_scale * scale * inv_std.square()
         grad_weight = grad_folded * scale[..., None]
-        grad_weight.addcmul_(w_cov, grad_var[..., None], value=2)  # var = diag(W S W^T)
-        grad_weight.addcmul_((grad_bias * scale)[..., None], rest.mT, value=-1)
+        grad_weight.addcmul_(w_cov, grad_var[..., None], value=2)  # var = diag(W S W^T): its derivative is 2 W S
+        grad_weight.addcmul_((grad_bias * scale)[..., None], shifted_mean.mT, value=-1)
         grad_weight = grad_weight.transpose(0, 1).reshape(weight.shape).to(weight.dtype)
         if gamma is None:
             return grad_weight, None, None, grad_var
-        grad_gamma = (grad_scale * inv).flatten().to(gamma.dtype)
-        return grad_weight, grad_gamma, grad_bias.repeat(groups).to(gamma.dtype), grad_var
+        grad_gamma = (grad_scale * inv_std).flatten().to(gamma.dtype)
+        grad_beta = grad_bias.repeat(groups).to(gamma.dtype)
+        return grad_weight, grad_gamma, grad_beta, grad_var
 
     @staticmethod
     def input_terms(
             weight: torch.Tensor,
             folded: torch.Tensor,
             shift: torch.Tensor,
-            rest: torch.Tensor,
+            shifted_mean: torch.Tensor,
             grad_var: torch.Tensor,
             grad_bias: torch.Tensor,
-            count,
+            count: Union[int, torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """`A` `(G, C/G, C/G)` and `b` `(C,)` of the gradient `W'^T dy + A c + b`; `count` an int or a scalar."""
-        groups, out = grad_var.shape
-        w = weight.to(grad_var.dtype).view(out, groups, -1).transpose(0, 1)
-        # d var / dx = 2 W^T W (x - m) / count; through the mean, every position loses the mean of W'^T dy
+        """`A` `(G, C/G, C/G)` and `b` `(C,)` of the input's gradient `W'^T dy + A c + b`, by way of mean and var.
+
+        Arguments as for `fold` and `unfold`; `grad_var` and `grad_bias` are sums over all `count` positions.
+        """
+        groups, _ = grad_var.shape
+        w = by_group(weight.to(grad_var.dtype), groups)
+        # var_g = diag(W_g S_g W_g^T) gives A (x - m), A_g = 2 / count W_g^T diag(dvar_g) W_g; x - m = c - shifted_mean
         a = torch.bmm((w * (2 / count * grad_var)[..., None]).mT, w)
-        b = -torch.bmm(a, rest.view(groups, -1, 1)).flatten() - folded.flatten(1).to(a.dtype).T @ grad_bias / count
+        b = -torch.bmm(a, shifted_mean.view(groups, -1, 1)).flatten()
+        # y = W' (x - m): by way of m each position loses the mean of W'^T dy
+        b = b - folded.flatten(1).to(a.dtype).T @ grad_bias / count
         return a, b
 
 
-# Not the default before tests/test_gpu.py has passed on a GPU. With TRITON_INTERPRET=1 it runs on the CPU, for tests.
-TRITON = os.environ.get('TIMM_FINET_TRITON') == '1' and has_triton_package()
+# Triton is not the default before tests/test_gpu.py has passed on a GPU. Its interpreter runs it on the CPU, for tests.
+TRITON = os.environ.get('TIMM_FINET_TRITON') == '1' and find_spec('triton') is not None
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def implementation(x: torch.Tensor, dtype: torch.dtype):
     """The passes over `x` and the algebra between them, for moments in `dtype`."""
-    half = x.dtype in (torch.float16, torch.bfloat16) and x.is_cuda or INTERPRETED and x.device.type == 'cpu'
-    if TRITON and half and dtype == torch.float32 and x.numel() and memory_format(x) == torch.channels_last:
+    on_gpu = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    interpreted = INTERPRETED and x.device.type == 'cpu'
+    possible = dtype == torch.float32 and x.numel() > 0 and memory_format(x) == torch.channels_last
+    if TRITON and possible and (on_gpu or interpreted):
         from .triton_passes import TritonAlgebra, TritonPasses
         return TritonPasses, TritonAlgebra
     return TorchPasses, TorchAlgebra
@@ -146,8 +174,8 @@ class MomentForm(torch.autograd.Function):
 
     With `relu`, `y` is its ReLU, and what goes into it is never stored. `mean` and biased `var` `(G * out,)` are those
     of all partial sums over `count` positions, without a gradient. `running`, `(running_mean, running_var, momentum)`,
-    is moved by them; not while torch.compile traces. Saved for backward are `x`, with `relu` also `y`, and tensors of
-    the weight's size.
+    is moved by them; not while torch.compile traces. With a process group, statistics and `count`, then a tensor, are
+    those of all its processes. Saved for backward are `x`, with `relu` also `y`, and tensors of the weight's size.
     """
 
     @staticmethod
@@ -157,41 +185,42 @@ class MomentForm(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         ctx.passes, ctx.algebra = implementation(x, dtype)
         passes = ctx.passes(x)
-        shift, rest, cov = passes.moments(groups, dtype)
+        shift, shifted_mean, cov = passes.moments(groups, dtype)
         if process_group is not None:
-            count, mean, cov = pool_moments(count, shift + rest, cov, process_group)
-            rest = mean - shift
-        folded, bias, mean, var, inv, w_cov = ctx.algebra.fold(
-            weight, gamma, beta, shift, rest, cov, eps, x.dtype, running, count)
+            count, mean, cov = pool_moments(count, shift + shifted_mean, cov, process_group)
+            shifted_mean = mean - shift
+        folded, bias, mean, var, inv_std, w_cov = ctx.algebra.fold(
+            weight, gamma, beta, shift, shifted_mean, cov, eps, x.dtype, running, count)
         y = passes.convolve(folded, bias, relu)
 
-        ctx.save_for_backward(x, weight, gamma, shift, rest, w_cov, inv, folded, y if relu else None)
+        ctx.save_for_backward(x, weight, gamma, shift, shifted_mean, w_cov, inv_std, folded, y if relu else None)
         ctx.count, ctx.process_group = count, process_group
         mean, var = mean.flatten(), var.flatten()
         ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)  # theirs would be filled with zeros, a launch each
+        ctx.set_materialize_grads(False)  # their gradients would be filled with zeros, a launch each
         return y, mean, var, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *_):
-        saved = ctx.saved_tensors  # once: gradient checkpointing computes them as they are asked for
+        saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them at each access
         with without_autocast(saved[0]):
             return MomentForm.gradients(ctx, grad_y, *saved)
 
     @staticmethod
-    def gradients(ctx, grad_y, x, weight, gamma, shift, rest, w_cov, inv, folded, y):
-        if grad_y is None:  # zeros: other processes may be waiting for this one's sums
+    def gradients(ctx, grad_y, x, weight, gamma, shift, shifted_mean, w_cov, inv_std, folded, y):
+        if grad_y is None:  # take zeros, as other processes may be waiting for this one's sums
             grad_y = x.new_zeros(len(x), len(weight), *x.shape[2:])
         passes = ctx.passes(x, shift, grad_y, y)
-        grad_folded, grad_bias = passes.weight_gradient(len(weight), inv.dtype)
+        grad_folded, grad_bias = passes.weight_gradient(len(weight), inv_std.dtype)
         grad_weight, grad_gamma, grad_beta, grad_var = ctx.algebra.unfold(
-            weight, gamma, shift, rest, inv, w_cov, grad_folded, grad_bias)
+            weight, gamma, shift, shifted_mean, inv_std, w_cov, grad_folded, grad_bias)
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.process_group is not None:
                 sums = all_reduce(torch.cat((grad_var, grad_bias[None])), ctx.process_group)
                 grad_var, grad_bias = sums[:-1], sums[-1]
-            a, b = ctx.algebra.input_terms(weight, folded, shift, rest, grad_var, grad_bias, ctx.count)
+            a, b = ctx.algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, grad_bias, ctx.count)
             grad_x = passes.input_gradient(folded, a, b)
-        return grad_x, grad_weight, grad_gamma, grad_beta, *[None] * (len(ctx.needs_input_grad) - 4)
+        not_differentiable = [None] * (len(ctx.needs_input_grad) - 4)
+        return grad_x, grad_weight, grad_gamma, grad_beta, *not_differentiable
