@@ -11,7 +11,10 @@ __all__ = ['DepthwiseConv2d']
 
 
 class _Strided(torch.autograd.Function):
-    """With zeros between its elements, a strided output's gradient is a dense convolution's, which is fast."""
+    """A strided depthwise convolution whose input gradient is computed by one of stride 1, which is fast.
+
+    With zeros put between its elements, the output's gradient is that of a convolution of stride 1.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
@@ -25,20 +28,29 @@ class _Strided(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            dense = torch.zeros_like(x)  # an odd kernel with half of it as padding: as many outputs as inputs
+            # An odd kernel with half of it as padding has, at stride 1, as many outputs as inputs.
+            dense = torch.zeros_like(x)
             dense[:, :, ::ctx.stride[0], ::ctx.stride[1]] = grad
             grad_x = F.conv2d(dense, weight.flip(2, 3), None, 1, ctx.padding, 1, x.shape[1])
-        grad_weight = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], x.shape[1], [False, True, False])[1]
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], x.shape[1], [False, True, False])
         return grad_x, grad_weight, None, None
+
+
+def convolution_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of a convolution of `x` on the CPU: autocast's, which leaves float64 as it is, or that of `x`."""
+    if torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
+        return torch.get_autocast_dtype('cpu')
+    return x.dtype
 
 
 @register_notrace_module
 class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d(chs, chs, kernel_size, stride, kernel_size // 2, groups=chs, bias=False)` in all but speed.
 
-    For odd kernels. oneDNN has no kernel of its own for the input gradient of a strided one in bfloat16 or float16: it
-    takes 20 to 200 times as long as in float32. Training on a CPU goes another way; everything else is `nn.Conv2d`.
+    `kernel_size` is odd. In bfloat16 and float16 on a CPU the input gradient of such a convolution with a stride takes
+    20 to 200 times as long as in float32, as oneDNN has no kernel of its own for it. There, in training, this layer
+    computes it by a convolution of stride 1; everywhere else it does what `nn.Conv2d` does.
     """
 
     def __init__(self, chs: int, kernel_size: int, stride: int = 1, device=None, dtype=None):
@@ -47,14 +59,18 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.training and self.stride != (1, 1) and x.device.type == 'cpu' and torch.is_grad_enabled():
+            if self._gradient_is_slow(x):
                 return self._strided(x)
-        return self._conv_forward(x, self.weight, self.bias)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @torch.jit.unused
+    def _gradient_is_slow(self, x: torch.Tensor) -> bool:
+        if not self.training or self.stride == (1, 1) or x.device.type != 'cpu' or not torch.is_grad_enabled():
+            return False
+        return convolution_dtype(x).itemsize <= 2 and not is_exporting()
 
     @torch.jit.unused
     def _strided(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        if dtype.itemsize > 2 or x.dtype == torch.float64 or is_exporting():
-            return self._conv_forward(x, self.weight, self.bias)
+        dtype = convolution_dtype(x)
         with torch.autocast('cpu', enabled=False):
             return _Strided.apply(x.to(dtype), self.weight.to(dtype), self.stride, self.padding)

@@ -1,7 +1,7 @@
-"""A convolution and BatchNorm in training, of which only the input is kept: their result in less memory.
+"""A convolution and BatchNorm in training that keep only the convolution's input for the backward pass.
 
-Torch keeps the input of each of the two for the backward pass. Here the convolution is computed again instead; the
-mean and the deviation, two numbers a channel, are kept, so that BatchNorm is not.
+Torch keeps the input of each of the two. Here the backward pass computes the convolution again, which gives BatchNorm's
+input; BatchNorm's statistics, two numbers a channel, are kept.
 """
 import torch
 import torch.nn.functional as F
@@ -13,26 +13,37 @@ __all__ = ['RecomputedNorm']
 
 
 def synced_gradients(grad_y, z, gamma, beta, eps, process_group):
-    """Gradients of `z`, `gamma` and `beta`, with the statistics of all processes taken again."""
+    """Gradients of `z`, `gamma` and `beta` by way of `sync_batch_norm`, which is computed again for its graph.
+
+    Raises:
+        RuntimeError: The backward pass is to make a graph for second derivatives, which do not exist here.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError('FBN with synchronised statistics has no second derivatives.')
     statistics = z.new_empty(2, z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+    z, gamma, beta = (None if v is None else v.detach().requires_grad_() for v in (z, gamma, beta))
     with torch.enable_grad():
-        leaves = [None if v is None else v.detach().requires_grad_() for v in (z, gamma, beta)]
-        y = sync_batch_norm(leaves[0], *statistics, *leaves[1:], eps, process_group)
-    given = [leaf for leaf in leaves if leaf is not None]
-    grads = torch.autograd.grad(y, given, grad_y)
-    return *grads, *[None] * (3 - len(given))
+        y = sync_batch_norm(z, *statistics, gamma, beta, eps, process_group)
+    if gamma is None:
+        return *torch.autograd.grad(y, z, grad_y), None, None
+    return torch.autograd.grad(y, (z, gamma, beta), grad_y)
 
 
 class RecomputedNorm(torch.autograd.Function):
     """`(y, mean, var)`: `y = F.batch_norm(F.conv2d(x, weight, None, *conv), gamma, beta)` with the batch's statistics.
 
-    `conv` is `(stride, padding, dilation)`. `x`, which may be a slice of channels, is made contiguous in `layout` for
-    the convolution, but kept as it is. It has the dtype of `weight`; `gamma` and `beta` `(out,)`, or None, may be
-    wider. `mean` and unbiased `var` `(out,)`, in float32 at least, have no gradient. Saved for backward are `x`,
-    `weight` and tensors of `gamma`'s size. With a process group the statistics are those of all its processes; then
-    there are no second derivatives.
+    Args:
+        x: `(N, C, H, W)`, in the dtype of `weight`. It may be a slice of channels: the convolution takes a contiguous
+            copy in the memory format `layout`, but `x` itself is saved.
+        weight: `(out, C, kh, kw)`; gamma, beta: `(out,)`, both or neither None, in that dtype or a more precise one.
+        conv: `(stride, padding, dilation)`.
+        process_group: The statistics are those of all its processes, and there are no second derivatives; or None.
+
+    `mean` and unbiased `var` `(out,)`, in float32 at least, have no gradient. Saved for backward are `x`, `weight` and
+    tensors of `gamma`'s size.
+
+    Raises:
+        ValueError: Without a process group, a channel has one value.
     """
 
     @staticmethod
@@ -43,6 +54,8 @@ class RecomputedNorm(torch.autograd.Function):
             raise ValueError(f'Expected more than 1 value per channel when training, got input size {list(z.shape)}')
         ctx.conv, ctx.eps, ctx.layout, ctx.process_group = conv, eps, layout, process_group
         if process_group is None:
+            # With momentum 1 the "running" statistics become the batch's. F.batch_norm does not return what its
+            # backward pass takes: the mean and 1 / sqrt(var + eps).
             y, *statistics = torch.native_batch_norm(z, gamma, beta, mean, var, True, 1., eps)
         else:
             y, statistics = sync_batch_norm(z, mean, var, gamma, beta, eps, process_group), (None, None)
@@ -53,19 +66,19 @@ class RecomputedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, *_):
-        saved = ctx.saved_tensors  # once: gradient checkpointing computes them as they are asked for
+        saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them at each access
         with without_autocast(saved[0]):
             return RecomputedNorm.gradients(ctx, grad_y, *saved)
 
     @staticmethod
-    def gradients(ctx, grad_y, x, weight, gamma, beta, mean, inv):
-        x = x.contiguous(memory_format=ctx.layout)  # once for all of it
+    def gradients(ctx, grad_y, x, weight, gamma, beta, mean, inv_std):
+        x = x.contiguous(memory_format=ctx.layout)  # for both convolutions
         z = F.conv2d(x, weight, None, *ctx.conv)
-        if grad_y is None:  # zeros: other processes may be waiting for this one's sums
+        if grad_y is None:  # take zeros, as other processes may be waiting for this one's sums
             grad_y = torch.zeros_like(z)
         if ctx.process_group is None:
             grad_z, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-                grad_y, z, gamma, None, None, mean, inv, True, ctx.eps, [True, gamma is not None, beta is not None])
+                grad_y, z, gamma, None, None, mean, inv_std, True, ctx.eps, [True, gamma is not None, beta is not None])
         else:
             grad_z, grad_gamma, grad_beta = synced_gradients(grad_y, z, gamma, beta, ctx.eps, ctx.process_group)
         stride, padding, dilation = ctx.conv

@@ -20,17 +20,20 @@ def fbn_reference(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Equation (4) of arXiv 2005.06828, `G` times wide, by plain differentiable operations.
 
+        y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
+
     Args:
-        x: `(N, C, H, W)`; weight: `(out, C, kh, kw)`; gamma, beta: `(G * out,)`, group-major, or None.
+        x: `(N, C, H, W)`; weight: `(out, C, kh, kw)`; gamma, beta: `(G * out,)`, group-major, both or neither None.
+        groups: G.
+        stride, padding, dilation: As for `F.conv2d`.
 
     Returns:
         y: `(N, out, H', W')`.
         mean, var: `(G * out,)`, of the partial sums `z_g = W_g x_g` over the batch; `var` is biased.
     """
-    weight = torch.cat(weight.chunk(groups, 1))
-    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    # All z_g at once, (N, G * out, H', W'): a grouped convolution takes the weights (G * out, C/G, kh, kw).
+    z = F.conv2d(x, torch.cat(weight.chunk(groups, 1)), None, stride, padding, dilation, groups)
     var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
-    # y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ]
     z = (z - mean.view(-1, 1, 1)) / torch.sqrt(var + eps).view(-1, 1, 1)
     if gamma is not None:
         z = z * gamma.view(-1, 1, 1) + beta.view(-1, 1, 1)

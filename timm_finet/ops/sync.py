@@ -1,4 +1,6 @@
-"""Statistics over several processes: sums, moments and a BatchNorm that also works on the CPU."""
+"""Statistics over several processes: sums, moments, and a BatchNorm that also works on the CPU."""
+from typing import Optional, Tuple
+
 import torch
 import torch.distributed as dist
 
@@ -6,14 +8,17 @@ __all__ = ['all_reduce', 'pool_moments', 'sync_batch_norm']
 
 
 def all_reduce(x: torch.Tensor, process_group) -> torch.Tensor:
-    """The sum over the processes, sent in float64: one with few positions may hold another dtype than the rest."""
+    """The sum over the processes, in the dtype of this one's `x`.
+
+    It is sent in float64, as processes may differ in dtype: `moments_dtype` depends on a process's positions.
+    """
     total = x.double()
     dist.all_reduce(total, group=process_group)
     return total.to(x.dtype)
 
 
 class _AllReduce(torch.autograd.Function):
-    """`all_reduce`, whose gradient is one as well."""
+    """`all_reduce`, which is its own gradient: the `x` of each process is in the sum that every process gets."""
 
     @staticmethod
     def forward(ctx, x, process_group):
@@ -25,26 +30,49 @@ class _AllReduce(torch.autograd.Function):
         return all_reduce(grad, ctx.process_group), None
 
 
-def pool_moments(count: int, mean: torch.Tensor, cov: torch.Tensor, process_group):
-    """Join the counts, means `(C,)` and group covariances `(G, C/G, C/G)` of all processes."""
-    local = mean.new_full((), count)
-    sums = all_reduce(torch.cat((mean * local, local[None])), process_group)
-    total, pooled = sums[-1], sums[:-1] / sums[-1]
-    shift = (mean - pooled).view(len(cov), -1, 1)
-    return total, pooled, all_reduce((cov + shift * shift.mT) * (local / total), process_group)
+def pool_moments(
+        count: int, mean: torch.Tensor, cov: torch.Tensor, process_group,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The count, as a scalar tensor, mean `(C,)` and group covariances `(G, C/G, C/G)` of all processes' positions."""
+    count = mean.new_full((), count)
+    sums = all_reduce(torch.cat((mean * count, count[None])), process_group)
+    pooled_count, pooled_mean = sums[-1], sums[:-1] / sums[-1]
+    # About the pooled mean a process's second moment is S + d d^T, where d = its mean - the pooled mean.
+    d = (mean - pooled_mean).view(len(cov), -1, 1)
+    pooled_cov = all_reduce((cov + d * d.mT) * (count / pooled_count), process_group)
+    return pooled_count, pooled_mean, pooled_cov
 
 
-def sync_batch_norm(x, mean, var, gamma, beta, eps, process_group):
-    """`F.batch_norm` over all processes with momentum 1, for `x` `(N, C, ...)`. (torch's own refuses the CPU.)"""
-    dims, shape = [0, *range(2, x.ndim)], (-1,) + (1,) * (x.ndim - 2)
+def sync_batch_norm(
+        x: torch.Tensor,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        gamma: Optional[torch.Tensor],
+        beta: Optional[torch.Tensor],
+        eps: float,
+        process_group,
+) -> torch.Tensor:
+    """BatchNorm of `x` `(N, C, ...)` by the statistics of all processes, which it writes to `mean` and unbiased `var`.
+
+    `F.batch_norm` in training with momentum 1, in float32 at least and in the dtype of `x` again; differentiable in
+    `x`, `gamma` and `beta`. (nn.SyncBatchNorm refuses the CPU.)
+    """
+    dims = [0, *range(2, x.ndim)]
+    per_channel = (-1,) + (1,) * (x.ndim - 2)  # the shape that broadcasts over `x`
     z = x.to(torch.promote_types(x.dtype, torch.float32))
-    sums = _AllReduce.apply(torch.cat((z.sum(dims), z.new_full((1,), z.numel() // z.shape[1]))), process_group)
-    total = sums[-1].detach()
-    z = z - (sums[:-1] / total).view(shape)
-    biased = _AllReduce.apply(z.square().sum(dims), process_group) / total
+    local_count = z.new_full((1,), z.numel() // z.shape[1])
+    sums = _AllReduce.apply(torch.cat((z.sum(dims), local_count)), process_group)
+    count = sums[-1].detach()
+    batch_mean = sums[:-1] / count
+    z = z - batch_mean.view(per_channel)
+    biased_var = _AllReduce.apply(z.square().sum(dims), process_group) / count
     with torch.no_grad():
-        mean.copy_(sums[:-1] / total)
-        var.copy_(biased * total / (total - 1))
-    scale = torch.rsqrt(biased + eps)
-    z = z * (scale if gamma is None else scale * gamma).view(shape)
-    return (z if beta is None else z + beta.view(shape)).to(x.dtype)
+        mean.copy_(batch_mean)
+        var.copy_(biased_var * count / (count - 1))
+    scale = torch.rsqrt(biased_var + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    z = z * scale.view(per_channel)
+    if beta is not None:
+        z = z + beta.view(per_channel)
+    return z.to(x.dtype)
