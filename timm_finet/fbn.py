@@ -5,10 +5,14 @@ added:
 
     y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
-`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes that without the
-`z_g`: with known statistics as one plain convolution (`fold`), in training from the input's moments
-(ops/moment_form.py) or, for kernels larger than 1x1, one group at a time. Where that is not known to be right it
-computes the `z_g` and calls its norm on them, as `ReferenceFBNConv2d` always does.
+`mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes `y` in one of four
+forms:
+
+- folded: with known statistics it is one plain convolution (`fold`);
+- moment form: in training a 1x1 layer takes the statistics from the input's moments (ops/moment_form.py);
+- group by group: in training with larger kernels, it computes one `z_g` at a time (ops/recomputed.py);
+- reference form, the paper's own: it computes all `z_g` at once and calls its norm on them. It is taken where no other
+  form is known to be right, or would save anything; `ReferenceFBNConv2d` always takes it.
 """
 import math
 import warnings
@@ -30,24 +34,25 @@ from .ops.tracing import operators_alone
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
-# The norms whose results a layer may compute without calling them. timm's `freeze` puts the frozen one in.
+# The norms whose results a layer may compute without calling them. FrozenBatchNorm2d is what timm's `freeze` puts in.
 KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-# Their forwards as torch defines them: some programs replace those of a whole class.
+# Their forwards as they are defined, for some programs replace the forward of a whole class.
 KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
 
 
 @torch.compiler.assume_constant_result
 def _warn(text: str) -> None:
-    warnings.warn(text)  # without a caller's place Python shows a text once
+    warnings.warn(text)  # without stacklevel Python shows each text once, not once for each caller
 
 
-@torch.fx.wrap  # symbolic tracing cannot take the branch
+@torch.fx.wrap  # torch.fx cannot trace the branch
 def check_input(x: torch.Tensor, in_channels: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f'The input must be (N, {in_channels}, H, W), not {list(x.shape)}.')
 
 
 def has_hooks(module: nn.Module) -> bool:
+    # torch has no public way to ask; checked with torch 2.11 and 2.15.
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
@@ -62,6 +67,8 @@ def fold(
         groups: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Fold statistics into a convolution (equations 8 and 9).
+
+        W'_g = gamma_g W_g / sqrt(var_g + eps),    b' = sum_g [ beta_g - gamma_g mu_g / sqrt(var_g + eps) ]
 
     Args:
         weight: `(out, in, kh, kw)`.
@@ -79,7 +86,8 @@ def fold(
     bias = -mean * scale
     if beta is not None:
         bias = bias + beta.to(scale.dtype)
-    weight = weight.to(scale.dtype).unflatten(1, [groups, -1]) * scale.view(groups, out).t()[:, :, None, None, None]
+    weight = weight.to(scale.dtype).unflatten(1, [groups, -1])  # (out, G, C / G, kh, kw)
+    weight = weight * scale.view(groups, out).t()[:, :, None, None, None]
     return weight.flatten(1, 2), bias.view(groups, out).sum(0)
 
 
@@ -90,22 +98,25 @@ class FBNConv2d(nn.Module):
     `weight` is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine pairs,
     group-major. In eval mode the running statistics are folded on the fly. Statistics are computed in at least float32.
 
-    It is no `nn.Conv2d`: whatever changes a convolution's weight by the BatchNorm behind it, or adds to its weight what
-    it has learnt beside it, would be wrong here, where the norm is inside.
+    It is not a subclass of `nn.Conv2d`, as programs do things to a convolution's weight that are wrong where the norm
+    is inside: some fold the BatchNorm behind it into it, others add to it what they have learnt beside it.
 
-    `bn` is computed with, not called, as long as it is exactly torch's BatchNorm2d or SyncBatchNorm, or torchvision's
-    FrozenBatchNorm2d, without hooks. A SyncBatchNorm synchronises the statistics. Any other module in its place, or
-    round it (FSDP, checkpointing, peft), is called as in the paper's form, at G times the memory; a warning says so.
-    So it is under torch.export, torch.jit.script and torch.func. The fast 1x1 form has no second derivatives, nor has
-    a form with synchronised statistics; all others have. No fast form has forward-mode derivatives.
+    The layer computes with the parameters and statistics of `bn` and does not call it, as long as `bn` is exactly
+    torch's BatchNorm2d or SyncBatchNorm, or torchvision's FrozenBatchNorm2d, without hooks. With a SyncBatchNorm the
+    statistics are those of all its processes. Any other module in its place, or around it (FSDP, checkpointing, peft),
+    is called, in the paper's form and at G times the memory; a warning says so. Training under torch.export,
+    torch.jit.script and torch.func takes the paper's form too.
+
+    The fast 1x1 form has no second derivatives, nor has any form with synchronised statistics. No fast form has
+    forward-mode derivatives.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
         fbn_groups: G, into how many groups the *input channels* are split for normalisation. It has nothing to do with
             a grouped convolution; 1 is plain BatchNorm, and runs as such.
         affine, eps, momentum: As for `nn.BatchNorm2d`; gamma and beta are per intermediate channel.
-        save_memory: At `fbn_groups=1` too, keep nothing but the input for the backward pass, which takes more time.
-            Plain BatchNorm keeps its own input as well. With more groups it is always so.
+        save_memory: At `fbn_groups=1` too, keep nothing but the input for the backward pass, which takes more time;
+            plain BatchNorm keeps its own input as well. With more groups only the input is kept in any case.
 
     Raises:
         ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or, when training, it
@@ -160,7 +171,7 @@ class FBNConv2d(nn.Module):
             + (', save_memory=True' if self.save_memory else ''))
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """For torch.jit.script, whose graph cannot ask what `bn` is."""
+        """For torch.jit.script: decide now whether to call `bn`, as the graph cannot."""
         if type(self) is FBNConv2d and self._why_called():
             return as_reference(self)
         return self
@@ -184,9 +195,10 @@ class FBNConv2d(nn.Module):
 
     @torch.jit.unused
     def _why_called(self) -> str:
-        """Why `bn` has to be called, or '' where its result may be computed without: in training, eval and folding."""
+        """Why `bn` has to be called, or '' where the layer may compute its result, in training, in eval and to fold."""
         bn = self.bn
-        if type(bn) not in KNOWN_NORMS:  # parametrising gives a module another class
+        if type(bn) not in KNOWN_NORMS:
+            # A parametrised module has a class of its own; its weight and bias may be parametrised.
             if type_before_parametrizations(bn) not in KNOWN_NORMS:
                 return f'bn is a {type(bn).__module__}.{type(bn).__name__}'
             if is_parametrized(bn, 'running_mean') or is_parametrized(bn, 'running_var'):
@@ -209,67 +221,69 @@ class FBNConv2d(nn.Module):
         z = self.bn(z)
         if self.fbn_groups == 1:
             return z
-        parts = z.chunk(self.fbn_groups, 1)  # a sum over a dimension of its own would come out contiguous
-        y = parts[0] + parts[1]
-        for part in parts[2:]:
-            y = y + part
+        z_groups = z.chunk(self.fbn_groups, 1)  # not a sum over a dimension for the groups, which loses channels_last
+        y = z_groups[0] + z_groups[1]
+        for z_g in z_groups[2:]:
+            y = y + z_g
         return y
 
     @torch.jit.unused
     def _fast_forms(self, x: torch.Tensor, relu: bool) -> torch.Tensor:
-        group = self._process_group()
-        # Not so with a process group: all processes have to go one way, whatever their share of the batch.
-        if group is None and self._is_cheap(x):
+        process_group = self._process_group()
+        # Processes that share statistics must all take the same form, however many positions each of them has.
+        if process_group is None and self._prefers_reference(x):
             y = self.reference(x)
             return F.relu(y) if relu else y
-        form = self._moment_form if self._takes_moments(x, group) else self._group_by_group
-        weight = self.weight  # once, as a parametrisation may compute another one each time
+        form = self._moment_form if self._prefers_moments(x, process_group) else self._group_by_group
+        weight = self.weight  # read once, as a parametrisation may compute another one at each access
         device = x.device.type
         if has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return form(x.to(dtype), weight, group, relu)
+                return form(x.to(dtype), weight, process_group, relu)
         if x.dtype != weight.dtype:
             raise RuntimeError(f'Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same.')
-        return form(x, weight, group, relu)
+        return form(x, weight, process_group, relu)
 
     @torch.jit.unused
-    def _positions(self, x: torch.Tensor) -> int:
+    def _count_positions(self, x: torch.Tensor) -> int:
+        """Positions of the output, about."""
         return x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
 
     @torch.jit.unused
-    def _is_cheap(self, x: torch.Tensor) -> bool:
+    def _prefers_reference(self, x: torch.Tensor) -> bool:
         """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
         if not x.numel():
             return True
         if self.fbn_groups == 1:
             return not self.save_memory
         weights = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # of one output channel
-        return self.fbn_groups * self._positions(x) < 4 * weights
+        return self.fbn_groups * self._count_positions(x) < 4 * weights
 
     @torch.jit.unused
-    def _takes_moments(self, x: torch.Tensor, process_group) -> bool:
-        """Whether the moment form is possible, and at one group also less work than the convolution once more.
+    def _prefers_moments(self, x: torch.Tensor, process_group) -> bool:
+        """Whether to take the moment form rather than group by group: where it is possible, and with several groups.
 
-        In multiply-adds: for the moments `2 in^2` a position and `2 out in^2` in all; `in out` a position for the
-        convolution.
+        With one group it must also be less work. Its moments take `2 in^2` multiply-adds a position, and `2 out in^2`
+        for the whole batch; group by group takes the convolution once more, `in out` a position.
         """
         if self.kernel_size != (1, 1) or self.padding != (0, 0):
             return False
         if self.fbn_groups > 1:
             return True
         c_in, c_out = self.in_channels, self.out_channels
-        return process_group is None and self._positions(x) * (c_out - 2 * c_in) > 2 * c_out * c_in
+        # Divided by `in`. Processes that share statistics must all take the same form.
+        return process_group is None and self._count_positions(x) * (c_out - 2 * c_in) > 2 * c_out * c_in
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
-        # Of the norms that may be passed by; one in eval mode is a common way to fine-tune.
+        # As the known norms decide it. To fine-tune, people often put `bn` alone in eval mode.
         bn = self.bn
         return not isinstance(bn, FrozenBatchNorm2d) and (bn.training or bn.running_mean is None)
 
     @torch.jit.unused
     def _process_group(self):
-        """The processes that share statistics: those of a child that has become a SyncBatchNorm."""
+        """The processes that share statistics, if `bn` has become a SyncBatchNorm, or None."""
         if isinstance(self.bn, nn.SyncBatchNorm) and self.bn.training and dist.is_available() and dist.is_initialized():
             group = self.bn.process_group or dist.group.WORLD
             return group if dist.get_world_size(group) > 1 else None
@@ -289,33 +303,40 @@ class FBNConv2d(nn.Module):
     def _moment_form(self, x: torch.Tensor, weight: torch.Tensor, process_group, relu: bool) -> torch.Tensor:
         original = x
         if self.stride != (1, 1):
-            # Every stride-th position; a slice's gradient would come out contiguous.
+            # Every stride-th position. Slicing does the same, but the gradient of a slice loses channels_last.
             x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
         arguments = (x, weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group, relu)
         on_cpu = x.device.type == 'cpu'
-        if not on_cpu and not torch.compiler.is_compiling():  # the passes move the statistics: no launch more
+        if not on_cpu and not torch.compiler.is_compiling():
+            # MomentForm moves the statistics, which its Triton kernels do without another launch.
             momentum = self._count_batch()
             running = None if momentum is None else (bn.running_mean, bn.running_var, momentum)
             return MomentForm.apply(*arguments, running)[0]
         y, mean, var, count = MomentForm.apply(*arguments)
         if on_cpu and process_group is None and not torch.compiler.is_compiling():
-            if not math.isfinite(var.sum()):  # the input's squares overflow sooner than its partial sums' variances
+            # The input's squares may overflow where the variances of its partial sums do not.
+            if not math.isfinite(var.sum()):
                 y = self.reference(original)
                 return F.relu(y) if relu else y
         self._track(mean, var * (count / (count - 1)))
         return y
 
     def _group_by_group(self, x: torch.Tensor, weight: torch.Tensor, process_group, relu: bool) -> torch.Tensor:
-        """One group at a time, whose partial sum is computed again in the backward pass instead of kept."""
+        """One group at a time; the backward pass computes its partial sum again, which is not kept."""
         bn, groups, padding = self.bn, self.fbn_groups, self.padding
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if isinstance(padding, str):  # a convolution's gradients take numbers alone
-            height, width = [d * (k - 1) if padding == 'same' else 0 for d, k in zip(self.dilation, self.kernel_size)]
+        if padding == 'valid':  # RecomputedNorm takes numbers only
+            padding = 0, 0
+        elif padding == 'same':
+            height, width = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]  # in all, both sides
             x, padding = F.pad(x, (0, width % 2, 0, height % 2)), (height // 2, width // 2)
         conv = self.stride, padding, self.dilation
         xs, weights = x.chunk(groups, 1), weight.to(x.dtype).chunk(groups, 1)
-        gammas, betas = ([None] * groups if v is None else v.to(dtype).chunk(groups) for v in (bn.weight, bn.bias))
+        if bn.weight is None:
+            gammas = betas = [None] * groups
+        else:
+            gammas, betas = bn.weight.to(dtype).chunk(groups), bn.bias.to(dtype).chunk(groups)
 
         y, means, variances = None, [], []
         for g in range(groups):
@@ -328,7 +349,7 @@ class FBNConv2d(nn.Module):
         return y.relu_() if relu else y
 
     def _count_batch(self) -> Optional[float]:
-        """Count a batch. By how much it moves the running statistics, or None where they stay; as BatchNorm has it."""
+        """Count a batch as BatchNorm does, and return the momentum for its statistics, or None where they stay."""
         bn = self.bn
         if not (bn.training and bn.track_running_stats):
             return None
@@ -346,7 +367,9 @@ class FBNConv2d(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """The plain convolution with bias that this layer is in eval mode; device, dtype, layout, `requires_grad` stay.
+        """The plain convolution with bias that computes what this layer does in eval mode.
+
+        It has the layer's device, dtype, layout and `requires_grad`.
 
         Raises:
             RuntimeError: In train mode, where the statistics are the batch's; or where `bn` has to be called.
@@ -367,7 +390,7 @@ class FBNConv2d(nn.Module):
 
 
 class ReferenceFBNConv2d(FBNConv2d):
-    """The paper's own form (Figure 3a), the measure of every other: G times the activations.
+    """FBN in the paper's own form (Figure 3a), with G times the activations. Every other form is measured against it.
 
     Arguments as for `FBNConv2d`.
     """
