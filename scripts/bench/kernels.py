@@ -282,7 +282,7 @@ def measure_resources(shapes=SHAPES, cards=CARDS):
 class Operators(TorchDispatchMode):
     """Counts operators that launch a kernel at least: those that compute, convolution's backward by gradients."""
 
-    QUIET = ('empty', 'new_empty', 'empty_like', '_unsafe_view', 'detach', 'promote_types')
+    QUIET = ('empty', 'new_empty', 'empty_like', 'empty_permuted', '_unsafe_view', 'detach', 'promote_types')
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
 """The moment form in Triton for half precision in channels_last: four launches forward, five backward.
 
-triton_kernels.py has the kernels. Here each gets its grid and its blocks and is launched: by operators, which
-torch.compile takes as they are, in passes and algebra of the same interface as torch's.
+triton_kernels.py has the kernels. Here are their grids and block sizes; operators that launch them, into which
+torch.compile does not look; and `TritonPasses` and `TritonAlgebra`, which have the interface of torch's.
 
 There is no shifted copy of `x`. What a channel's mean would cost half precision is kept in float32 instead:
 `moments_kernel` subtracts the shift from each value as it is loaded, the products that make `y` and `grad_x` get a
@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from .moment_form import track
+from .torch_passes import relu_gradient
 from .triton_kernels import (
     add_parts_kernel, convolve_kernel, covariances_kernel, fold_kernel, input_gradient_kernel, input_terms_kernel,
     moments_kernel, unfold_kernel, weight_gradient_kernel)
@@ -146,7 +147,7 @@ def empty_activation(x: Tensor, channels: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators
+# Operators. Each launches the kernel of its name; two of them launch another, which adds the partial sums.
 
 @operator('shift', 'shifted_mean', 'cov')
 def triton_moments(x: Tensor, shift: Tensor, shifted_mean: Tensor, cov: Tensor) -> None:
@@ -262,13 +263,18 @@ def triton_input_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, 
 class TritonPasses:
     """The passes over one layer's input `x`, channels_last and with positions; arguments as for `TorchPasses`."""
 
-    def __init__(self, x: Tensor, shift: Optional[Tensor] = None, grad_y: Optional[Tensor] = None,
-                 y: Optional[Tensor] = None):
+    def __init__(
+            self,
+            x: Tensor,
+            shift: Optional[Tensor] = None,
+            grad_y: Optional[Tensor] = None,
+            y: Optional[Tensor] = None,
+    ):
         self.x = x
         if grad_y is not None:
             grad_y = grad_y.contiguous(memory_format=torch.channels_last)
             # A launch of its own takes less time than inside both passes that read the result.
-            self.grad_y = grad_y if y is None else torch.ops.aten.threshold_backward(grad_y, y, 0)
+            self.grad_y = grad_y if y is None else relu_gradient(grad_y, y)
 
     def moments(self, groups: int, dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor]:
         """`shift`, `shifted_mean`, `cov` as from `TorchPasses`, in float32 whatever `dtype` is."""
@@ -319,11 +325,14 @@ class TritonAlgebra:
     @staticmethod
     def unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, grad_folded, grad_bias):
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        grad_gamma, grad_beta = [(inv_std if gamma is None else gamma).new_empty(inv_std.numel()) for _ in range(2)]
+        like = inv_std if gamma is None else gamma
+        grad_gamma, grad_beta = like.new_empty(inv_std.numel()), like.new_empty(inv_std.numel())
         grad_var = torch.empty_like(inv_std)
         triton_unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, grad_folded, grad_bias,
                       grad_weight, grad_gamma, grad_beta, grad_var)
-        return grad_weight, *((None, None) if gamma is None else (grad_gamma, grad_beta)), grad_var
+        if gamma is None:  # the kernel has not written them
+            grad_gamma = grad_beta = None
+        return grad_weight, grad_gamma, grad_beta, grad_var
 
     @staticmethod
     def input_terms(weight, folded, shift, shifted_mean, grad_var, grad_bias, count):
