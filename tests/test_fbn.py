@@ -8,7 +8,7 @@ from timm.utils import freeze
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 
 from scripts.bench.bench_training import peak_bytes
-from timm_finet import FBNConv2d
+from timm_finet import FBNConv2d, fuse_fbn
 from timm_finet.fbn import ReferenceFBNConv2d
 
 SHAPES = [  # in, out, kernel, stride, padding, dilation, G
@@ -225,9 +225,14 @@ def test_fuse_keeps_dtype_layout_and_requires_grad(dtype, memory_format):
     assert FBNConv2d(8, 4, device='meta').eval().fuse().bias.device.type == 'meta'
 
 
-def test_fuse_refuses_train_mode():
+def test_fuse_folds_running_statistics_in_train_mode_and_fuse_fbn_refuses_it(randomise):
+    layer = randomise(FBNConv2d(8, 4))
+    x = torch.randn(2, 8, 5, 5)
+    conv = layer.fuse()
+    assert conv.training
     with pytest.raises(RuntimeError, match='eval'):
-        FBNConv2d(8, 4).fuse()
+        fuse_fbn(layer)
+    torch.testing.assert_close(conv(x), layer.eval()(x))
 
 
 def test_one_group_is_plain_batchnorm():

@@ -371,14 +371,17 @@ class FBNConv2d(nn.Module):
 
         It has the layer's device, dtype, layout and `requires_grad`.
 
+        As timm's own `fuse` methods do, it folds the running statistics in train mode too: timm's scripts fuse before
+        they call `.eval()`.
+
         Raises:
-            RuntimeError: In train mode, where the statistics are the batch's; or where `bn` has to be called.
+            RuntimeError: `bn` has no running statistics, or has to be called.
         """
         reason = self._why_called()
         if reason:
             raise RuntimeError(f'An FBNConv2d cannot be fused where {reason}.')
-        if self._uses_batch_statistics():
-            raise RuntimeError('An FBNConv2d in train mode has no fixed statistics to fuse: call .eval() first.')
+        if self.bn.running_mean is None:
+            raise RuntimeError('An FBNConv2d without running statistics has no fixed statistics to fuse.')
         weight = self.weight
         folded, bias = self._folded(weight)
         conv = nn.Conv2d(

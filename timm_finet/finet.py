@@ -58,11 +58,9 @@ class ConvNorm(nn.Sequential):
     def fuse(self) -> nn.Module:
         """Fold `bn` into `conv`, once; a pair with hooks, or with another norm than torch's, stays.
 
-        Raises:
-            RuntimeError: In train mode.
+        As in timm's own `fuse` methods the running statistics are folded, in train mode too: timm's scripts fuse before
+        they call `.eval()`.
         """
-        if self.bn.training:
-            raise RuntimeError('A ConvNorm in train mode has no fixed statistics to fuse: call .eval() first.')
         if type(self.bn) in NORMS and not why_untouchable(self.conv) and not why_untouchable(self.bn):
             fuse_named(self, [('conv', 'bn')], [])
         return self
