@@ -209,7 +209,8 @@ def command(run, args):
     start = ['-m', *torchrun(setting)] if setting.processes > 1 else []
     line = [sys.executable, *start, '-m', 'timm_finet', 'run', 'train']
     line += [arg.replace('OUTPUT', args.output) for arg in setting.args(seed)]
-    line += ['--device-modules', *filter(None, ('timm_finet', 'scripts.train_facts', setting.module))]
+    on_cpus = 'scripts.several_cpus' if setting.processes > 1 else ''
+    line += ['--device-modules', *filter(None, ('timm_finet', 'scripts.train_facts', on_cpus, setting.module))]
     line += ['--data-dir', args.data_dir, '--output', args.output, '--experiment', home.name, '--checkpoint-hist', '1']
     line += ['--workers', str(threads(setting, args) - 1)]
     if (home / 'last.pth.tar').exists():

@@ -1,4 +1,3 @@
-import argparse
 import atexit
 import os
 import re
@@ -20,9 +19,6 @@ atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 os.environ.update(
     HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_TOKEN=WRITER, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
 
-import timm.utils  # noqa: E402
-
-from timm_finet.commands import timm_patches  # noqa: E402
 from timm_finet_cli import main  # noqa: E402 (registers the models)
 
 
@@ -49,15 +45,8 @@ def cli(capsys):
 
 @pytest.fixture
 def scripts_run_here(monkeypatch):
-    """Puts back at the end what `timm-finet run` changes in timm and torch, which else ends with its process."""
-    for owner, names in (
-            (timm.utils, ['reparameterize_model']), (timm.utils.model, ['reparameterize_model']),
-            (timm.utils.AverageMeter, ['update']), (timm.utils.CheckpointSaver, ['_save']), (torch, ['save']),
-            (torch.nn.parallel.DistributedDataParallel, ['__init__', '_passing_sync_batchnorm_handle']),
-            (torch.nn.SyncBatchNorm, ['forward']), (sys, ['argv']), (argparse.ArgumentParser, ['parse_args'])):
-        for name in names:
-            monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(timm_patches, 'keep_buffers', lambda: None)  # nothing undoes it
+    """Puts back at the end what `timm-finet run` changes, which else ends with its process."""
+    monkeypatch.setattr(sys, 'argv', sys.argv)
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)

@@ -1,4 +1,5 @@
 """Synchronised FBN: two gloo processes with unequal batches against one process with the joined batch, in float64."""
+import importlib
 from copy import deepcopy
 from functools import partial
 
@@ -16,7 +17,6 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_p
 
 from timm_finet import FBNConv2d
 from timm_finet.fbn import as_reference
-from timm_finet.commands.timm_patches import train_on_several_cpus
 
 SPLIT = (3, 5)
 
@@ -34,14 +34,14 @@ NETWORKS = {
     '3x3': lambda: FBNConv2d(8, 6, 3, padding=1, fbn_groups=2),
     'finet': finet,
     'resnet stage': lambda: timm.create_model('resnet18_fbn').layer2,
-    # Nothing frozen: what `timm-finet run train` does for train.py on the CPU; last, as it patches torch.
-    'launcher': finet,
+    # Nothing frozen: what train.py gets by `--device-modules scripts.several_cpus`; last, as that changes torch.
+    'several_cpus': finet,
 }
-SHAPES = {'finet': (3, 32, 32), 'launcher': (3, 32, 32), 'resnet stage': (64, 8, 8)}
+SHAPES = {'finet': (3, 32, 32), 'several_cpus': (3, 32, 32), 'resnet stage': (64, 8, 8)}
 
 
 def prepare(model, name):
-    if name == 'launcher':
+    if name == 'several_cpus':
         return model.train()
     inside = {m for layer in model.modules() if isinstance(layer, FBNConv2d) for m in layer.modules()}
     for m in model.train().modules():
@@ -62,8 +62,8 @@ def worker(rank, folder):
     results = {}
     for name, (model, x, weighting) in torch.load(f'{folder}/jobs.pt', weights_only=False).items():
         model = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(model), name)
-        if name == 'launcher':
-            train_on_several_cpus()
+        if name == 'several_cpus':
+            importlib.import_module('scripts.several_cpus')
             # It averages the gradients.
             model = nn.parallel.DistributedDataParallel(model, device_ids=[torch.device('cpu')])
         y, grad = train(model, x.split(SPLIT)[rank], weighting.split(SPLIT)[rank])

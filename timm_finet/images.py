@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from .data.files import replace_file
 
-__all__ = ['contact_sheet', 'find_images', 'read_image', 'read_images', 'shipped_images']
+__all__ = ['contact_sheet', 'draw_confusion', 'find_images', 'read_image', 'read_images', 'shipped_images']
 
 # Tiles of 32 px, class by class: 40 a class, and 10 a class
 IMAGES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
@@ -106,5 +106,32 @@ def contact_sheet(
         sheet.paste(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC), (x, y))
         fill = 'black' if ok else 'red'
         draw.text((x + size // 2, y + size), name, fill=fill, anchor='ma', align='center', font_size=10)
+    with replace_file(file) as part:
+        sheet.save(part, format='PNG')
+
+
+def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], file: str) -> None:
+    """Draw how many images of a class, a row, were taken for a class, a column: blue where right, red where wrong."""
+    n, corner, short = len(names), 'row: class\ncolumn: guess', [f'{name:.20}' for name in names]
+    cell = max(6, min(32, 2400 // n))
+    font = dict(font_size=min(12, cell * 2 // 3))
+    measure = ImageDraw.Draw(Image.new('RGB', (1, 1))).textlength
+    margin = 8 + round(max(measure(text, **font) for text in (*corner.split('\n'), *short)))
+    titles = Image.new('RGB', (margin, n * cell), 'white')
+    draw = ImageDraw.Draw(titles)
+    for i, name in enumerate(short):
+        draw.text((margin - 4, i * cell + cell // 2), name, fill='black', anchor='rm', **font)
+    sheet = Image.new('RGB', (margin + n * cell + 8, 8 + n * cell + margin), 'white')
+    sheet.paste(titles, (0, 8))
+    sheet.paste(titles.rotate(90, expand=True), (margin, 8 + n * cell))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin - 4, n * cell + 14), corner, fill='gray', anchor='ra', align='right', **font)
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            x, y, pale = margin + j * cell, 8 + i * cell, round(255 - 155 * count / max(1, sum(row)))
+            fill = (pale, pale, 255) if i == j else (255, pale, pale)
+            draw.rectangle((x, y, x + cell, y + cell), fill=fill, outline='lightgray')
+            if count:
+                draw.text((x + cell / 2, y + cell / 2), str(count), fill='black', anchor='mm', **font)
     with replace_file(file) as part:
         sheet.save(part, format='PNG')

@@ -38,6 +38,8 @@ def train(processes, batch, switches, folder):
     """The command, its exit status and its summary's rows."""
     args = ['run', 'train', '--config', 'recipe:smoke', '--epochs', str(EPOCHS), '--batch-size', str(batch),
             *shlex.split(switches)]
+    if processes > 1:
+        args += ['--device-modules', 'timm_finet', 'scripts.several_cpus']
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     done = subprocess.run(
         [sys.executable, *(torchrun if processes > 1 else []), '-m', 'timm_finet', *args,

@@ -23,8 +23,6 @@ from timm.utils import accuracy
 from torch import nn
 from tqdm import tqdm
 
-from timm_finet.commands.timm_patches import keep_buffers
-
 SIZE, FOLDS, EPOCHS, BATCH = 192, 5, 20, 500
 
 
@@ -88,7 +86,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('pack', type=Path)
     args = parser.parse_args()
-    keep_buffers()
     torch.manual_seed(0)
     net = teacher()
     (features, labels), (val_features, val_labels) = (

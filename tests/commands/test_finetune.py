@@ -23,11 +23,12 @@ TRAIN = Path(os.environ.get('TIMM_SCRIPTS') or 'none', 'train.py')
 
 # Takes its arguments as timm's does. Its best checkpoint is what it starts from, weights that know CIFAR-10's classes.
 STAND_IN = """
-import argparse, sys, timm, torch, yaml
+import argparse, timm, torch, yaml
 from pathlib import Path
 from timm.utils import ParseKwargs
+config_parser = argparse.ArgumentParser(add_help=False)
+config_parser.add_argument('--config')
 parser = argparse.ArgumentParser()
-parser.add_argument('--config')
 parser.add_argument('--device', default='cuda')
 parser.add_argument('--pretrained', action='store_true')
 for name in ('num-classes', 'img-size', 'epochs', 'batch-size', 'workers'):
@@ -37,18 +38,24 @@ for name in ('data-dir', 'dataset', 'model', 'output', 'experiment', 'resume', '
 for name, kind in (('input-size', int), ('mean', float), ('std', float)):
     parser.add_argument(f'--{name}', type=kind, nargs=3)
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
-config = sys.argv[sys.argv.index('--config') + 1]
-parser.set_defaults(**yaml.safe_load(Path(config).read_text()))
-args = parser.parse_args()
-overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1)) if args.pretrained_path else {}
-model = timm.create_model(
-    args.model, pretrained=args.pretrained, num_classes=args.num_classes, **overlay, **args.model_kwargs)
-folder = Path(args.output, args.experiment)
-folder.mkdir(parents=True, exist_ok=True)
-(folder / 'args.yaml').write_text('')
-assert args.epochs, 'no epochs'
-for name in ('last', 'model_best'):
-    torch.save(dict(state_dict=model.state_dict(), args=args), folder / f'{name}.pth.tar')
+
+def main():
+    known, rest = config_parser.parse_known_args()
+    parser.set_defaults(**yaml.safe_load(Path(known.config).read_text()))
+    args = parser.parse_args(rest)
+    overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))
+    model = timm.create_model(
+        args.model, pretrained=args.pretrained, num_classes=args.num_classes,
+        **overlay if args.pretrained_path else {}, **args.model_kwargs)
+    folder = Path(args.output, args.experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'args.yaml').write_text('')
+    assert args.epochs, 'no epochs'
+    for name in ('last', 'model_best'):
+        torch.save(dict(state_dict=model.state_dict(), args=args), folder / f'{name}.pth.tar')
+
+if __name__ == '__main__':
+    main()
 """
 
 

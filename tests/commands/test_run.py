@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from timm_finet.commands import arguments
 from timm_finet.commands import run as launch
 from timm_finet.images import shipped_images
 
@@ -40,11 +41,9 @@ def test_scripts_may_fuse_before_eval(script, cli):
     script.write_text(
         "import timm\n"
         "from timm.utils import reparameterize_model\n"
-        "from timm.utils.model import reparameterize_model as other\n"
-        "for fuse in (reparameterize_model, other):\n"
-        "    model = fuse(timm.create_model('finet_small_g2'))\n"
-        "    print(model.training, any('running_var' in key for key in model.state_dict()))\n")
-    assert cli('run', 'validate')[1].split() == ['False'] * 4
+        "model = reparameterize_model(timm.create_model('finet_small_g2'))\n"
+        "print(model.training, any('running_var' in key for key in model.state_dict()))\n")
+    assert cli('run', 'validate')[1].split() == ['True', 'False']
 
 
 def test_torchrun_starts_it(script):
@@ -112,27 +111,28 @@ def test_no_network_names_three_ways_out(cache, monkeypatch):
 
 
 TRAIN = """
-import argparse, json, sys, yaml
-from timm import utils
-config = argparse.ArgumentParser(add_help=False)
-config.add_argument('-c', '--config')
+import argparse, json, yaml
+config_parser = argparse.ArgumentParser(add_help=False)
+config_parser.add_argument('-c', '--config')
 parser = argparse.ArgumentParser()
 parser.add_argument('data', nargs='?')
 parser.add_argument('--device', default='cuda')
 parser.add_argument('--pretrained', action='store_true')
 for name in ('num-classes', 'img-size', 'input-size'):
     parser.add_argument(f'--{name}', type=int)
-for name in ('data-dir', 'dataset', 'model', 'output', 'resume', 'train-split', 'loss'):
+for name in ('data-dir', 'dataset', 'model', 'output', 'resume', 'train-split'):
     defaults = {'dataset': 'hfids/x', 'model': 'finet_small', 'train-split': 'train'}
     parser.add_argument(f'--{name}', default=defaults.get(name))
 parser.add_argument('--device-modules', nargs='+')
-known, rest = config.parse_known_args()
-if known.config:
-    parser.set_defaults(**yaml.safe_load(open(known.config)))
-args = parser.parse_args(rest)
-if args.loss:
-    utils.AverageMeter().update(float(args.loss))
-print(json.dumps(vars(args)))
+
+def main():
+    known, rest = config_parser.parse_known_args()
+    if known.config:
+        parser.set_defaults(**yaml.safe_load(open(known.config)))
+    print(json.dumps(vars(parser.parse_args(rest))))
+
+if __name__ == '__main__':
+    main()
 """
 
 
@@ -151,9 +151,9 @@ def classes(script):
         shipped_images()[0][0].save(script.parent / 'data' / 'train' / name / '0.png')
 
 
-def test_training_stops_at_a_loss_that_is_nan(train):
-    status, out, err = train('--loss', 'nan')
-    assert (status, out) == (1, '') and err.splitlines()[-1].startswith('The loss is nan: ')
+def test_a_script_that_runs_as_it_is_imported_runs_once_and_unchecked(train, tmp_path):
+    (tmp_path / 'train.py').write_text('import sys\nparser = None\nprint(sys.argv[1:])')
+    assert train('--model', 'none') == (0, "['--model', 'none']\n", '')
 
 
 @pytest.mark.parametrize('by', ['option', 'config'])
@@ -231,7 +231,8 @@ def net_of_ones_own(pretrained=False, **kwargs):
 
 def test_checkpoint_that_does_not_exist_is_named_before_validation(script, cli):
     script.write_text(
-        'import argparse\np = argparse.ArgumentParser()\np.add_argument("--checkpoint")\np.parse_args()\nprint(1)')
+        'import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument("--checkpoint")\n'
+        'if __name__ == "__main__":\n    parser.parse_args()\n    print(1)')
     assert cli('run', 'validate', '--checkpoint', 'no.pth') == (
         2, '', "timm-finet run validate: --checkpoint='no.pth' does not exist.\n")
 
@@ -251,23 +252,6 @@ def test_interrupted_training_ends_in_one_line_and_status_130(caught, script):
     assert out == ('end\n' if caught else '')
 
 
-@pytest.mark.parametrize('error', ['KeyboardInterrupt', 'OSError(28, "No space left on device")'])
-def test_half_a_checkpoint_is_deleted(error, script, cli, monkeypatch):
-    (script.parent / 'train.py').write_text(
-        'import torch\nfrom timm import utils\n\n'
-        f'def save(state, file):\n    open(file, "w").close()\n    raise {error}\n'
-        'torch.save = save\nmodel = torch.nn.Linear(1, 1)\n'
-        'utils.CheckpointSaver(model, torch.optim.SGD(model.parameters()), checkpoint_dir="out").save_checkpoint(0)')
-    (script.parent / 'out').mkdir()
-    monkeypatch.chdir(script.parent)
-    status, _, err = cli('run', 'train')
-    assert not list(Path('out').iterdir()) and len(err.splitlines()) == 1, err
-    if error == 'KeyboardInterrupt':
-        assert status == 130
-    else:
-        assert status == 1 and 'out/tmp.pth.tar cannot be written' in err
-
-
 def test_folder_of_scripts_without_the_script_is_named(monkeypatch):
     monkeypatch.setenv('TIMM_SCRIPTS', '/nope')
     with pytest.raises(FileNotFoundError, match="TIMM_SCRIPTS='/nope' holds no train.py"):
@@ -280,32 +264,8 @@ def test_full_disk_is_refused_before_training(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # a write beyond it fails as on a full disk
     try:
         with pytest.raises(OSError, match='cannot be written to.*64 MB'):
-            launch.check_output(str(tmp_path))
+            arguments.check_output(str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    launch.check_output(str(tmp_path / 'new' / 'folder'))
+    arguments.check_output(str(tmp_path / 'new' / 'folder'))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='mallopt is glibc\'s')
-def test_training_keeps_freed_buffers():
-    """A large buffer that takes the place of a freed one must not be faulted in page by page again."""
-    code = """if True:
-        import ctypes, resource
-        from timm_finet.commands.timm_patches import keep_buffers
-        keep_buffers()
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype = ctypes.c_void_p
-
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            buffer = libc.malloc(ctypes.c_size_t(16_000_000))
-            ctypes.memset(buffer, 1, 16_000_000)
-            libc.free(ctypes.c_void_p(buffer))
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        first = faults()
-        faults()  # the heap may have to grow twice
-        print(first, faults())"""
-    first, later = map(int, subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
-    assert later < first / 10

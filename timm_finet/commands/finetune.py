@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
-from PIL import Image, ImageDraw
+import torch.nn as nn
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import is_model_in_modules, is_model_pretrained, list_models
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data.files import replace_file
 from ..hub.checkpoint import load_checkpoint, training_args
 from ..hub.pretrained import MODULES
-from ..images import contact_sheet, read_image, read_images
+from ..images import contact_sheet, draw_confusion, read_image, read_images
 from . import run
+from .arguments import check_output
 from .demo import PHOTOGRAPHS
 
 __all__ = ['draw_confusion', 'prepare', 'train']
@@ -67,18 +67,19 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
     if not root.is_dir() or not any(path.is_dir() for path in root.iterdir()):  # it may be a class, of railways
         root = source
     training = find_classes(root)
-    apart = next((path for path in (source / name for name in ('validation', 'val', 'valid')) if path.is_dir()), None)
+    apart = [path for path in (source / 'validation', source / 'val', source / 'valid') if path.is_dir()]
     if root != source and apart:
-        validation = find_classes(apart)
+        validation = find_classes(apart[0])
         odd = sorted(training.keys() ^ validation)
         if odd:
-            raise ValueError(f'{folder} has {odd[0]!r} in one of train and {apart.name} alone: both need all classes.')
+            raise ValueError(
+                f'{folder} has {odd[0]!r} in one of train and {apart[0].name} alone: both need all classes.')
     else:
         for name, images in training.items():
             if len(images) == 1:
                 raise ValueError(f'{folder} has one image in {name!r}: two are needed, one of them for validation.')
-    files = [file for classes in (training, validation or {}) for images in classes.values() for file in images]
-    with tqdm(files, 'try images', unit='image', leave=False, disable=None) as bar:
+    files = sum([*training.values(), *(validation or {}).values()], [])
+    with tqdm(files, 'try images', unit='image', leave=False, disable=None) as bar:  # an error too clears the bar
         for file in bar:
             try:
                 read_image(file)
@@ -89,8 +90,11 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
 
 def hold_out(classes: Classes) -> Tuple[Classes, Classes]:
     """Split each class, always alike: images to train on, and to validate on."""
-    held = {name: random.Random(0).sample(images, max(1, len(images) // HELD_OUT)) for name, images in classes.items()}
-    return {name: [file for file in images if file not in held[name]] for name, images in classes.items()}, held
+    training, held = {}, {}
+    for name, images in classes.items():
+        held[name] = random.Random(0).sample(images, max(1, len(images) // HELD_OUT))
+        training[name] = [file for file in images if file not in held[name]]
+    return training, held
 
 
 def link(splits: Dict[str, Classes], folder: Path) -> None:
@@ -131,6 +135,16 @@ def start_from(weights: str) -> List[str]:
     return options
 
 
+def check_options(options: Sequence[str]) -> None:
+    """Raise ValueError for an option of train.py that finetune gives by itself, or cannot take."""
+    names = [option.split('=')[0] for option in options]
+    for name in SET_HERE:
+        if name in names:
+            raise ValueError(f'{name} is not for finetune: give images as FOLDER, --weights NAME.TAG, --output FOLDER.')
+    if '--in-chans' in names:
+        raise ValueError('--in-chans is not for finetune: all images are read in three channels, grey ones too.')
+
+
 def prepare(
         folder: str, weights: Optional[str], output: Optional[str], options: Sequence[str],
 ) -> Tuple[List[str], str, Path]:
@@ -142,39 +156,31 @@ def prepare(
     Raises:
         ValueError, OSError: Something is wrong with them; nothing is left behind.
     """
-    weights = weights or PHOTOGRAPHS
-    start = start_from(weights)
-    names = [option.split('=')[0] for option in options]
-    for name in SET_HERE:
-        if name in names:
-            raise ValueError(f'{name} is not for finetune: give images as FOLDER, --weights NAME.TAG, --output FOLDER.')
-    if '--in-chans' in names:
-        raise ValueError('--in-chans is not for finetune: all images are read in three channels, grey ones too.')
+    start = start_from(weights or PHOTOGRAPHS)
+    check_options(options)
     data = Path(folder).absolute()
     output = Path(output or Path('output', 'finetune', data.name))
-    run.check_output(str(output))
+    check_output(str(output))
     last, links = output / 'last.pth.tar', output.absolute() / 'images'
-    resumes = '--resume' in names and last.is_file()
+    resumes = last.is_file() and any(option.split('=')[0] == '--resume' for option in options)
     if output.is_dir() and any(output.iterdir()) and not resumes:
         raise ValueError(f'--output={str(output)!r} is not empty: name another folder, or go on '
                          f'with --resume {shlex.quote(str(last))}.')
     if resumes and links.is_dir():
         data = links  # the split stays, whatever came since
     training, validation = find_images(data)
-    splits = None
-    if validation is None:
+    is_split_here = validation is None
+    if is_split_here:
+        data = links
         training, validation = hold_out(training)
-        data, splits = links, {'train': training, 'validation': validation}
-    count, held = (sum(map(len, classes.values())) for classes in (training, validation))
+    count, held = sum(map(len, training.values())), sum(map(len, validation.values()))
+    batch = ['--batch-size', str(count)] if count < BATCH else []  # train.py drops what does not fill a batch
     command = run.resolve('train', [
-        '--config', 'recipe:finetune',
-        *(['--batch-size', str(count)] if count < BATCH else []),  # train.py drops what does not fill a batch
-        *options,
-        *start, '--dataset', 'torch/photographs', '--data-dir', str(data),
-        '--output', str(output.parent), '--experiment', output.name])
-    if splits:
+        '--config', 'recipe:finetune', *batch, *options, *start, '--dataset', 'torch/photographs',
+        '--data-dir', str(data), '--output', str(output.parent), '--experiment', output.name])
+    if is_split_here:
         try:
-            link(splits, links)
+            link({'train': training, 'validation': validation}, links)
         except OSError as error:
             clear(output)
             raise OSError(f'--output={str(output)!r} cannot hold links to the images ({error.strerror}): name a folder '
@@ -198,31 +204,29 @@ def train(command: List[str], weights: str, output: Path) -> None:
     report(output, weights)
 
 
-@torch.inference_mode()
 def report(output: Path, weights: str) -> None:
     """Judge the best checkpoint by the validation images, draw its confusion and mistakes, print what comes next."""
     checkpoint = output / 'model_best.pth.tar'
     model, args = load_checkpoint(str(checkpoint), weights)
     names = model.pretrained_cfg['label_names']
     dataset = create_dataset('torch/photographs', args['data_dir'], 'validation')
-    dataset.transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
-    model.to(args['device'])
-    results = [(model(x.to(args['device'])).softmax(1).cpu(), labels)
-               for x, labels in tqdm(DataLoader(dataset, BATCH, num_workers=args['workers']), 'validate', unit='batch')]
-    probabilities, labels = map(torch.cat, zip(*results))
+    probabilities, labels = classify(model, dataset, args['device'], args['workers'])
     sure, guesses = probabilities.max(1)
-    counts = torch.bincount(labels * len(names) + guesses, minlength=len(names) ** 2).view(len(names), -1)
-    draw_confusion(counts.tolist(), names, str(output / 'confusion.png'))
-    print(f'{checkpoint}: {(guesses == labels).double().mean().item():.2%} of {len(labels)} validation images right')
+    right = guesses == labels
+    print(f'{checkpoint}: {right.double().mean().item():.2%} of {len(labels)} validation images right')
+
+    confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
+    confusion.index_put_((labels, guesses), torch.tensor(1), accumulate=True)
+    draw_confusion(confusion.tolist(), names, str(output / 'confusion.png'))
     print(f"wrote {output / 'confusion.png'}")
 
-    wrong = (guesses != labels).nonzero().flatten()
-    wrong = wrong[sure[wrong].argsort(descending=True)][:MISTAKES].tolist()
-    if wrong:
+    by_sureness = sure.argsort(descending=True)
+    mistakes = [i for i in by_sureness.tolist() if not right[i]][:MISTAKES]
+    if mistakes:
         files = dataset.filenames(absolute=True)
-        titles = [f'{names[guesses[i]]:.16} {sure[i]:.0%}\nnot {names[labels[i]]:.16}' for i in wrong]
-        images = read_images([files[i] for i in wrong])
-        contact_sheet(images, titles, [False] * len(wrong), str(output / 'mistakes.png'), size=112)
+        titles = [f'{names[guesses[i]]:.16} {sure[i]:.0%}\nnot {names[labels[i]]:.16}' for i in mistakes]
+        images = read_images([files[i] for i in mistakes])
+        contact_sheet(images, titles, [False] * len(images), str(output / 'mistakes.png'), size=112)
         print(f"wrote {output / 'mistakes.png'}")
 
     name = model.pretrained_cfg['architecture']
@@ -233,28 +237,13 @@ def report(output: Path, weights: str) -> None:
         print('and see its card, which goes to the Hub without --dry-run:', shlex.join(['timm-finet', *push]), sep='\n')
 
 
-def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], file: str) -> None:
-    """Draw how many images of a class, a row, were taken for a class, a column: blue where right, red where wrong."""
-    n, corner, short = len(names), 'row: class\ncolumn: guess', [f'{name:.20}' for name in names]
-    cell = max(6, min(32, 2400 // n))
-    font = dict(font_size=min(12, cell * 2 // 3))
-    measure = ImageDraw.Draw(Image.new('RGB', (1, 1))).textlength
-    margin = 8 + round(max(measure(text, **font) for text in (*corner.split('\n'), *short)))
-    titles = Image.new('RGB', (margin, n * cell), 'white')
-    draw = ImageDraw.Draw(titles)
-    for i, name in enumerate(short):
-        draw.text((margin - 4, i * cell + cell // 2), name, fill='black', anchor='rm', **font)
-    sheet = Image.new('RGB', (margin + n * cell + 8, 8 + n * cell + margin), 'white')
-    sheet.paste(titles, (0, 8))
-    sheet.paste(titles.rotate(90, expand=True), (margin, 8 + n * cell))
-    draw = ImageDraw.Draw(sheet)
-    draw.text((margin - 4, n * cell + 14), corner, fill='gray', anchor='ra', align='right', **font)
-    for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            x, y, pale = margin + j * cell, 8 + i * cell, round(255 - 155 * count / max(1, sum(row)))
-            fill = (pale, pale, 255) if i == j else (255, pale, pale)
-            draw.rectangle((x, y, x + cell, y + cell), fill=fill, outline='lightgray')
-            if count:
-                draw.text((x + cell / 2, y + cell / 2), str(count), fill='black', anchor='mm', **font)
-    with replace_file(file) as part:
-        sheet.save(part, format='PNG')
+@torch.inference_mode()
+def classify(model: nn.Module, dataset: Dataset, device: str, workers: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The probabilities `(images, classes)` that a network gives to the images of a data set, and their labels."""
+    dataset.transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
+    model.to(device)
+    probabilities, labels = [], []
+    for x, y in tqdm(DataLoader(dataset, BATCH, num_workers=workers), 'validate', unit='batch'):
+        probabilities.append(model(x.to(device)).softmax(1).cpu())
+        labels.append(y)
+    return torch.cat(probabilities), torch.cat(labels)
