@@ -16,23 +16,36 @@ import yaml
 
 from scripts.report import RESULTS, read_rows
 from timm_finet import hub
+from timm_finet.finet import Finet
 from timm_finet.hub import card
+from timm_finet.hub.checkpoint import Run
 from timm_finet.hub.pretrained import MODULES
 
 CARDS = Path(__file__).parents[2] / 'hf_cards'
 
 
+def block(model):
+    """The file of a picture of a block, and what it shows."""
+    return ('block.png', 'finet_large_g4') if model.stages[0][0].se is None else ('block_se.png', 'finet_large_se_g4')
+
+
 def write(name, folder):
     """The whole model repository of an embedded weight."""
     model = timm.create_model(name, pretrained=True).eval()
-    results = card.read_results(RESULTS / 'weights.csv', name)
-    args = yaml.safe_load((RESULTS / f'{name}.yaml').read_text())
     log = RESULTS / f'{name}.csv'
-    speed = [row for row in read_rows(RESULTS / 'weights_speed.csv') if row['model'] == name]
     last = read_rows(log)[-1]  # all are weights of the last epoch
-    made = card.make_card(
-        model, name, name, results, args, log, speed, int(last['epoch']) + 1, float(last['eval_top1']))
-    hub.save(model, folder, made, args, log)
+    run = Run(
+        yaml.safe_load((RESULTS / f'{name}.yaml').read_text()), log, int(last['epoch']) + 1, float(last['eval_top1']))
+    results = card.read_results(RESULTS / 'weights.csv', name)
+    speed = [row for row in read_rows(RESULTS / 'weights_speed.csv') if row['model'] == name]
+    figure = ''
+    if isinstance(model, Finet):
+        file, shown = block(model)
+        shutil.copy(RESULTS / file, folder)
+        figure = (
+            f'![A block in train and in fused form]({file})\n\n'
+            f'The figure shows {shown}; others of the family differ in width and in G.')
+    hub.save(model, folder, card.make_card(model, name, name, run, results, speed, figure), run.args, log)
 
 
 def main():

@@ -1,4 +1,5 @@
 """A checkpoint of timm's train.py as the network that was trained: built, fed and named as its arguments say."""
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -14,7 +15,7 @@ from ..data.datasets import DATASETS, FOLDERS, UNKNOWN
 from ..rewrite import fuse_fbn
 from .pretrained import MODULES, UNTRAINED
 
-__all__ = ['class_names', 'first_weights', 'load_checkpoint', 'progress']
+__all__ = ['Run', 'class_names', 'load_checkpoint', 'read_run']
 
 
 def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:
@@ -37,17 +38,17 @@ def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, An
         raise FileNotFoundError(f'checkpoint={str(checkpoint)!r} {reason}.')
     try:
         weights, args = load_state_dict(str(path)), training_args(path)
-        bad = [key for key, weight in weights.items() if not isinstance(weight, torch.Tensor)]
-        if bad:
-            raise TypeError(f'{bad[0]} is no tensor')
+        for key, weight in weights.items():
+            if not isinstance(weight, torch.Tensor):
+                raise TypeError(f'{key} is no tensor')
     except Exception as error:  # whatever torch and safetensors raise for a file that is none of theirs
         raise ValueError(
             f"checkpoint={str(checkpoint)!r} cannot be read, as timm's train.py or torch.save leave one: "
             f'{one_line(error)}') from error
-    bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
-    if bad:
-        raise ValueError(
-            f'checkpoint={str(checkpoint)!r} has values that are not finite in {bad[0]}: take an earlier one.')
+    for key, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f'checkpoint={str(checkpoint)!r} has values that are not finite in {key}: take an earlier one.')
     try:
         model = build(name, weights, args)
         describe(model, args)
@@ -75,21 +76,39 @@ def training_args(path: Path) -> Dict[str, Any]:
     return args
 
 
-def progress(checkpoint: str) -> Tuple[Optional[int], Optional[float]]:
-    """How many epochs made the weights in a checkpoint of train.py, and the top-1 accuracy that it then measured.
+@dataclass
+class Run:
+    """How weights came about.
 
-    Of a run that was resumed these are the checkpoint's own. Each is None where it is not known.
+    Args:
+        args: The arguments of train.py.
+        log: Its summary.csv.
+        epochs: How many made these weights.
+        top1: Of these weights, as train.py then measured it, in percent.
+        base: The weights that training began from: a name, a file's name, or '' for random ones.
     """
-    if Path(checkpoint).suffix == '.safetensors':
-        return None, None
-    saved = load_checkpoint_metadata(checkpoint)
-    epoch, args = saved.get('epoch'), saved.get('args')
-    is_top1 = getattr(args, 'eval_metric', 'top1') == 'top1'
-    return None if epoch is None else epoch + 1, saved.get('metric') if is_top1 else None
+
+    args: Dict[str, Any] = field(default_factory=dict)
+    log: Optional[Path] = None
+    epochs: Optional[int] = None
+    top1: Optional[float] = None
+    base: str = ''
+
+
+def read_run(checkpoint: str, args: Dict[str, Any]) -> Run:
+    """What is known of the run that left a checkpoint of train.py; of a resumed run the checkpoint's own epoch."""
+    run, log = Run(args, base=first_weights(args)), Path(checkpoint).with_name('summary.csv')
+    if log.is_file():
+        run.log = log
+    if Path(checkpoint).suffix != '.safetensors':
+        saved = load_checkpoint_metadata(checkpoint)
+        run.epochs = None if saved.get('epoch') is None else saved['epoch'] + 1
+        if getattr(saved.get('args'), 'eval_metric', 'top1') == 'top1':
+            run.top1 = saved.get('metric')
+    return run
 
 
 def first_weights(args: Dict[str, Any]) -> str:
-    """The weights that training with these arguments began from: a name, a file's name, or '' for random ones."""
     for key in ('initial_checkpoint', 'pretrained_path'):
         if args.get(key):
             return Path(args[key]).name
@@ -101,20 +120,13 @@ def first_weights(args: Dict[str, Any]) -> str:
 
 
 def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> nn.Module:
+    """The network `name`, as train.py built it with `args`, with these weights."""
     built_as, architecture = args.get('model', name), name.split('.')[0]
-    cfg = (
-        timm.get_pretrained_cfg(built_as, allow_unregistered=True)
-        or timm.get_pretrained_cfg(name, allow_unregistered=True))
     is_ours = is_model_in_modules(architecture, MODULES)
-    sizes = dict(
-        num_classes=args.get('num_classes'), in_chans=args.get('in_chans') or (args.get('input_size') or (None,))[0])
-    for key, layer, dim in (('num_classes', cfg and cfg.classifier, 0), ('in_chans', is_ours and cfg.first_conv, 1)):
-        if f'{layer}.weight' in weights:  # the first layers of other networks are not always given their channels so
-            sizes[key] = weights[f'{layer}.weight'].shape[dim]
     # What a tag says of how its network is built comes with its weights; those of a file may bear a name without any.
     by_tag = args.get('pretrained', False) and not (args.get('pretrained_path') and not is_model_pretrained(built_as))
     model = timm.create_model(
-        built_as, pretrained=is_ours and by_tag, **sizes, global_pool=args.get('gp'),
+        built_as, pretrained=is_ours and by_tag, **sizes(name, weights, args), global_pool=args.get('gp'),
         bn_eps=args.get('bn_eps'), **args.get('model_kwargs') or {}).eval()
     # A function that is registered may build another's network and change it, as people do in modules of their own.
     if is_model(name) and architecture not in (built_as.split('.')[0], model.pretrained_cfg['architecture']):
@@ -123,6 +135,21 @@ def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
         model = fuse_fbn(model, inplace=True)
     model.load_state_dict(weights)
     return model
+
+
+def sizes(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> Dict[str, Optional[int]]:
+    """How many classes and input channels a network has, by its first and last layer, else by train.py's arguments."""
+    cfg = timm.get_pretrained_cfg(args.get('model', name), allow_unregistered=True)
+    cfg = cfg or timm.get_pretrained_cfg(name, allow_unregistered=True)
+    found = dict(num_classes=args.get('num_classes'), in_chans=args.get('in_chans'))
+    if not found['in_chans'] and args.get('input_size'):
+        found['in_chans'] = args['input_size'][0]
+    if cfg and f'{cfg.classifier}.weight' in weights:
+        found['num_classes'] = weights[f'{cfg.classifier}.weight'].shape[0]
+    # The first layers of other networks than ours are not always given their channels so.
+    if cfg and is_model_in_modules(name.split('.')[0], MODULES) and f'{cfg.first_conv}.weight' in weights:
+        found['in_chans'] = weights[f'{cfg.first_conv}.weight'].shape[1]
+    return found
 
 
 def class_names(args: Dict[str, Any]) -> Optional[List[str]]:

@@ -17,6 +17,7 @@ __all__ = ['build_model']
 MODULES = ['finet', 'resnet_fbn']  # ours, as timm knows them
 WEIGHTS = Path(__file__).parents[1] / 'weights'  # SHA256SUMS in it records the weights on the Hub as well
 FUNCTIONAL = ('small_input', 'act_place')  # arguments that change the function and no shape of a weight
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')  # in a cfg: where its weights come from
 UNTRAINED = 'untrained'  # the tag of the networks as in the paper: 224 px, 1000 classes
 
 
@@ -36,36 +37,43 @@ def build_model(
         ValueError: An argument makes another function of the weights than the one they were trained for.
         FileNotFoundError: The embedded file is missing, and nothing on the Hub stands in for it.
     """
-    cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
-    registered = get_arch_pretrained_cfgs(variant)
+    cfg = kwargs.pop('pretrained_cfg', None)
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     if isinstance(cfg, dict):
         cfg = PretrainedCfg(**cfg)
-    if cfg in registered.values():  # timm's scripts look the name up by themselves
+    if cfg in get_arch_pretrained_cfgs(variant).values():  # timm's scripts look the name up by themselves
         cfg = None if cfg.tag == UNTRAINED else cfg.tag
-    has_source = isinstance(cfg, PretrainedCfg) or any(
-        overlay.get(key) for key in ('file', 'url', 'hf_hub_id', 'state_dict'))
+    has_source = isinstance(cfg, PretrainedCfg) or any(overlay.get(key) for key in SOURCES)
     if pretrained and not has_source:
-        cfg = choose(variant, cfg, {c.tag: c for c in registered.values() if c.has_weights})
+        cfg = choose(variant, cfg)
         cfg = replace(cfg, file=str(find_file(cfg, kwargs.get('cache_dir'))))
-    ours = pretrained and not has_source  # an overlay changes what is built, not what those were trained with
-    size = resolve_pretrained_cfg(variant, cfg, None if ours else overlay).input_size
+        size = cfg.input_size  # an overlay changes what is built, not what these weights were trained with
+    else:
+        size = resolve_pretrained_cfg(variant, cfg, overlay).input_size
     cfg = resolve_pretrained_cfg(variant, cfg, overlay)
     needed = {'small_input': max(size[1:]) <= 32, **(trained_with or {}).get(f'{variant}.{cfg.tag}', {})}
-    source = kwargs.get('pretrained_model_args') or {}  # what the config of a saved network records
-    for name, value in (source if has_source else needed).items():
-        if pretrained and name in FUNCTIONAL and kwargs.get(name, value) != value:
-            raise ValueError(
-                f'{name}={kwargs[name]!r} does not fit the weights of {variant}, which were trained with '
-                f'{name}={value!r}: use that, or pretrained=False.')
+    if pretrained:
+        # Of a saved network timm hands on what its config records.
+        check_function(variant, kwargs.get('pretrained_model_args') or {} if has_source else needed, kwargs)
     kwargs = {**needed, **kwargs}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg, **kwargs)
     parameters = signature(model_cls).parameters
-    update_model_args(model, **{
-        name: kwargs.get(name, parameters[name].default) for name in (*FUNCTIONAL, 'fused') if name in parameters})
+    recorded = [name for name in (*FUNCTIONAL, 'fused') if name in parameters]
+    update_model_args(model, **{name: kwargs.get(name, parameters[name].default) for name in recorded})
     return model
 
 
-def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> PretrainedCfg:
+def check_function(variant: str, trained_with: Dict[str, Any], kwargs: Dict[str, Any]) -> None:
+    for name in FUNCTIONAL:
+        if name in trained_with and kwargs.get(name, trained_with[name]) != trained_with[name]:
+            raise ValueError(
+                f'{name}={kwargs[name]!r} does not fit the weights of {variant}, which were trained with '
+                f'{name}={trained_with[name]!r}: use that, or pretrained=False.')
+
+
+def choose(variant: str, tag: Optional[str]) -> PretrainedCfg:
+    """The cfg of a tag's weights; without a tag that of ImageNet's, else, with a warning, the first registered."""
+    tags = {cfg.tag: cfg for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.has_weights}
     if not tags:
         names = ', '.join(list_models(module=MODULES, pretrained=True))
         raise RuntimeError(f'{variant} has no pretrained weights. These exist: {names}. Use one, or pretrained=False.')
@@ -79,7 +87,7 @@ def choose(variant: str, tag: Optional[str], tags: Dict[str, PretrainedCfg]) -> 
     warnings.warn(
         f"{variant} has no ImageNet weights: pretrained=True gives {variant}.{tag}, {cfg.description}, "
         f"{cfg.num_classes} classes, input {'x'.join(map(str, size))}. Name the tag to silence this.",
-        stacklevel=6)
+        stacklevel=6)  # of the one who calls timm.create_model
     return cfg
 
 

@@ -12,12 +12,11 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is httpx's, under whatever name that has
 from timm.data import resolve_input_data_config
-from timm.models import is_model_in_modules, list_models
-from timm.models._input import get_model_args
+from timm.models import get_model_args, is_model_in_modules, list_models
 
 from ..rewrite import fuse_fbn
-from .card import FIGURES, make_card, read_results
-from .checkpoint import first_weights, load_checkpoint, one_line, progress
+from .card import make_card, read_results
+from .checkpoint import load_checkpoint, one_line, read_run
 from .pretrained import MODULES
 
 __all__ = ['push', 'push_checkpoint', 'save', 'save_for_hf']
@@ -70,9 +69,6 @@ def save(
         (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     if log:
         shutil.copyfile(log, folder / 'summary.csv')
-    for figure in FIGURES.glob('block*.png'):
-        if figure.name in card.text:
-            shutil.copyfile(figure, folder / figure.name)
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: Optional[str] = None) -> str:
@@ -97,17 +93,18 @@ def push(folder: str, repo_id: str, private: bool = False, revision: Optional[st
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message='Add model').commit_url
     except (HTTPError, OSError, RuntimeError) as error:
-        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if status == 401:
-            reason = 'the token is not valid: run `hf auth login`, or set HF_TOKEN'
-        elif status in (403, 404):
-            reason = 'the token has no right to write to it'
-        elif status is None:
-            reason = f'{constants.ENDPOINT} cannot be reached or broke off ({one_line(error)})'
-        else:
-            reason = one_line(error)
-        raise RuntimeError(f'--repo-id {repo_id}: {reason}. A push is one commit or none: push again.') from error
+        raise RuntimeError(
+            f'--repo-id {repo_id}: {why_refused(error)}. A push is one commit or none: push again.') from error
+
+
+def why_refused(error: Exception) -> str:
+    answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    if not isinstance(answer, HfHubHTTPError):
+        return f'{constants.ENDPOINT} cannot be reached or broke off ({one_line(error)})'
+    status = answer.response.status_code
+    if status == 401:
+        return 'the token is not valid: run `hf auth login`, or set HF_TOKEN'
+    return 'the token has no right to write to it' if status in (403, 404) else one_line(error)
 
 
 def push_checkpoint(
@@ -120,9 +117,8 @@ def push_checkpoint(
     if not is_model_in_modules(name, MODULES):
         raise ValueError(f"--model {name!r} is unknown: use one of {', '.join(list_models(module=MODULES))}.")
     model, args = load_checkpoint(checkpoint, name)
-    epochs, top1 = progress(checkpoint)
-    base = first_weights(args)
-    args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
+    run = read_run(checkpoint, args)
+    run.args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
     if class_names:
         model.pretrained_cfg['label_names'] = read_names(class_names, model.num_classes)
     if fused:
@@ -133,16 +129,14 @@ def push_checkpoint(
         print(
             'The names of the classes are not known, so images get numbers: --class-names FILE adds them.',
             file=sys.stderr)
-    log = Path(checkpoint).with_name('summary.csv')
-    log = log if log.is_file() else None
     rows = read_results(results, name) if results else []
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
     with TemporaryDirectory() as folder:
-        save(model, folder, make_card(model, name, source, rows, args, log, (), epochs, top1, base), args, log)
+        save(model, folder, make_card(model, name, source, run, rows), run.args, run.log)
         if not dry_run:
             print(push(folder, repo_id, private, revision))
             return
-        print((Path(folder) / 'README.md').read_text())
+        print((Path(folder) / 'README.md').read_text(encoding='utf-8'))
         print(f'Would push to {repo_id}' + (f', branch {revision}' if revision else '') + ':')
         for file in sorted(Path(folder).iterdir()):
             print(f'{file.stat().st_size:>12,}  {file.name}')
