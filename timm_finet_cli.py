@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     form = sub.add_mutually_exclusive_group()
     form.add_argument('--fused', action='store_true', default=True, help='count the deploy form (the default)')
     form.add_argument('--train-form', action='store_false', dest='fused', help='count the form that is trained')
-    sub.add_argument('--csv', action='store_true', help='print CSV')
+    sub.add_argument('--csv', action='store_true', dest='as_csv', help='print CSV')
 
     sub = commands.add_parser('export', help='write a fused network as an ONNX or ExecuTorch file, checked on images')
     sub.add_argument('name', metavar='NAME', help='a network of timm, e.g. finet_small_g4.cifar10')
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser('push', help='push a checkpoint, with its card, to the Hugging Face Hub')
     sub.add_argument(
         'checkpoint', metavar='CHECKPOINT', help="of timm's train.py (its EMA, where it has one), or a state dict")
-    sub.add_argument('--model', required=True, metavar='NAME', help='the network, as in results.csv')
+    sub.add_argument('--model', required=True, dest='name', metavar='NAME', help='the network, as in results.csv')
     sub.add_argument('--repo-id', required=True, metavar='ORG/NAME', help='created where it does not exist')
     sub.add_argument('--private', action='store_true', help='create it as a private repository')
     sub.add_argument('--revision', metavar='BRANCH', help='push to this branch, created where it does not exist')

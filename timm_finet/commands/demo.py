@@ -72,13 +72,13 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
         ValueError, OSError: `output` cannot be written, a folder is empty, or no file can be read.
     """
     check_output(output)
-    labels, reasons = None, []
     if paths:
+        name, labels = PHOTOGRAPHS, None
         files, reasons = read_what_can_be(find_images(paths))
         images = list(files.values())
     else:
+        name, reasons = SHIPPED, []
         images, labels = shipped_images()
-    name = PHOTOGRAPHS if paths else SHIPPED
     model = timm.create_model(name, pretrained=True).eval()
     transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
     x = torch.stack([transform(image) for image in images])
@@ -95,20 +95,19 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
     print(f'largest difference of the logits: {(results[0][0] - results[1][0]).abs().max().item():.1e}')
 
     classes = model.pretrained_cfg['label_names']
-    probabilities, guesses = (t.tolist() for t in logits.softmax(1).topk(TOP))
+    probabilities, guesses = results[1][0].softmax(1).topk(TOP)
     if labels is None:
-        titles = [[f'{classes[c]} {p:.0%}' for p, c in zip(*pair)] for pair in zip(probabilities, guesses)]
-        for file, title in zip(files, titles):
-            print(f"{file}: {', '.join(title)}")
+        titles = []
+        for file, ps, cs in zip(files, probabilities.tolist(), guesses.tolist()):
+            named = [f'{classes[c]} {p:.0%}' for p, c in zip(ps, cs)]
+            print(f"{file}: {', '.join(named)}")
+            titles.append(named[0])
         print(f'It knows {len(classes)} classes alone: of anything else a percentage means little.')
-        contact_sheet(images, [title[0] for title in titles], [True] * len(images), output, size=128)
+        contact_sheet(images, titles, [True] * len(images), output, size=128)
     else:
-        guesses = [guess for guess, *_ in guesses]
-        right = [guess == label for guess, label in zip(guesses, labels)]
-        titles = [
-            classes[guess] + ('\n' if ok else f'\n({classes[label]})')
-            for guess, label, ok in zip(guesses, labels, right)]
-        contact_sheet(images, titles, right, output)
+        pairs = list(zip(guesses[:, 0].tolist(), labels))
+        titles = [f'{classes[g]}\n' if g == label else f'{classes[g]}\n({classes[label]})' for g, label in pairs]
+        contact_sheet(images, titles, [g == label for g, label in pairs], output)
     print(f'wrote {output}')
     for reason in reasons:
         print(f'timm-finet demo: skipped: {reason}', file=sys.stderr)

@@ -1,14 +1,15 @@
 """`timm-finet export`: a fused network as an ONNX or ExecuTorch file, float32 or int8, checked before it is written."""
 import logging
-import os
+import math
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import timm
 import torch
 import torch.nn as nn
+from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from timm.utils import reparameterize_model
 
@@ -177,12 +178,29 @@ def make_metadata(name: str, model: nn.Module, config: Dict[str, Any], dynamic_b
     return {key: str(value) for key, value in facts.items()}
 
 
-@torch.no_grad()
-def compare(
-        model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch: int = 1,
-) -> Tuple[torch.Tensor, ...]:
-    """Logits of the fused network and of the file, which gets `batch` at a time, for images `x` `(n, 3, H, W)`."""
-    return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(batch)])
+def check_options(output: Path, to: str, int8: bool, calibration: Sequence[str], dynamic_batch: bool) -> None:
+    if output.suffix in SUFFIXES.values() and output.suffix != SUFFIXES[to]:
+        raise ValueError(f'output={str(output)!r} does not go with --to {to}: end it in {SUFFIXES[to]}.')
+    if calibration and not int8:
+        raise ValueError(f'calibration={calibration} needs --int8.')
+    if dynamic_batch and to != 'onnx':
+        raise ValueError(f'--dynamic-batch does not go with --to {to}: leave it out, or use --to onnx.')
+    check_output(output)
+
+
+def calibration_images(name: str, paths: Sequence[str], knows_cifar10: bool) -> List[Image.Image]:
+    if paths:
+        files = find_images(paths)
+        step = math.ceil(len(files) / CALIBRATION)  # of every class alike, as they are in order
+        return read_images(files[::step])
+    if not knows_cifar10:
+        raise ValueError(
+            f'calibration: give images that {name} was trained on, or folders of them; those shipped are of CIFAR-10.')
+    return shipped_images(TRAINING_IMAGES)[0]
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
 def export(
@@ -210,44 +228,32 @@ def export(
     """
     precision = 'int8' if int8 else 'float32'
     output = Path(output or name.replace(':', '_').replace('/', '_') + ('.int8' if int8 else '') + SUFFIXES[to])
-    if output.suffix in SUFFIXES.values() and output.suffix != SUFFIXES[to]:
-        raise ValueError(f'output={str(output)!r} does not go with --to {to}: end it in {SUFFIXES[to]}.')
-    if calibration and not int8:
-        raise ValueError(f'calibration={calibration} needs --int8.')
-    if dynamic_batch and to != 'onnx':
-        raise ValueError(f'--dynamic-batch does not go with --to {to}: leave it out, or use --to onnx.')
-    check_output(output)
+    check_options(output, to, int8, calibration, dynamic_batch)
     model = build(name, checkpoint)
     config = make_config(name, model, img_size)
-    classes = tuple(model.pretrained_cfg.get('label_names') or ())
-    if int8 and not calibration and classes != CIFAR10.classes:
-        raise ValueError(
-            f'calibration: give images that {name} was trained on, or folders of them; those shipped are of CIFAR-10.')
     transform = create_transform(**config)
+    knows_cifar10 = tuple(model.pretrained_cfg.get('label_names') or ()) == CIFAR10.classes
+    images, labels = shipped_images()
+    of, calibrating = 'test images of CIFAR-10', None
+    if int8:
+        chosen = calibration_images(name, calibration, knows_cifar10)
+        calibrating = torch.stack([transform(image) for image in chosen])
+        if not knows_cifar10:  # images of other classes would judge int8 by chance
+            images, of = chosen, 'calibration images'
+    x = torch.stack([transform(image) for image in images])
 
-    def batch(images):
-        return torch.stack([transform(image) for image in images])
-
-    (images, labels), of = shipped_images(), 'test images of CIFAR-10'
-    calibrating = None
-    if calibration:
-        files = find_images(calibration)
-        files = files[::-(-len(files) // CALIBRATION)]  # of every class alike, as they are in order
-        calibrating = batch(read_images(files))
-    elif int8:
-        calibrating = batch(shipped_images(TRAINING_IMAGES)[0])
-    x = batch(images)
-    if int8 and classes != CIFAR10.classes:  # on images of classes that it does not know int8 would be judged by chance
-        x, of = calibrating, 'calibration images'
     options = {}
     if to == 'onnx':
         options = dict(metadata=make_metadata(name, model, config, dynamic_batch), dynamic_batch=dynamic_batch)
     with replace_file(output) as part:
         WRITE[to](model, x[:1], part, calibrating, **options)
-        expected, got = compare(model, LOAD[to](part), x, batch=50 if dynamic_batch else 1)
-        agreement = (expected.argmax(1) == got.argmax(1)).double().mean().item()
+        run = LOAD[to](part)
+        with torch.no_grad():
+            expected = torch.cat([model(images) for images in x.split(50)])
+            got = torch.cat([run(images).clone() for images in x.split(50 if dynamic_batch else 1)])
+        agreement, size = accuracy(got, expected.argmax(1)), Path(part).stat().st_size
         difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
-        size = os.path.getsize(part)
+
         shape = 'x'.join(map(str, ('N' if dynamic_batch else 1, *config['input_size'])))
         print(f"{name}, fused, {precision}; input {shape}, mean {config['mean']}, std {config['std']}, "
               f"crop_pct {config['crop_pct']} ({config['crop_mode']}), interpolation {config['interpolation']}")
@@ -255,9 +261,9 @@ def export(
             print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
         print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; '
               f'largest difference of the logits: {difference:.2g}, largest logit: {largest:.2g}')
-        if classes == CIFAR10.classes:
-            right = [(logits.argmax(1) == torch.tensor(labels)).double().mean().item() for logits in (expected, got)]
-            print(f'right: {right[0]:.2%} in PyTorch, {right[1]:.2%} in the file')
+        if knows_cifar10:
+            labels = torch.tensor(labels)
+            print(f'right: {accuracy(expected, labels):.2%} in PyTorch, {accuracy(got, labels):.2%} in the file')
         if not (agreement >= LEAST_AGREEMENT[precision] and (int8 or difference <= LARGEST_DIFFERENCE * largest)):
             limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
             raise RuntimeError(

@@ -62,16 +62,19 @@ def flops(
         writer.writeheader()
         writer.writerows(rows)
         return
+    print_table(rows, 'fused' if fused else 'train form')
+
+
+def print_table(rows: Sequence[Dict[str, Any]], form: str) -> None:
     heads = dict(model='model', input='input', conv='convolution', linear='linear', conv_linear='both', other='other',
                  params_train='train form', params_fused='fused')
     cells = [[f'{row[key]:,}' if isinstance(row[key], int) else row[key] for key in heads] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads.values(), *cells)]
-    left = sum(widths[:2]) + 2
-    title = 'multiply-adds, ' + ('fused' if fused else 'train form')
-    print(f"{'':{left}}  {title:<{sum(widths[2:6]) + 6}}  parameters")
-    for line in ([*heads.values()], *cells):
-        padded = [
-            f'{cell:<{width}}' if i < 2 else f'{cell:>{width}}' for i, (cell, width) in enumerate(zip(line, widths))]
+    lines = [list(heads.values()), *cells]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"{'':{sum(widths[:2]) + 2}}  {f'multiply-adds, {form}':<{sum(widths[2:6]) + 6}}  parameters")
+    for line in lines:
+        padded = [cell.ljust(width) for cell, width in zip(line[:2], widths)]
+        padded += [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
         print('  '.join(padded))
     print("\nOne multiply-add is one FLOP; `both` is the paper's. Not counted, as fvcore does not know them (calls):")
     alike = {}

@@ -8,33 +8,23 @@ from . import run as scripts
 
 __all__ = ['run']
 
+COMMANDS = {
+    'demo': demo.demo, 'export': export.export, 'finetune': finetune.prepare, 'flops': flops.flops,
+    'push': push_checkpoint, 'run': scripts.resolve, 'space': space.space}
+
 
 def run(args: argparse.Namespace) -> None:
     """Do what the arguments say; one line and status 2 for what was wrong with them, 1 where `demo` skipped files."""
+    options = {key: value for key, value in vars(args).items() if key != 'command'}
     try:
-        if args.command == 'demo':
-            if not demo.demo(args.paths, args.output):
-                sys.exit(1)
-        elif args.command == 'flops':
-            flops.flops(args.names, args.input_size, args.fused, args.csv)
-        elif args.command == 'push':
-            push_checkpoint(
-                args.checkpoint, args.model, args.repo_id, args.private, args.revision, args.fused, args.results,
-                args.class_names, args.dry_run)
-        elif args.command == 'export':
-            export.export(
-                args.name, args.to, args.output, args.int8, args.checkpoint, args.calibration, args.img_size,
-                args.dynamic_batch)
-        elif args.command == 'finetune':
-            prepared = finetune.prepare(args.folder, args.weights, args.output, args.options)
-        elif args.command == 'space':
-            space.space()
-        else:
-            script = scripts.resolve(args.script, args.args)
+        result = COMMANDS[args.command](**options)
     except (OSError, ValueError, RuntimeError) as error:
         print(f'timm-finet {args.command}: {error}', file=sys.stderr)
         sys.exit(2)
+    if args.command == 'demo' and not result:
+        sys.exit(1)
+    # Outside the net: what a script of timm raises is its own.
     if args.command == 'run':
-        scripts.run(script)  # outside the net: what a script raises is its own
+        scripts.run(result)
     elif args.command == 'finetune':
-        finetune.train(*prepared)
+        finetune.train(*result)

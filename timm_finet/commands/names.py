@@ -1,5 +1,6 @@
 """Names of networks: ours, timm's and torchvision's."""
 import difflib
+import fnmatch
 from typing import List, Sequence
 
 import timm
@@ -16,21 +17,15 @@ def find_names(patterns: Sequence[str]) -> List[str]:
     Raises:
         ValueError: A name is unknown, or a pattern fits none.
     """
-    known = timm.list_models() + [f'{TORCHVISION}{n}' for n in torchvision.models.list_models(torchvision.models)]
+    known = timm.list_models() + [TORCHVISION + name for name in torchvision.models.list_models(torchvision.models)]
     names = []
     for pattern in patterns:
-        if '*' in pattern or '?' in pattern:
-            if pattern.startswith(TORCHVISION):
-                found = torchvision.models.list_models(torchvision.models, include=pattern.removeprefix(TORCHVISION))
-                names += [f'{TORCHVISION}{name}' for name in found]
-            else:
-                found = timm.list_models(pattern)
-                names += found
-        else:
-            found = pattern in known or timm.models.is_model(pattern)  # which looks past a tag
-            names.append(pattern)
+        found = fnmatch.filter(known, pattern)
+        if not found and timm.models.is_model(pattern):  # which looks past a tag
+            found = [pattern]
         if not found:
             raise ValueError(f'NAME={pattern!r} is unknown: {hint(pattern, known)}')
+        names += found
     return list(dict.fromkeys(names))
 
 
