@@ -20,7 +20,8 @@ from timm.models import push_to_hf_hub
 
 from timm_finet import fuse_fbn
 from timm_finet.hub import card
-from timm_finet.hub.checkpoint import class_names, describe
+from timm_finet.data.class_names import class_names
+from timm_finet.hub.checkpoint import describe
 from timm_finet.hub import save_for_hf
 from timm_finet.images import shipped_images
 

@@ -14,8 +14,9 @@ import torch
 import yaml
 from timm.models import is_model
 
+from ..data.class_names import class_names
 from ..data.datasets import DATASETS, FOLDERS
-from ..hub.checkpoint import class_names, one_line
+from ..hub.checkpoint import one_line
 from .names import hint
 
 __all__ = ['check_arguments', 'check_output']

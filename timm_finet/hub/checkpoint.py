@@ -1,21 +1,22 @@
 """A checkpoint of timm's train.py as the network that was trained: built, fed and named as its arguments say."""
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
 import torch.nn as nn
 import yaml
-from timm.data import create_dataset, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import is_model, is_model_in_modules, is_model_pretrained, load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ..data.datasets import DATASETS, FOLDERS, UNKNOWN
+from ..data.class_names import class_names
+from ..data.datasets import DATASETS, UNKNOWN
 from ..rewrite import fuse_fbn
 from .pretrained import MODULES, UNTRAINED
 
-__all__ = ['Run', 'class_names', 'load_checkpoint', 'read_run']
+__all__ = ['Run', 'load_checkpoint', 'read_run']
 
 
 def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:
@@ -150,23 +151,6 @@ def sizes(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
     if cfg and is_model_in_modules(name.split('.')[0], MODULES) and f'{cfg.first_conv}.weight' in weights:
         found['in_chans'] = weights[f'{cfg.first_conv}.weight'].shape[1]
     return found
-
-
-def class_names(args: Dict[str, Any]) -> Optional[List[str]]:
-    """The classes, in order, of the data that arguments of train.py name; None where that cannot be told.
-
-    Raises:
-        RuntimeError, AssertionError, ValueError, OSError: The folder holds no images, or `class_map` cannot be read.
-    """
-    dataset, root = args.get('dataset') or '', args.get('data_dir') or args.get('data')
-    if dataset not in FOLDERS:
-        return DATASETS.get(dataset, UNKNOWN).classes
-    if not root or not Path(root).exists():
-        return None
-    data = create_dataset(dataset, root, args.get('train_split') or 'train', class_map=args.get('class_map') or None)
-    reader = getattr(data, 'reader', data)
-    indices = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx  # the latter is timm's tar reader's
-    return sorted(map(str, indices), key=lambda name: indices[name])
 
 
 def describe(model: nn.Module, args: Dict[str, Any]) -> None:
