@@ -46,7 +46,7 @@ def test_citation_and_changelog_are_of_this_version():
 
 def test_recipes_weights_and_the_mark_of_types_are_in_the_wheel():
     settings = (ROOT / 'pyproject.toml').read_text()
-    assert all(f'"{pattern}"' in settings for pattern in ('recipes/*.yaml', 'weights/*', 'py.typed'))
+    assert all(f'"{pattern}"' in settings for pattern in ('hub/card.md', 'recipes/*.yaml', 'weights/*', 'py.typed'))
     assert (ROOT / 'timm_finet' / 'py.typed').is_file()
     packages = re.search(r'^packages = (\[[^]]*\])', settings, re.M)[1]
     rooms = {path.parent.name for path in (ROOT / 'timm_finet').glob('*/__init__.py')}
