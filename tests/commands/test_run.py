@@ -39,10 +39,13 @@ def test_script_runs_as_main_with_our_models_and_its_exit_status(by, script, cli
 
 def test_scripts_may_fuse_before_eval(script, cli):
     script.write_text(
-        "import timm\n"
+        "import timm, torch\n"
         "from timm.utils import reparameterize_model\n"
-        "model = reparameterize_model(timm.create_model('finet_small_g2'))\n"
-        "print(model.training, any('running_var' in key for key in model.state_dict()))\n")
+        "model = timm.create_model('finet_small_se_g2', num_classes=5)\n"
+        "fused = reparameterize_model(model)\n"
+        "x = torch.randn(2, 3, 64, 64)\n"
+        "print(fused.training, any('running_var' in key for key in fused.state_dict()))\n"
+        "torch.testing.assert_close(fused.eval()(x), model.eval()(x))\n")
     assert cli('run', 'validate')[1].split() == ['True', 'False']
 
 

@@ -25,7 +25,9 @@ ROOM = 64 << 20  # bytes, about a checkpoint of finet_large_se with momentum
 
 
 def check_arguments(path: str, args: List[str]) -> List[str]:
-    """Check the arguments of a script of timm, which is imported for its parser; any that would then run is left alone.
+    """Check the arguments of a script of timm by its own parser, for which it is imported.
+
+    A script that would run when it is imported, or has no parser, is not checked.
 
     Returns:
         The arguments, with a number of classes and a device where train.py's have none.

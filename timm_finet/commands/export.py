@@ -1,7 +1,7 @@
 """`timm-finet export`: a fused network as an ONNX or ExecuTorch file, float32 or int8, checked before it is written."""
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -105,6 +105,20 @@ def calibration_images(name: str, paths: Sequence[str], knows_cifar10: bool) -> 
     return shipped_images(TRAINING_IMAGES)[0]
 
 
+def print_input(name: str, precision: str, config: Dict[str, Any], dynamic_batch: bool) -> None:
+    shape = 'x'.join(map(str, ('N' if dynamic_batch else 1, *config['input_size'])))
+    print(f"{name}, fused, {precision}; input {shape}, mean {config['mean']}, std {config['std']}, "
+          f"crop_pct {config['crop_pct']} ({config['crop_mode']}), interpolation {config['interpolation']}")
+
+
+@torch.no_grad()
+def compare(
+        model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the fused network and of the file, which gets `batch` at a time, for images `x` `(n, 3, H, W)`."""
+    return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(batch)])
+
+
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
@@ -153,16 +167,10 @@ def export(
         options = dict(metadata=make_metadata(name, model, config, dynamic_batch), dynamic_batch=dynamic_batch)
     with replace_file(output) as part:
         WRITE[to](model, x[:1], part, calibrating, **options)
-        run = LOAD[to](part)
-        with torch.no_grad():
-            expected = torch.cat([model(images) for images in x.split(50)])
-            got = torch.cat([run(images).clone() for images in x.split(50 if dynamic_batch else 1)])
+        expected, got = compare(model, LOAD[to](part), x, batch=50 if dynamic_batch else 1)
         agreement, size = accuracy(got, expected.argmax(1)), Path(part).stat().st_size
         difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
-
-        shape = 'x'.join(map(str, ('N' if dynamic_batch else 1, *config['input_size'])))
-        print(f"{name}, fused, {precision}; input {shape}, mean {config['mean']}, std {config['std']}, "
-              f"crop_pct {config['crop_pct']} ({config['crop_mode']}), interpolation {config['interpolation']}")
+        print_input(name, precision, config, dynamic_batch)
         if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
             print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
         print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; '
