@@ -80,3 +80,11 @@ def randomise():
                         m.bias.normal_()
         return model
     return apply
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """The process group of this process alone."""
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

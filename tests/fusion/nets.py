@@ -1,0 +1,46 @@
+"""Networks of a few layers, one for each way of calling them, that the tests of fuse_fbn and convert_fbn share."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
+
+X = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+SMALL = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+
+
+def norms(model):
+    return sum(isinstance(m, (_BatchNorm, FBNConv2d)) for m in model.modules())
+
+
+class Net(nn.Module):
+    """Layers, and a forward that is given with them: a function of the network and its inputs."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+class SelfPadding(nn.Conv2d):
+    """Does more than a convolution, and what folding asks of one."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+def pair(conv=nn.Conv2d, **kwargs):
+    return dict(conv=conv(4, 4, 1), bn=nn.BatchNorm2d(4, **kwargs))
+
+
+def sequence(conv=nn.Conv2d, norm=nn.BatchNorm2d):
+    return nn.Sequential(conv(4, 4, 1), norm(4))
+
+
+def rewrites(model, example):
+    return fuse_fbn(model, example), convert_fbn(model, 2, example_inputs=example)

@@ -1,0 +1,418 @@
+"""What is not folded: layers and norms that others call, read, hook or change, and why, as the warning says."""
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from nets import SMALL, X, Net, norms, pair, rewrites, sequence
+from timm.layers import BatchNormAct2d, StdConv2d
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import FrozenBatchNorm2d
+
+from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
+
+
+class Steps(nn.Module):
+    """Calls its layers by a list of its own."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        for i, layer in enumerate(layers):
+            self.add_module(f'layer{i}', layer)
+        self.steps = list(layers)
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@torch.jit.script
+def scripted(x):
+    return x.clamp(min=3.).sub(3.)
+
+
+def in_a_thread(net, x):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(net.bn, net.conv(x)).result()
+
+
+STATISTICS = [(torch.zeros(4).double(), torch.ones(4).double()), (torch.ones(4).double(), 2 * torch.ones(4).double())]
+
+
+def swaps_statistics(net, x):
+    net.bn.running_mean, net.bn.running_var = STATISTICS[int(x.mean() > 0)]
+    return net.bn(net.conv(x))
+
+
+def sets_eps(net, x):
+    net.bn.eps = x.var().item()
+    return net.bn(net.conv(x))
+
+
+def sets_gamma(net, x):
+    net.bn.weight = x.mean((0, 2, 3))
+    return net.bn(net.conv(x))
+
+
+def with_a_gamma_to_set():
+    net = Net(sets_gamma, **pair())
+    del net.bn.weight
+    net.bn.weight = torch.ones(4).double()
+    return net
+
+
+def brings_a_weight(net, x):
+    return net.bn(torch.func.functional_call(net.conv, dict(weight=net.conv.weight * x.mean()), (x,)))
+
+
+def makes_a_weight(net, x):
+    net.conv.weight = nn.Parameter(net.make(x.mean((0, 2, 3))).view(4, 4, 1, 1))
+    return net.bn(net.conv(x))
+
+
+def with_a_weight_to_make():
+    net = Net(makes_a_weight, make=nn.Linear(4, 16), **pair())
+    net.conv.weight = None
+    return net
+
+
+def with_a_weight_as_buffer():
+    net = Net(lambda net, x: net.bn(net.conv(x)), **pair())
+    weight = net.conv.weight.detach().clone()
+    del net.conv.weight
+    net.conv.register_buffer('weight', weight)
+    return net
+
+
+def patched(name):
+    def make():
+        net = Net(lambda net, x: net.bn(net.conv(x)), **pair())
+        layer = net.get_submodule(name)
+        layer.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), layer)
+        return net
+    return make
+
+
+def circular(self, x, weight, bias):
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode='circular'), weight, bias)
+
+
+def with_another_computation():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model[0]._conv_forward = types.MethodType(circular, model[0])
+    return model
+
+
+class Squared(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight.square(), self.bias)
+
+
+class Masked(nn.Conv2d):
+    """Gives nothing where there is nothing, not even a bias."""
+
+    def forward(self, x):
+        return super().forward(x) * (x.abs().amax(1, keepdim=True) > 0)
+
+
+class MaskedFarAway(nn.Conv2d):
+    def forward(self, x):
+        filled = F.max_pool2d((x.abs().amax(1, keepdim=True) > 0).to(x.dtype), 3, 1, 1)
+        return super().forward(x) * filled
+
+
+class Clamped(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).clamp(-100, 100)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x, scale=1.):
+        return super().forward(x) * scale
+
+
+class Notes(nn.Conv2d):
+    """Keeps a statistic of what it gives."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.largest = y.abs().max()
+        return y
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        self.kept = self.conv(x)
+        return self.bn(self.kept)
+
+
+def called_keeper():
+    keeps = Keeps().double()
+    keeps(SMALL)  # leaves a tensor that deepcopy would refuse
+    return keeps
+
+
+BEHIND = 'behind a layer that is '
+UNREACHED, CHANGED = 'called where no replacement reaches: layer', 'changed by the forward: bn'
+OTHERWISE = [StdConv2d, Squared, Masked, MaskedFarAway, Clamped]
+KEPT = {  # the network, and the reason that is told
+    'called by a list': (lambda: Steps(*sequence()), UNREACHED),
+    'FBN called by a list': (lambda: Steps(FBNConv2d(4, 4, 1, fbn_groups=2), nn.BatchNorm2d(4)), UNREACHED),
+    'called in a thread': (lambda: Net(in_a_thread, **pair()), 'called in another thread: bn'),
+    'read by TorchScript': (
+        lambda: Net(lambda net, x: (lambda y: net.bn(y) + scripted(y))(net.conv(x)), **pair()),
+        f'{BEHIND}read elsewhere: bn'),
+    'kept by its module': (
+        lambda: Net(lambda net, x: net.keeps(x), keeps=called_keeper()), 'returned or kept: keeps.bn'),
+    'kept and read': (
+        lambda: Net(lambda net, x: net.keeps(x) + net.keeps.kept, keeps=called_keeper()), 'read elsewhere: keeps.bn'),
+    'other statistics': (lambda: Net(swaps_statistics, **pair()), CHANGED),
+    'another eps': (lambda: Net(sets_eps, **pair()), CHANGED),
+    'another gamma': (with_a_gamma_to_set, CHANGED),
+    'a layer that notes': (lambda: Net(lambda net, x: net.bn(net.conv(x)), **pair(Notes)), BEHIND + CHANGED),
+    'a weight brought': (lambda: Net(brings_a_weight, **pair()), f'{BEHIND}looked into: bn'),
+    'a weight made': (with_a_weight_to_make, f'{BEHIND}without a weight of its own: bn'),
+    'a weight as buffer': (with_a_weight_as_buffer, f'{BEHIND}without a weight of its own: bn'),
+    'another argument': (
+        lambda: Net(lambda net, x: net.bn(net.conv(x, 1.)), **pair(Scaled)),
+        f'{BEHIND}called with more than its input: bn'),
+    'layer patched': (patched('conv'), f'{BEHIND}patched: bn'),
+    'norm patched': (patched('bn'), 'patched: bn'),
+    'computation patched': (with_another_computation, f'{BEHIND}patched: 1'),
+    **{cls.__name__: (lambda cls=cls: sequence(cls), f'a {cls.__name__}, which does otherwise with a folded weight: 1')
+       for cls in OTHERWISE},
+}
+
+
+@pytest.mark.parametrize('case', KEPT)
+def test_what_others_reach_stays_and_the_reason_is_told(case, randomise, caplog):
+    make, reason = KEPT[case]
+    model = randomise(make().double()).eval()
+    example, x = -SMALL.abs() / 10, SMALL.abs() * 10  # with which the forward takes another way
+    fused = fuse_fbn(model, example)
+    assert norms(fused) == norms(model) and reason in caplog.text
+    torch.testing.assert_close(fused(x), model(x))
+    with pytest.raises(ValueError, match='no convolution'):
+        convert_fbn(model, 2, example_inputs=example)
+
+
+class Asks(nn.Module):
+    """A convolution that is also read without its norm, as Python decides."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.question = question
+
+    def forward(self, x, y=None):
+        c = self.conv(x)
+        try:
+            return self.bn(c) + c if self.question(x, c, y) else self.bn(c)
+        except Exception:
+            return self.bn(c)
+
+
+@pytest.mark.parametrize('question', [
+    lambda x, c, y: y is None,
+    lambda x, c, y: isinstance(c, torch.Tensor),
+    lambda x, c, y: int(x.shape[1]) == 4,
+], ids=['is None', 'isinstance', 'int'])
+def test_python_that_asks_what_a_tensor_is_gets_the_right_answer(question, randomise):
+    model = randomise(Asks(question).double()).eval()
+    for example in (SMALL, dict(x=SMALL)):
+        torch.testing.assert_close(fuse_fbn(model, example)(SMALL), model(SMALL))
+    with pytest.raises(ValueError, match='no convolution'):
+        convert_fbn(model, 2, example_inputs=SMALL)
+
+
+@pytest.mark.parametrize('layer, norm, shape', [
+    (nn.Linear(4, 6), nn.BatchNorm1d(6), (2, 6, 4)),  # the channels of the norm are the rows of the linear layer
+    (nn.Linear(4, 6), nn.BatchNorm2d(6), (2, 6, 3, 4)),
+    (nn.Linear(4, 6), nn.SyncBatchNorm(6), (2, 6, 4)),
+    (nn.Conv2d(4, 6, 1), nn.BatchNorm1d(6), (4, 6, 5)),  # without a batch
+    (nn.Conv1d(6, 6, 1), nn.BatchNorm1d(4), (6, 4)),
+])
+def test_batchnorm_of_another_dimension_stays(layer, norm, shape, randomise, caplog):
+    model = randomise(nn.Sequential(layer, norm).double()).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    fused = fuse_fbn(model, x)
+    assert norms(fused) == 1 and "another dimension than its layer's channels: 1" in caplog.text
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_a_norm_that_changes_the_dtype_stays(caplog):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1).bfloat16(), FrozenBatchNorm2d(4)).eval()
+    assert isinstance(fuse_fbn(model, SMALL.bfloat16())[1], FrozenBatchNorm2d)
+    assert 'changing the dtype: 1' in caplog.text
+
+
+@pytest.mark.parametrize('example', [None, SMALL])
+def test_a_class_whose_computation_is_patched_stays(example, randomise, monkeypatch, caplog):
+    model = randomise(sequence().double()).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.BatchNorm2d, 'forward', lambda self, x: F.batch_norm(x, None, None, training=True))
+        torch.testing.assert_close(fuse_fbn(model, example)(SMALL), model(SMALL))
+    monkeypatch.setattr(nn.Conv2d, '_conv_forward', circular)
+    assert norms(fuse_fbn(model, example)) == norms(fuse_fbn(model.to('meta'), SMALL.to('meta'))) == 1
+    assert 'behind a layer that is patched: 1' in caplog.text
+
+
+class OwnForward(FBNConv2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class OwnStart(FBNConv2d):
+    def __init__(self):
+        super().__init__(4, 4, fbn_groups=2)
+
+
+@pytest.mark.parametrize('example', [None, SMALL])
+def test_of_fbn_layers_only_those_with_a_forward_of_their_own_stay(example, randomise, caplog):
+    model = randomise(nn.Sequential(OwnForward(4, 4, fbn_groups=2), OwnStart()).double()).eval()
+    fused = fuse_fbn(model, example)
+    torch.testing.assert_close(fused(SMALL), model(SMALL))
+    assert type(fused[0]) is OwnForward and type(fused[1]) is nn.Conv2d
+    assert type(fuse_fbn(model[0], example)) is OwnForward
+    assert 'of class OwnForward: 0' in caplog.text
+
+
+def test_without_an_example_neighbours_fuse_and_the_rest_is_counted(randomise, caplog):
+    sequential = nn.Sequential(FBNConv2d(4, 4, fbn_groups=2), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = randomise(Net(lambda net, x: net.bn(net.conv(net.layers(x))), layers=sequential, **pair()).double()).eval()
+    fused = fuse_fbn(model)
+    assert norms(fused) == 1 and isinstance(fused.bn, nn.BatchNorm2d)
+    torch.testing.assert_close(fused(SMALL), model(SMALL))
+    assert len(caplog.records) == 1 and '1 BatchNorm layers of Net stay' in caplog.text
+    assert 'give example_inputs' in caplog.text
+
+
+def test_neighbours_of_other_widths_are_no_pair():
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(3)).eval()
+    assert norms(fuse_fbn(model)) == 1
+
+
+def test_a_network_in_which_nothing_can_be_folded_is_a_warning(caplog):
+    model = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(4)).eval()
+    fuse_fbn(model, SMALL.float())
+    assert 'Nothing of Net can be folded: 1 BatchNorm' in caplog.text
+
+
+class Odd(nn.Module):
+    """Pairs that must stay: a shared norm, a convolution with two readers, a weight made in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.shared = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.c, self.norm_c = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.d, self.norm_d = StdConv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.e, self.norm_e = weight_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)
+        self.twice, self.norms = nn.Conv2d(4, 4, 1), nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.scaled = nn.Sequential(nn.Conv2d(4, 4, 1), ScaledNorm(4))
+        self.f, self.norm_f = nn.Conv2d(4, 4, 1), BatchNormAct2d(4)
+        self.unused = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.shared(self.b(self.shared(self.a(x))))
+        c = self.c(x)
+        x = self.norm_e(self.e(self.norm_d(self.d(self.norm_c(c) + c.data))))
+        for norm in self.norms:
+            x = norm(self.twice(x))
+        return self.norm_f(self.f(self.scaled(x)))
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_pairs_that_cannot_be_fused_stay_and_each_is_named_once(randomise, caplog):
+    model = randomise(Odd().double()).eval()
+    fused = fuse_fbn(model, X)
+    assert norms(fused) == norms(model) - 1 and isinstance(fused.norm_f, nn.ReLU)
+    torch.testing.assert_close(fused(X), model(X))
+    assert len(caplog.records) == 1
+    for reason in (
+            'called more than once: shared', 'behind a layer that is read elsewhere: norm_c', 'StdConv2d, which',
+            'behind a layer that is parametrised: norm_e', 'of class ScaledNorm: scaled.1', 'not called: unused',
+            'behind a layer that is called more than once: norms.0, norms.1'):
+        assert caplog.text.count(reason) == 1, reason
+
+
+class Reader(nn.Module):
+    """A forward that reads a tensor of one of its layers, and one pair that nobody looks into."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.fbn = FBNConv2d(4, 4, fbn_groups=2)
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.name = name
+
+    def forward(self, x):
+        module, tensor = self.name.split('.')
+        x = self.bn2(self.conv2(self.bn(self.conv(self.fbn(x)))))
+        return x + getattr(getattr(self, module), tensor).data.sum()
+
+
+@pytest.mark.parametrize('name', ['fbn.weight', 'conv.weight', 'conv.bias', 'bn.weight', 'bn.running_mean'])
+def test_layers_whose_tensors_forward_reads_stay(name, randomise, caplog):
+    model = randomise(Reader(name).double()).eval()
+    for rewritten in rewrites(model, SMALL):
+        assert type(rewritten.get_submodule(name.split('.')[0])) is type(model.get_submodule(name.split('.')[0]))
+        assert isinstance(rewritten.bn2, nn.Identity)
+        torch.testing.assert_close(rewritten(SMALL), model(SMALL))
+    assert f"looked into: {'fbn' if name[:3] == 'fbn' else 'bn'}" in caplog.text
+
+
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fbn = FBNConv2d(4, 4, fbn_groups=2)
+        self.convs = nn.Sequential(nn.Conv2d(4, 4, 1))
+        self.bn = nn.BatchNorm2d(4)
+        self.pair = sequence()
+
+    def forward(self, x):
+        return self.pair(self.bn(self.convs(self.fbn(x))))
+
+
+@pytest.mark.parametrize('before', [True, False])
+@pytest.mark.parametrize('name', ['fbn', 'convs.0', 'convs', 'bn', 'pair', ''])
+def test_hooks_see_what_they_saw(name, before, randomise):
+    model = randomise(Hooked().double()).eval()
+    seen = []
+    if before:
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    else:
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    y = model(SMALL)
+    expected = seen[-1]
+    for rewritten in rewrites(model, SMALL):
+        assert isinstance(rewritten.pair[1], nn.Identity)
+        torch.testing.assert_close(rewritten(SMALL), y)
+        torch.testing.assert_close(seen[-1], expected)
+
+
+def test_accelerates_hooks_and_offload_stay_in_force(randomise, caplog):
+    model = randomise(Net(lambda net, x: net.bn2(net.conv2(net.bn(net.conv(x)))), **pair(),
+                          conv2=nn.Conv2d(4, 4, 1), bn2=nn.BatchNorm2d(4))).eval()
+    x = SMALL.float()
+    expected = model(x)
+    add_hook_to_module(model.conv2, ModelHook())
+    fused = fuse_fbn(model, x)
+    assert isinstance(fused.bn, nn.Identity) and 'behind a layer that is patched: bn2' in caplog.text
+    torch.testing.assert_close(fused(x), expected)
+    offloaded = cpu_offload(model, execution_device='cpu')
+    fused = fuse_fbn(offloaded, x)
+    assert norms(fused) == 2 and 'Nothing of Net can be folded: 2 BatchNorm' in caplog.text
+    torch.testing.assert_close(fused(x), expected)

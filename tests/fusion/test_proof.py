@@ -1,0 +1,118 @@
+"""The proof: a rewritten network must give what the network gave, as near as rounding lets it."""
+import collections
+import math
+import time
+import types
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn as nn
+from nets import SMALL, Net, pair
+
+from timm_finet import convert_fbn, fuse_fbn, rewrite
+
+
+class Outputs(dict):
+    """A container that torch's pytree does not know."""
+
+
+OF_ANY_KIND = [
+    lambda y: Outputs(y=y), lambda y: types.SimpleNamespace(y=y), lambda y: collections.deque([y.numpy()]),
+    lambda y: y * 1j]
+BESIDE_WHAT_PROVES_NOTHING = [
+    lambda y: (y.flatten()[:8].softmax(0).sum() - 1, y),  # rounding alone
+    lambda y: dict(seconds=time.perf_counter(), y=y),
+    lambda y: (torch.rand(2, generator=GENERATOR), y),
+    lambda y: torch.cat((torch.full_like(y, torch.finfo(y.dtype).min), y)),
+    lambda y: (torch.where(y > y.median(), math.inf, -math.inf), y),
+    lambda y: ({y}, y)]
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize('pack', OF_ANY_KIND + BESIDE_WHAT_PROVES_NOTHING, ids=[
+    'dict', 'object', 'numpy', 'complex', 'rounding', 'time', 'noise', 'filled', 'infinite', 'set'])
+def test_outputs_are_compared_of_any_kind_and_beside_what_proves_nothing(pack, randomise, monkeypatch):
+    model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
+    assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
+    give = rewrite._give
+    monkeypatch.setattr(rewrite, '_give', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
+    with pytest.raises(RuntimeError, match='values that differ by'):
+        fuse_fbn(model, SMALL)
+
+
+@pytest.mark.parametrize('coarse', [
+    lambda y: y.bfloat16(), lambda y: (y * 1e3).round() / 1e3, lambda y: y.flatten().topk(50).indices,
+    lambda y: (50 * y).to(torch.uint8)], ids=['bfloat16', 'rounded', 'indices', 'uint8'])
+def test_coarse_outputs_are_not_refused(coarse, randomise):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = Net(lambda net, x: coarse(net.bn(net.conv(x))), **pair())
+        assert isinstance(fuse_fbn(randomise(model).eval(), torch.randn(2, 4, 16, 16)).bn, nn.Identity)
+
+
+def test_rounding_is_tried_on_all_that_is_folded(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))).eval()
+    found = rewrite._Found(pairs=[('0', '1')], rounding=2 ** -23)
+    noisy = rewrite._with_noise(model, found, seed=0).state_dict()
+    for name, value in model.state_dict().items():
+        moves = value.is_floating_point() and not name.startswith('2')
+        assert value.equal(noisy[name]) != moves
+        torch.testing.assert_close(noisy[name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_other_outputs_are_an_error_that_says_by_how_much_and_nothing_changes(dtype, randomise, monkeypatch):
+    model = randomise(Net(lambda net, x: net.bn(net.conv(x)), **pair())).to(dtype).eval()
+    before, x = deepcopy(model.state_dict()), SMALL.to(dtype)
+    give = rewrite._give
+    monkeypatch.setattr(rewrite, '_give', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
+    for inplace in (False, True):
+        with pytest.raises(RuntimeError, match=r'values that differ by \d\.\de-0\d of the largest'):
+            fuse_fbn(model, x, inplace)
+        assert isinstance(model.bn, nn.BatchNorm2d)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_outputs_of_another_structure_are_an_error(randomise):
+    def forward(net, x):
+        y = net.bn(net.conv(x))
+        return (y, y) if isinstance(net.bn, nn.BatchNorm2d) else y
+
+    model = randomise(Net(forward, **pair()).double()).eval()
+    for change in (fuse_fbn, convert_fbn):
+        with pytest.raises(RuntimeError, match='another structure'):
+            change(model, example_inputs=SMALL, inplace=True)
+    assert isinstance(model.bn, nn.BatchNorm2d)
+
+
+def test_a_network_that_no_longer_runs_is_an_error(randomise):
+    def forward(net, x):
+        if not isinstance(net.bn, nn.BatchNorm2d):
+            raise KeyError('no norm')
+        return net.bn(net.conv(x))
+
+    model = randomise(Net(forward, **pair()).double()).eval()
+    with pytest.raises(RuntimeError, match='does not run once rewritten.*no norm'):
+        fuse_fbn(model, SMALL, inplace=True)
+    assert isinstance(model.bn, nn.BatchNorm2d)
+
+
+def test_networks_that_multiply_rounding_are_not_refused(randomise):
+    """Here float32's rounding becomes a difference of a percent."""
+    def forward(net, x):
+        y = net.bn(net.conv(x))
+        return (y * 1e4).sin()
+
+    model = randomise(Net(forward, **pair())).eval()
+    assert isinstance(fuse_fbn(model, SMALL.float()).bn, nn.Identity)
+
+
+@pytest.mark.parametrize('pack, example', [
+    (lambda y: y, SMALL[:0]), (lambda y: y, SMALL * math.nan), (lambda y: {y}, SMALL), (lambda y: 0 * y, SMALL),
+    (lambda y: (y * 1e17).long(), SMALL),  # rounding decides it, as of a detector that sorts by almost equal scores
+], ids=['empty', 'nan', 'set', 'without the weights', 'rounding'])
+def test_that_nothing_is_proven_is_said(pack, example, randomise, caplog):
+    model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
+    assert isinstance(fuse_fbn(model, example).bn, nn.Identity)
+    assert '1 of the 1 outputs of Net prove nothing' in caplog.text

@@ -1,0 +1,126 @@
+"""fuse_fbn on timm's networks: their forms, features, hooks, and what folds them too."""
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from nets import X, norms, rewrites
+from timm.models import reparameterize_model
+
+from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
+
+
+# networks whose every BatchNorm stands behind a convolution; BatchNormAct2d in all but resnet
+@pytest.mark.parametrize('name', [
+    'resnet10t', 'efficientnet_lite0', 'mobilenetv3_small_050', 'regnetx_002', 'hardcorenas_a'])
+def test_any_timm_network_fuses_without_a_trace_of_norm(name, randomise):
+    model = randomise(timm.create_model(name).double()).eval()
+    fused = fuse_fbn(model, X)
+    assert norms(model) > 10 and norms(fused) == 0
+    assert type(fused) is type(model) and fused.pretrained_cfg == model.pretrained_cfg
+    torch.testing.assert_close(fused(X), model(X))
+    torch.testing.assert_close(fused.forward_features(X), model.forward_features(X))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_timms_networks_need_no_example_in_any_dtype(dtype, randomise):
+    model = randomise(timm.create_model('test_resnet')).to(dtype).eval()
+    assert norms(fuse_fbn(model)) == 0 < norms(convert_fbn(model, 2))
+
+
+def test_timms_networks_fuse_on_the_meta_device():
+    model = timm.create_model('test_resnet', device='meta', in_chans=1).eval()
+    fused = fuse_fbn(model)
+    assert norms(fused) == 0 and all(p.is_meta for p in fused.parameters())
+
+
+def test_intermediates_stay_too(randomise):
+    """ghostnet's are taken in front of its first norm, which forward does not tell."""
+    model = randomise(timm.create_model('ghostnet_050').double()).eval()
+    fused = fuse_fbn(model, X)
+    assert norms(fused) == 1
+    for a, b in zip(fused.forward_intermediates(X)[1], model.forward_intermediates(X)[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('xception41p', {}),
+    ('tf_efficientnetv2_b0', dict(feature_location='expansion')),
+    ('efficientnet_b0', dict(feature_location='expansion')),
+])
+def test_features_taken_by_hooks_stay(name, kwargs, randomise):
+    model = randomise(timm.create_model(name, features_only=True, **kwargs).double()).eval()
+    levels = model(X)
+    assert 0 < norms(fuse_fbn(model, X)) <= norms(model) / 2
+    for rewritten in rewrites(model, X):
+        torch.testing.assert_close(rewritten(X), levels)
+        torch.testing.assert_close(deepcopy(rewritten)(X), levels)
+
+
+@pytest.mark.parametrize('feature_cls', [None, 'getter', 'fx', 'hook'])
+@pytest.mark.parametrize('name', ['finet_small_g2', 'resnet18_fbn'])
+def test_features_only_wrappers_fuse(name, feature_cls, randomise):
+    kwargs = {} if feature_cls is None else dict(feature_cls=feature_cls)
+    model = randomise(timm.create_model(name, features_only=True, **kwargs).double()).eval()
+    fused = fuse_fbn(model, X)
+    assert not any(isinstance(m, FBNConv2d) for m in fused.modules())
+    for a, b in zip(fused(X), model(X)):
+        torch.testing.assert_close(a, b)
+
+
+def test_low_precision_network_fuses_in_float32(randomise):
+    model = randomise(timm.create_model('finet_small_g4')).eval()
+    half = fuse_fbn(deepcopy(model).bfloat16(), X.bfloat16())
+    exact = fuse_fbn(deepcopy(model).bfloat16().float(), X.float())
+    for (key, p), q in zip(half.named_parameters(), exact.parameters()):
+        assert p.dtype == torch.bfloat16
+        torch.testing.assert_close(p, q.bfloat16(), rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize('name', ['levit_128s', 'efficientformerv2_s0', 'mobilevit_xxs', 'ghostnet_050'])
+def test_fused_networks_are_copied_saved_scripted_and_exported(name, randomise, tmp_path):
+    model = randomise(timm.create_model(name)).eval()
+    x = torch.randn(1, *model.pretrained_cfg['input_size'])
+    fused = fuse_fbn(model)
+    torch.save(deepcopy(fused), tmp_path / 'fused.pt')
+    exported = torch.export.export(fused, (x,)).module()
+    with torch.no_grad():
+        y = fused(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-3, atol=1e-3)
+        for other in (torch.load(tmp_path / 'fused.pt', weights_only=False), torch.jit.script(fused), exported):
+            torch.testing.assert_close(other(x), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', [
+    'fastvit_t8', 'repvit_m0_9', 'mobileone_s0', 'levit_128s', 'efficientvit_m1', 'repghostnet_050'])
+def test_networks_that_fold_themselves_do_so_before_and_after(name, randomise):
+    model = randomise(timm.create_model(name)).eval()
+    size = model.pretrained_cfg['input_size'][1:] if model.pretrained_cfg.get('fixed_input_size') else (64, 64)
+    x = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        y = model(x)
+        fused = fuse_fbn(model, x)
+        before = fuse_fbn(reparameterize_model(model), x)
+        assert norms(before) <= norms(fused) < norms(model)
+        for other in (before, reparameterize_model(fused), fuse_fbn(reparameterize_model(fused), x)):
+            torch.testing.assert_close(other(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+
+
+def test_timms_reparameterize_model_fuses_all_of_finet(randomise):
+    model = randomise(timm.create_model('finet_small_se_g4').double()).eval()
+    fused = reparameterize_model(model)
+    assert norms(fused) == 0 and list(fused.state_dict()) == list(fuse_fbn(model, X).state_dict())
+    torch.testing.assert_close(fused(X), model(X))
+    torch.testing.assert_close(reparameterize_model(fused)(X), model(X))
+    with pytest.raises(RuntimeError, match='eval'):
+        reparameterize_model(model.train())
+
+
+def test_timms_reparameterize_model_leaves_what_is_hooked(randomise):
+    model = randomise(timm.create_model('finet_small_g2').double()).eval()
+    seen = []
+    model.stem.conv.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    fused = reparameterize_model(model)
+    assert norms(fused) == 1
+    torch.testing.assert_close(fused(X), model(X))
+    torch.testing.assert_close(*seen)
