@@ -1,3 +1,4 @@
+"""What all tests share. It imports nothing heavy, so that the process which hands the tests out starts at once."""
 import atexit
 import os
 import re
@@ -6,20 +7,30 @@ import signal
 import sys
 import tempfile
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # torch reads it as it is imported: tests run side by side
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hub_stand_in import WRITER, Hub  # noqa: E402
-from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
+import pytest
+from hub_stand_in import WRITER, Hub
 
 HUB, HF_HOME = Hub(), tempfile.mkdtemp()
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
-# huggingface_hub reads its settings as it is imported, and child processes inherit these.
+# torch and huggingface_hub read these as they are imported, and child processes inherit them.
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side
 os.environ.update(
     HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_TOKEN=WRITER, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
 
-from timm_finet_cli import main  # noqa: E402 (registers the models)
+# Marks of tests that run where they are asked for by name alone, and what to do for that.
+ON_DEMAND = {
+    'slow': 'takes minutes: run pytest -m slow',
+    'scripts': "runs timm's train.py: set TIMM_SCRIPTS to a checkout of timm at the installed version's tag, and run "
+               'pytest -m scripts',
+    'rehearsal': 'takes minutes: run pytest -m rehearsal',
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for mark, reason in ON_DEMAND.items():
+            if item.get_closest_marker(mark) and mark not in config.getoption('-m'):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
@@ -33,6 +44,8 @@ def hub():
 @pytest.fixture
 def cli(capsys):
     """`timm-finet` in this process: a function of its arguments that returns exit status, output and errors."""
+    from timm_finet_cli import main
+
     def run(*args):
         try:
             status = main([str(arg) for arg in args]) or 0
@@ -63,12 +76,16 @@ def refused(cli):
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def randomise():
     """Give every normalisation of a network statistics and affine terms that folding must get right."""
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
     def apply(model):
         with torch.no_grad():
             for m in model.modules():
@@ -85,6 +102,7 @@ def randomise():
 @pytest.fixture
 def process_group(tmp_path):
     """The process group of this process alone."""
+    import torch
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -40,16 +40,21 @@ def git_oid(content):
 
 
 class Hub(ThreadingHTTPServer):
+    """Has its address from the start; it listens there from the first `reset` on."""
     daemon_threads = True
+    thread = None
 
     def __init__(self):
-        super().__init__(('127.0.0.1', 0), Handler)
+        super().__init__(('127.0.0.1', 0), Handler, bind_and_activate=False)
+        self.server_bind()
         self.url = f'http://127.0.0.1:{self.server_port}'
-        self.reset()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def reset(self):
         self.repos, self.objects, self.interfere, self.log = {}, {}, {}, []
+        if self.thread is None:
+            self.server_activate()
+            self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+            self.thread.start()
 
 
 class Handler(BaseHTTPRequestHandler):

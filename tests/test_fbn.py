@@ -534,10 +534,12 @@ def test_exported_training_uses_torchs_batchnorm():
     assert sum('batch_norm' in str(node.target) for node in graph.graph.nodes) == 2
 
 
+@pytest.mark.slow
 def test_quantisation_aware_training_of_an_exported_network():
-    pt2e = pytest.importorskip('torchao.quantization.pt2e')
-    quantize = pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e')
-    quantizers = pytest.importorskip('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer')
+    missing = dict(reason='torchao is missing: install the extra executorch')
+    pt2e = pytest.importorskip('torchao.quantization.pt2e', **missing)
+    quantize = pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e', **missing)
+    quantizers = pytest.importorskip('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer', **missing)
     quantizer = quantizers.X86InductorQuantizer().set_global(
         quantizers.get_default_x86_inductor_quantization_config(is_qat=True))
     model = nn.Sequential(FBNConv2d(16, 8, fbn_groups=4), nn.ReLU(), FBNConv2d(8, 8, fbn_groups=2))

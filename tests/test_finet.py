@@ -26,7 +26,7 @@ def test_every_name_is_registered():
 def test_fused_equals_unfused(name, randomise):
     model = randomise(timm.create_model(name, num_classes=7).double()).eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    fused = fuse_fbn(model)
+    fused = fuse_fbn(model, x)
     assert not any(isinstance(m, (_BatchNorm, FBNConv2d)) for m in fused.modules())
     torch.testing.assert_close(fused(x), model(x))
     torch.testing.assert_close(fused.forward_features(x), model.forward_features(x))
@@ -146,12 +146,16 @@ def test_grad_checkpointing_changes_nothing():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize('name', ['finet_small_g2', 'resnet18_fbn'])
-def test_compiled_step_equals_eager(name):
-    model = timm.create_model(name, num_classes=4, small_input=True, drop_rate=0.).double()
-    compiled = timm.create_model(name, num_classes=4, small_input=True, drop_rate=0.).double()
-    compiled.load_state_dict(model.state_dict())
-    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+@pytest.mark.parametrize('name, part', [
+    ('finet_small_g2', 'stages.0.1'), ('resnet18_fbn', 'layer1.0'),
+    pytest.param('finet_small_g2', '', marks=pytest.mark.slow),
+    pytest.param('resnet18_fbn', '', marks=pytest.mark.slow)])
+def test_compiled_step_equals_eager(name, part):
+    torch.compiler.reset()
+    network = timm.create_model(name, num_classes=4, small_input=True, drop_rate=0.).double()
+    model = network.get_submodule(part)
+    compiled = deepcopy(model)
+    x = torch.randn(4, next(model.parameters()).shape[1] if part else 3, 16, 16, dtype=torch.float64)
     for net in (model, torch.compile(compiled, backend='aot_eager')):
         net(x).square().sum().backward()
     for (key, p), q in zip(model.named_parameters(), compiled.parameters()):

@@ -12,7 +12,7 @@ from timm_finet.cuda_graphs import captured
 from timm_finet.fbn import ReferenceFBNConv2d
 from timm_finet.ops import moment_form
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='torch finds no GPU: run it where there is one')
 
 
 def step(layer, x, grad_y, autocast=None):
@@ -55,7 +55,7 @@ def test_captured_step_is_the_eager_one():
 
 @pytest.fixture
 def triton_passes(monkeypatch):
-    pytest.importorskip('triton')
+    pytest.importorskip('triton', reason='triton is missing: it comes with torch for CUDA and ROCm')
     monkeypatch.setattr(moment_form, 'TRITON', True)
 
 

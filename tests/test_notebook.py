@@ -18,6 +18,7 @@ def test_notebook_is_kept_without_outputs(file):
     assert cells and not any(cell.outputs or cell.execution_count for cell in cells)
 
 
+@pytest.mark.slow
 def test_fine_tuned_network_is_exported_as_it_answers(tmp_path):
     notebook = nbformat.read(next(file for file in NOTEBOOKS if file.stem == 'finetune'), as_version=4)
     settings = next(cell for cell in notebook.cells if cell.id == 'settings')

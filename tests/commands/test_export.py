@@ -18,9 +18,10 @@ from timm_finet.images import TRAINING_IMAGES, shipped_images
 
 NAME = 'finet_small_g4.cifar10'
 RUNTIMES = [
-    pytest.param('onnx', marks=pytest.mark.skipif(not find_spec('onnxruntime'), reason='needs the extra export')),
-    pytest.param(
-        'executorch', marks=pytest.mark.skipif(not find_spec('executorch'), reason='needs the extra executorch')),
+    pytest.param('onnx', marks=pytest.mark.skipif(
+        not find_spec('onnxruntime'), reason='onnxruntime is missing: install the extra export')),
+    pytest.param('executorch', marks=pytest.mark.skipif(
+        not find_spec('executorch'), reason='executorch is missing: install the extra executorch')),
 ]
 
 
@@ -56,15 +57,14 @@ def test_any_number_of_images_at_a_time_in_int8_too(to, tmp_path, capsys):
     assert (facts['imgsz'], facts['args']) == ('[32, 32]', "{'dynamic': True}")
 
 
-@pytest.mark.parametrize('form', ['train', 'fused'])
 @pytest.mark.parametrize('name', ['finet_small_se_g2', 'resnet18_fbn'])
-def test_checkpoint_in_either_form(name, form, tmp_path, randomise):
-    model = randomise(timm.create_model(name, num_classes=5)).eval()
-    saved = fuse_fbn(model) if form == 'fused' else model
-    torch.save({'state_dict': saved.state_dict()}, tmp_path / 'checkpoint.pth')
-    built = export.build(name, str(tmp_path / 'checkpoint.pth'))
-    x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(built(x), fuse_fbn(model)(x))
+def test_checkpoint_in_either_form(name, tmp_path, randomise):
+    model, x = randomise(timm.create_model(name, num_classes=5)).eval(), torch.randn(1, 3, 32, 32)
+    fused = fuse_fbn(model, x)
+    for saved in (model, fused):
+        torch.save({'state_dict': saved.state_dict()}, tmp_path / 'checkpoint.pth')
+        built = export.build(name, str(tmp_path / 'checkpoint.pth'))
+        torch.testing.assert_close(built(x), fused(x))
 
 
 def test_other_networks_of_timm_are_built_fused(tmp_path, randomise):
@@ -92,6 +92,10 @@ def trained(tmp_path, randomise):
     return save
 
 
+def few_images(*args):
+    return [part[:20] for part in shipped_images(*args)]
+
+
 @pytest.fixture
 def exported(monkeypatch, tmp_path):
     """`timm-finet export --to onnx` with PyTorch in place of the runtime: what was written, by name of its argument."""
@@ -102,6 +106,7 @@ def exported(monkeypatch, tmp_path):
         open(file, 'w').close()
     monkeypatch.setitem(export.WRITE, 'onnx', write)
     monkeypatch.setitem(export.LOAD, 'onnx', lambda file: seen['model'])
+    monkeypatch.setattr(export, 'shipped_images', few_images)
 
     def run(*args):
         main(['export', 'finet_small_g4', '--to', 'onnx', '--output', str(tmp_path / 'model.onnx'), *map(str, args)])
@@ -190,7 +195,7 @@ def test_file_that_disagrees_is_not_written(error, tmp_path, monkeypatch, refuse
     model = fuse_fbn(timm.create_model(NAME, pretrained=True).eval())
     monkeypatch.setitem(export.WRITE, 'onnx', lambda model, x, file, *args, **kwargs: open(file, 'w').close())
     monkeypatch.setitem(export.LOAD, 'onnx', lambda file: lambda x: change(model(x)))
-    monkeypatch.setattr(export, 'shipped_images', lambda: [part[:20] for part in shipped_images()])
+    monkeypatch.setattr(export, 'shipped_images', few_images)
     old = tmp_path / 'model.onnx'
     old.write_text('kept')
     refused(['export', NAME, '--to', 'onnx', '--output', old], 'is not written, it disagrees: 100% equal top-1')

@@ -1,6 +1,5 @@
 """`timm-finet finetune` on folders of the shipped images."""
 import argparse
-import os
 import re
 import shlex
 import subprocess
@@ -19,7 +18,6 @@ from timm_finet.images import shipped_images
 from timm_finet.data.datasets import CIFAR10
 
 WEIGHTS = 'finet_small_g4.cifar10'
-TRAIN = Path(os.environ.get('TIMM_SCRIPTS') or 'none', 'train.py')
 
 # Takes its arguments as timm's does. Its best checkpoint is what it starts from, weights that know CIFAR-10's classes.
 STAND_IN = """
@@ -81,7 +79,7 @@ def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
 
 
-@pytest.mark.skipif(not TRAIN.is_file(), reason="needs timm's train.py: set TIMM_SCRIPTS to a checkout of timm")
+@pytest.mark.scripts
 def test_train_py_trains_and_its_best_accuracy_is_reported(tmp_path):
     classes = CIFAR10.classes[:3]
     write_classes(tmp_path / 'mine' / 'train', 8, classes)
@@ -263,7 +261,7 @@ def test_hint_to_go_on_can_be_pasted(stand_in, refused, tmp_path):
     refused(['finetune', 'mine', '--output', 'my runs'], "or go on with --resume 'my runs/last.pth.tar'.$")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without such a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='torch finds a GPU: run it where there is none')
 def test_gpu_that_is_not_there_is_named_in_one_line(stand_in, refused, tmp_path):
     write_classes(tmp_path / 'mine', 2, CIFAR10.classes[:2])
     refused(['finetune', 'mine', '--device', 'cuda', '--output', 'out'],

@@ -159,7 +159,7 @@ def test_a_run_is_recorded_without_this_machines_paths(tmp_path):
 
 
 def test_phases_are_plotted_one_behind_the_other(tmp_path, monkeypatch):
-    figure = pytest.importorskip('matplotlib.figure').Figure
+    figure = pytest.importorskip('matplotlib.figure', reason='matplotlib is missing: install the extra plots').Figure
     (tmp_path / 'runs').mkdir()
     for phase in ('64px', '96px'):
         curve = tmp_path / 'runs' / f'photos-finet_small-{phase}-seed0.csv'

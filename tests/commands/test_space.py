@@ -1,5 +1,4 @@
 """`timm-finet space`: the page's two forms, and the page."""
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ from timm_finet import FBNConv2d
 from timm_finet.commands import space
 
 NAME = 'finet_small_g4.cifar10'
+WITHOUT_GRADIO = 'gradio is missing: install the extra space'
 
 
 @pytest.mark.parametrize('fbn_groups', space.GROUPS)
@@ -33,23 +33,21 @@ def test_a_image_gets_five_classes_and_a_time_by_each_form():
 
 
 def test_page_is_built_and_sends_nothing_out():
-    pytest.importorskip('gradio')
+    pytest.importorskip('gradio', reason=WITHOUT_GRADIO)
     page = space.app()
     assert not page.analytics_enabled
     config = str(page.get_config_file())
     assert NAME in config and all(title in config for title in ('Train form', 'Fused'))
 
 
-def test_without_gradio_one_line_says_what_to_install():
-    code = "import sys; sys.modules['gradio'] = None; from timm_finet_cli import main; main(['space'])"
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr == 'timm-finet space: gradio is missing: pip install gradio.\n'
+def test_without_gradio_one_line_says_what_to_install(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    refused(['space'], '^timm-finet space: gradio is missing: pip install gradio.$')
 
 
 @pytest.mark.parametrize('name', ['text.txt', 'text.png', 'drawing.svg'])
 def test_a_file_that_is_no_image_gets_one_line(name, tmp_path):
-    gradio = pytest.importorskip('gradio')
+    gradio = pytest.importorskip('gradio', reason=WITHOUT_GRADIO)
     from gradio.data_classes import ImageData
     (tmp_path / name).write_text('no image')
     upload = next(block for block in space.app().blocks.values() if isinstance(block, gradio.Image))

@@ -131,7 +131,7 @@ def test_heic_is_named_with_the_way_out(brand, tmp_path):
         read_image(tmp_path / 'image.HEIC')
 
 
-@pytest.mark.skipif(not features.check('avif'), reason='needs a Pillow with AVIF')
+@pytest.mark.skipif(not features.check('avif'), reason='Pillow cannot read AVIF: pip install -U pillow')
 def test_avif_is_read_where_pillow_can(tmp_path):
     Image.new('RGB', (6, 4)).save(tmp_path / 'image.avif')
     assert read_image(tmp_path / 'image.avif').size == (6, 4)

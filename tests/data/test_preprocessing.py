@@ -25,7 +25,7 @@ PAGE = ROOT / 'hf_cards' / 'space_browser'
 NAME = 'finet_small_se_g4.tiny_in200'
 SIZES = (300, 200), (200, 311), (640, 480), (97, 33), (160, 160), (150, 900)
 
-needs_onnx = pytest.mark.skipif(not find_spec('onnxruntime'), reason='needs the extra export')
+needs_onnx = pytest.mark.skipif(not find_spec('onnxruntime'), reason='onnxruntime is missing: install the extra export')
 
 
 @pytest.fixture(scope='module')
@@ -112,7 +112,7 @@ def by_page_config(images, tmp_path, monkeypatch, request):
 
 def by_page(images, tmp_path, monkeypatch, request):
     if not shutil.which('node'):
-        pytest.skip('needs Node.js')
+        pytest.skip('Node.js is missing: install it, and put node into PATH')
     page_config(tmp_path, request)
     shutil.copy(PAGE / 'transform.js', tmp_path / 'transform.mjs')
     (tmp_path / 'run.mjs').write_text('''
@@ -136,7 +136,7 @@ def by_page(images, tmp_path, monkeypatch, request):
 
 
 def by_transformers(images, tmp_path, monkeypatch, request):
-    transformers = pytest.importorskip('transformers')
+    transformers = pytest.importorskip('transformers', reason='transformers is missing: install the extra test')
     folder = str(tmp_path / 'saved')
     save_for_hf(timm.create_model(NAME, pretrained=True), folder, safe_serialization=True)
     return transformers.AutoImageProcessor.from_pretrained(folder)(images)['pixel_values']

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', reason='triton is missing: it comes with torch for CUDA and ROCm')
 
 from timm_finet.ops import triton_passes  # noqa: E402
 
