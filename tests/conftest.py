@@ -103,6 +103,6 @@ def randomise():
 def process_group(tmp_path):
     """The process group of this process alone."""
     import torch
-    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    torch.distributed.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

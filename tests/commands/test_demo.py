@@ -25,7 +25,8 @@ def test_shipped_images_are_classified_fused_and_drawn(cli, tmp_path, monkeypatc
         assert sheet.size == (1280, 1840)
 
 
-def test_own_images_and_folders(cli, tmp_path):
+def test_own_images_and_folders(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     folder = tmp_path / 'mine'
     folder.mkdir()
     images, _ = shipped_images()
@@ -33,7 +34,7 @@ def test_own_images_and_folders(cli, tmp_path):
     images[399].convert('L').save(tmp_path / 'gray.png')
     status, out, err = cli('demo', folder, tmp_path / 'gray.png', '--output', tmp_path / 'out.png')
     assert status == 0, err
-    assert out.startswith(f'{PHOTOGRAPHS} on 2 images, ')
+    assert out.startswith(f'{PHOTOGRAPHS} on 2 images, 2 threads\n')
     for file in (folder / 'plane.jpg', tmp_path / 'gray.png'):
         percents = re.search(rf'^{re.escape(str(file))}: [\w -]+ (\d+)%, [\w -]+ (\d+)%, [\w -]+ (\d+)%$', out, re.M)
         first, second, third = map(int, percents.groups())
@@ -44,27 +45,20 @@ def test_own_images_and_folders(cli, tmp_path):
         assert sheet.size == (256, 142)
 
 
-def test_file_that_cannot_be_read_is_skipped_by_name_and_the_others_are_done(cli, tmp_path):
+def test_file_that_cannot_be_read_is_skipped_by_name_and_the_others_are_done(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
     mine = tmp_path / 'mine'
     mine.mkdir()
     shipped_images()[0][0].save(mine / 'plane.png')
     (mine / 'notes.txt').write_text('no image')
     status, out, err = cli('demo', mine, tmp_path / 'none.png', '--output', tmp_path / 'out.png')
-    assert status == 1 and f'{PHOTOGRAPHS} on 1 image, ' in out and f"\n{mine / 'plane.png'}: " in out
+    assert status == 1 and f'{PHOTOGRAPHS} on 1 image, 1 thread\n' in out and f"\n{mine / 'plane.png'}: " in out
     skipped = [line for line in err.splitlines() if 'skipped' in line]
     assert skipped == [
         f"timm-finet demo: skipped: {mine / 'notes.txt'} is not an image that Pillow can read.",
         f"timm-finet demo: skipped: {tmp_path / 'none.png'} does not exist: give images, or folders that hold some."]
     with Image.open(tmp_path / 'out.png') as sheet:
         assert sheet.width == 128
-
-
-@pytest.mark.parametrize('threads, said', [(1, '1 thread\n'), (2, '2 threads\n')])
-def test_one_thread_is_no_plural(threads, said, cli, tmp_path, monkeypatch):
-    Image.new('RGB', (32, 32)).save(tmp_path / 'own.png')
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
-    out = cli('demo', tmp_path / 'own.png', '--output', tmp_path / 'out.png')[1]
-    assert f'on 1 image, {said}' in out
 
 
 @pytest.mark.parametrize('name, message', [

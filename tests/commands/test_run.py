@@ -1,6 +1,7 @@
 """`timm-finet run`: timm's scripts with our models."""
 import http.server
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_torchrun_starts_it(script):
 
 def test_recipes_are_found_by_name(script):
     command = launch.resolve('validate', ['--config', 'recipe:cifar10_short', '--lr', '1'])
-    assert command[0] == str(script) and command[2].endswith('recipes/cifar10_short.yaml')
+    assert command[0] == str(script) and Path(command[2]).name == 'cifar10_short.yaml'
     assert command[3:] == ['--lr', '1']
     with pytest.raises(FileNotFoundError, match="recipe:none.*cifar10_short"):
         launch.resolve('validate', ['--config', 'recipe:none'])
@@ -69,7 +70,7 @@ def test_recipes_are_found_by_name(script):
 def test_unknown_scripts_are_named(script):
     with pytest.raises(FileNotFoundError, match="'trane' is unknown: use one of train"):
         launch.find_script('trane')
-    with pytest.raises(FileNotFoundError, match=r"no/such\.py"):
+    with pytest.raises(FileNotFoundError, match='such.py'):
         launch.find_script('no/such.py')
 
 
@@ -163,10 +164,10 @@ def test_a_script_that_runs_as_it_is_imported_runs_once_and_unchecked(train, tmp
 @pytest.mark.parametrize('by', ['option', 'config'])
 def test_output_that_cannot_be_written_is_refused_before_training(by, train, refused, tmp_path):
     (tmp_path / 'file').write_text('')
-    (tmp_path / 'recipe.yaml').write_text(f'output: {tmp_path}/file/runs\n')
+    (tmp_path / 'recipe.yaml').write_text(f'output: {tmp_path / "file" / "runs"}\n')
     refused(
         ['run', 'train', *(('--output', tmp_path / 'file' / 'runs') if by == 'option' else ('-c', 'recipe.yaml'))],
-        f"--output='{tmp_path}/file/runs' cannot be written to")
+        f'--output={re.escape(repr(str(tmp_path / "file" / "runs")))} cannot be written to')
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='torch finds an accelerator: run it where there is none')

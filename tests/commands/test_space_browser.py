@@ -16,11 +16,11 @@ import pytest
 FOLDER = Path(__file__).parents[2] / 'hf_cards' / 'space_browser'
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 
-playwright = pytest.importorskip('playwright.sync_api', reason='needs pip install playwright')
+playwright = pytest.importorskip('playwright.sync_api', reason='playwright is missing: pip install playwright')
 if not CHROMIUM:
-    pytest.skip('needs Chromium', allow_module_level=True)
+    pytest.skip('Chromium is missing: put it into PATH', allow_module_level=True)
 if not (FOLDER / 'models' / 'model.json').is_file():
-    pytest.skip('needs hf_cards/space_browser/build.sh to have run', allow_module_level=True)
+    pytest.skip('The page is missing its network: run hf_cards/space_browser/build.sh', allow_module_level=True)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -197,7 +197,8 @@ def test_reader_of_the_documentation_gives_pytorchs_answers(read, file, photogra
 
 @needs_onnx
 @pytest.mark.parametrize('size, crop_pct, interpolation', [
-    (75, 0.875, 'bilinear'), (64, 0.9, 'bicubic'), (32, 1.0, 'lanczos'), (33, 0.95, 'bilinear')])
+    (75, 0.875, 'bilinear'), (64, 0.9, 'bicubic'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((32, 1.0, 'lanczos'), (33, 0.95, 'bilinear')))])
 def test_reader_of_the_documentation_prepares_an_image_as_timm(
         size, crop_pct, interpolation, read, photographs, tmp_path):
     pixels = nn.Flatten()  # a network whose logits are its input

@@ -104,7 +104,7 @@ def test_statistics_of_several_processes(tmp_path):
     x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
     leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
     mean, var = torch.zeros(160), torch.ones(160)
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
     try:
         with recorded_launches() as launches:
             y, *statistics, count = MomentForm.apply(*leaves, 4, 1e-5, dist.group.WORLD, False, (mean, var, 0.3))

@@ -104,7 +104,7 @@ def prepare(
         except OSError as error:
             clear(output)
             raise OSError(f'--output={str(output)!r} cannot hold links to the images ({error.strerror}): name a folder '
-                          'on a disk that can.') from error
+                          'on a disk that can, and on Windows turn on its Developer Mode.') from error
     print(f'{len(training)} classes, {count} images to train on and {held} to validate on', flush=True)
     return command, start[1], output
 
