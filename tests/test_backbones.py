@@ -1,6 +1,5 @@
 """FBN networks as encoders of larger ones: trained a step with them, then fused with them."""
 import pytest
-import segmentation_models_pytorch as smp
 import timm
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -71,6 +70,7 @@ def test_torchvisions_feature_pyramid_trains_and_fuses(name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_segmentation_network_trains_and_fuses(name):
+    import segmentation_models_pytorch as smp  # takes seconds
     model = train_a_step(smp.Unet(f'tu-{name}', encoder_weights=None, classes=3, decoder_channels=(32, 24, 16, 16, 8)))
     fused = fuse_fbn(model, X)
     assert count(model, FBNConv2d) and not count(fused, _BatchNorm) and not count(fused, FBNConv2d)

@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d, convert_splitbn_model
 from timm.utils import freeze
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
@@ -289,6 +288,7 @@ def test_checkpointed_norms_train_as_without():
 
 
 def test_peft_trains_a_norm_that_it_saves_and_refuses_to_adapt_an_fbn_layer():
+    from peft import LoraConfig, get_peft_model  # takes seconds
     model = nn.Sequential(FBNConv2d(IN, OUT, fbn_groups=G), nn.ReLU(), nn.Conv2d(OUT, 4, 1))
     with pytest.raises(ValueError, match='(?s)Target module FBNConv2d.* is not supported'):
         get_peft_model(deepcopy(model), LoraConfig(target_modules=['0']))

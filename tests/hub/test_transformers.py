@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
+import transformers  # its parts are imported as they are named, and take seconds
 
 from timm_finet import fuse_fbn
 from timm_finet.images import TRAINING_IMAGES, shipped_images
@@ -47,8 +47,8 @@ def test_saved_network_is_the_same_in_transformers_and_in_timm(make, folder, ran
     x = inputs_of(model)
     expected = logits(model, x)
 
-    wrapped = AutoModelForImageClassification.from_pretrained(folder)
-    processed = AutoImageProcessor.from_pretrained(folder)(IMAGES)['pixel_values']
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    processed = transformers.AutoImageProcessor.from_pretrained(folder)(IMAGES)['pixel_values']
     assert torch.equal(processed, x) and torch.equal(logits(wrapped, processed), expected)
     assert wrapped.config.id2label == dict(enumerate(names or [f'LABEL_{i}' for i in range(7)]))
 
@@ -61,7 +61,7 @@ def test_pipeline_names_the_classes(folder):
     model = timm.create_model(NAME, pretrained=True)
     save_for_hf(model, folder, safe_serialization=True)
     probabilities, classes = logits(model, inputs_of(model)).softmax(1).max(1)
-    answers = pipeline('image-classification', model=folder)(IMAGES)
+    answers = transformers.pipeline('image-classification', model=folder)(IMAGES)
     for answer, probability, index in zip(answers, probabilities, classes):
         assert answer[0]['label'] == CIFAR10.classes[index]
         assert answer[0]['score'] == pytest.approx(probability.item(), abs=1e-5)
@@ -71,20 +71,20 @@ def test_pushed_network_loads_by_its_name(hub, folder):
     model = timm.create_model(NAME, pretrained=True)
     save_for_hf(model, folder, safe_serialization=True)
     push(folder, 'me/net')
-    wrapped = AutoModelForImageClassification.from_pretrained('me/net')
-    x = AutoImageProcessor.from_pretrained('me/net')(IMAGES)['pixel_values']
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained('me/net')
+    x = transformers.AutoImageProcessor.from_pretrained('me/net')(IMAGES)['pixel_values']
     assert torch.equal(logits(wrapped, x), logits(model, x)) and wrapped.config.id2label[3] == 'cat'
 
 
 def test_network_tuned_by_the_trainer_is_fused_and_saved(folder, tmp_path):
     save_for_hf(timm.create_model(NAME, pretrained=True), folder, safe_serialization=True)
     names = {0: 'vehicle', 1: 'animal'}
-    model = AutoModelForImageClassification.from_pretrained(
+    model = transformers.AutoModelForImageClassification.from_pretrained(
         folder, num_labels=2, id2label=names, ignore_mismatched_sizes=True)
-    processor, before = AutoImageProcessor.from_pretrained(folder), deepcopy(model.state_dict())
+    processor, before = transformers.AutoImageProcessor.from_pretrained(folder), deepcopy(model.state_dict())
     images, labels = shipped_images(TRAINING_IMAGES)
     data = [dict(pixel_values=x, labels=int(2 <= y <= 7)) for x, y in zip(processor(images)['pixel_values'], labels)]
-    Trainer(model, TrainingArguments(
+    transformers.Trainer(model, transformers.TrainingArguments(
         str(tmp_path / 'run'), max_steps=3, per_device_train_batch_size=20, learning_rate=1e-3, save_strategy='no',
         report_to='none', use_cpu=True, disable_tqdm=True), train_dataset=data).train()
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
@@ -98,7 +98,7 @@ def test_network_tuned_by_the_trainer_is_fused_and_saved(folder, tmp_path):
 
     model.config.model_args['fused'] = True  # the wrapper's own record, which it saves
     model.save_pretrained(folder)
-    wrapped = AutoModelForImageClassification.from_pretrained(folder)
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder)
     again = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert torch.equal(logits(wrapped, x), logits(model, x)) and torch.equal(logits(again, x), logits(model, x))
     assert wrapped.config.id2label == names and again.pretrained_cfg['label_names'] == ['vehicle', 'animal']
