@@ -23,6 +23,7 @@ def run_processes(work, folder, nprocs=2):
 
 def _run(rank, work, folder, nprocs):
     torch.set_num_threads(1)
+    torch.manual_seed(rank)
     dist.init_process_group('gloo', init_method=(Path(folder) / 'store').as_uri(), rank=rank, world_size=nprocs)
     work(rank, folder)
     dist.barrier()

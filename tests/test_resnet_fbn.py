@@ -22,7 +22,7 @@ def test_it_is_timms_resnet_but_for_fbn(name, plain, fbn_groups):
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in resnet.parameters()) + extra
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+@pytest.mark.parametrize('name', ['resnet18', pytest.param('resnet50', marks=pytest.mark.slow)])
 def test_one_group_is_timms_resnet_and_takes_its_checkpoints(name, randomise, tmp_path):
     resnet = randomise(timm.create_model(name)).eval()
     torch.save(dict(state_dict=resnet.state_dict()), tmp_path / 'plain.pth')
@@ -56,7 +56,8 @@ def test_small_input_stem():
 
 @pytest.mark.parametrize('kwargs', [
     dict(model_name='resnet18_fbn'), dict(model_name='resnet18_fbn', small_input=True),
-    dict(model_name='resnet50_fbn_g4', stem_type='deep', stem_width=32, cardinality=2)])
+    pytest.param(
+        dict(model_name='resnet50_fbn_g4', stem_type='deep', stem_width=32, cardinality=2), marks=pytest.mark.slow)])
 def test_the_deploy_form_takes_what_fuse_fbn_gives(kwargs, randomise):
     model = randomise(timm.create_model(**kwargs)).eval()
     deploy = timm.create_model(**kwargs, fused=True)

@@ -37,6 +37,7 @@ def test_file_gives_pytorchs_answers(to, tmp_path, capsys):
     torch.testing.assert_close(export.LOAD[to](str(file))(x), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('to', RUNTIMES)
 def test_int8_file_is_small_and_stays_right(to, tmp_path, capsys):
     file = tmp_path / f'model{export.SUFFIXES[to]}'
