@@ -39,6 +39,12 @@ def test_evaluation_equals_timms_loader(root):
         assert (x.dtype, target.dtype) == (y.dtype, label.dtype) and x.is_contiguous()
 
 
+def test_labels_are_transformed_where_that_is_asked_for(root):
+    dataset = create_dataset('torch/cifar10_gpu', root=root, split='validation', target_transform=lambda label: -label)
+    batches = create_loader(dataset, (3, 32, 32), 60, use_prefetcher=False, num_workers=0, crop_pct=1.0)
+    assert torch.cat([target for _, target in batches]).tolist() == (-LABELS).tolist()
+
+
 def test_every_image_comes_once_an_epoch_in_another_order(root):
     _, batches = loader(root, batch_size=20, hflip=0., **RAW)
     epochs = []
@@ -119,6 +125,8 @@ def test_an_epoch_repeats_exactly_whatever_came_before_it(root):
     (dict(auto_augment='rand-m5'), 'RandAugment.*torch/cifar10_pad2'),
     (dict(scale=(0.5, 1)), 'RandomResizedCrop.*torch/cifar10_pad2'),
     (dict(color_jitter=0.4), 'ColorJitter'),
+    (dict(color_jitter=(0, 0, 0, 0.1)), 'ColorJitter'),
+    (dict(training=False, crop_pct=0.875), 'Resize.*torch/cifar10_pad2'),
 ])
 def test_what_it_cannot_do_is_refused(root, options, message):
     _, batches = loader(root, **options)

@@ -66,7 +66,8 @@ class _OnGPU:
             raise ValueError(f"{', '.join(others)}: not done on the GPU; switch it off, or use torch/{self.name}_pad2.")
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
         self.mean, self.std = (torch.as_tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
-        self.labels = torch.tensor(self.targets, device=device)
+        labels = self.targets if self.target_transform is None else [*map(self.target_transform, self.targets)]
+        self.labels = torch.tensor(labels, device=device)
         self.images = torch.from_numpy(self.data).to(device)
         self.side = torch.arange(32, device=device)
 
