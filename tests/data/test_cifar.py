@@ -51,10 +51,13 @@ def test_every_source_gives_the_same_images(split, root):
     assert data.targets == [label for _, label in data]
 
 
-def test_labels_are_transformed_where_that_is_asked_for(tmp_path):
-    np.savez(tmp_path / 'cifar10.npz', **ARCHIVE)
-    data = create_dataset('torch/cifar10_pad2', root=str(tmp_path), split='validation', target_transform=lambda y: -y)
-    assert [label for _, label in data] == (-TEST_LABELS.astype(int)).tolist()
+def test_images_and_labels_of_every_source_are_transformed_where_that_is_asked_for(root):
+    for split, (images, labels) in SPLITS.items():
+        data = create_dataset(
+            'torch/cifar10_pad2', root=str(root), split=split, transform=lambda image: image.size,
+            target_transform=lambda label: -label)
+        assert sorted(label for _, label in data) == sorted((-labels.astype(int)).tolist())
+        assert {size for size, _ in data} == {(32, 32)} and len(data) == len(images)
 
 
 def test_training_crops_are_shifts_of_the_zero_padded_image(tmp_path):
@@ -126,6 +129,8 @@ def test_photographs_are_timms_folder_turned(tmp_path):
     for (image, label), (sideways, same) in zip(pickle.loads(pickle.dumps(ours)), timms, strict=True):
         assert (image.size, sideways.size, label) == ((4, 6), (6, 4), same)
         assert image.tobytes() == sideways.transpose(Image.Transpose.ROTATE_270).tobytes()
+    ours.transform = lambda image: image.size
+    assert ours[0] == ((4, 6), 0)
 
 
 def epochs(numbers, workers, seed=5):
