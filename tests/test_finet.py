@@ -6,7 +6,8 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save_model
-from timm.layers import create_feature_extractor
+from timm.layers import DropPath, create_feature_extractor
+from timm.models import group_parameters
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_finet import FBNConv2d, finet, fuse_fbn
@@ -144,6 +145,103 @@ def test_grad_checkpointing_changes_nothing():
         model(x).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('way', ['forward', 'forward_intermediates'])
+def test_grad_checkpointing_runs_the_blocks_again_in_the_backward_pass_alone(way):
+    model = timm.create_model('finet_small_g2', small_input=True).train()
+    calls = []
+    model.stages[1][0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        calls.clear()
+        y = getattr(model, way)(torch.randn(2, 3, 16, 16))
+        assert len(calls) == 1
+        (y[0] if way == 'forward_intermediates' else y).square().sum().backward()
+        assert len(calls) == 1 + enable
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('num_classes, pool', [(7, None), (7, 'max'), (0, '')])
+@pytest.mark.parametrize('name', ['finet_small_g2', 'resnet18_fbn'])
+def test_a_new_classifier_is_of_the_networks_mode_and_dtype(name, num_classes, pool, training):
+    model = timm.create_model(name, small_input=True, dtype=torch.bfloat16).train(training)
+    model.reset_classifier(num_classes, pool)
+    assert {module.training for module in model.modules()} == {training}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.num_classes == num_classes
+    features = model.forward_features(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16))
+    width = model.num_features
+    pooled = model.global_pool(features)
+    assert pooled.shape[2:] == ((4, 4) if pool == '' else ((1, 1) if 'finet' in name else ()))
+    if pool == 'max':
+        assert torch.equal(pooled.flatten(), features.amax((2, 3)).flatten())
+    assert model.forward_head(features).shape == ((2, 7) if num_classes else (2, width, 4, 4))
+
+
+@pytest.mark.parametrize('last', range(5))
+def test_what_lies_behind_the_last_level_is_left_out(last, randomise):
+    model = randomise(timm.create_model('finet_small_g2', small_input=True)).eval()
+    x, ran = torch.randn(1, 3, 32, 32), []
+    levels = model.forward_intermediates(x, intermediates_only=True)
+    features = model.forward_features(x)
+    for stage in model.stages:
+        stage.register_forward_pre_hook(lambda stage, args: ran.append(stage))
+    level, = model.forward_intermediates(x, indices=[last], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(level, levels[last], rtol=0, atol=0)
+    assert ran == list(model.stages[:max(0, last - 1)])
+    assert model.prune_intermediate_layers([last]) == [last]
+    assert len(model.stages) == max(0, last - 1)
+    torch.testing.assert_close(model(x), features if last == 4 else levels[last], rtol=0, atol=0)
+    assert model.num_features == model(x).shape[1] and isinstance(model.fc1, nn.Identity)
+
+
+def test_head_gives_what_it_is_asked_for():
+    """FC1 is as wide as what is pooled; before the classifier there is what it reads."""
+    model = timm.create_model('finet_small_g2', num_classes=5, global_pool='catavgmax').eval()
+    features = model.forward_features(torch.randn(2, 3, 64, 64))
+    before = model.forward_head(features, pre_logits=True)
+    assert model.fc1.conv.in_channels == 2 * model.num_features and before.shape == (2, model.num_features)
+    torch.testing.assert_close(model.classifier(before), model.forward_head(features))
+
+
+@pytest.mark.parametrize('coarse, count', [(True, 1 + 3 + 1), (False, 1 + 16 + 1)])
+def test_layers_are_grouped_by_block_or_coarsely_by_stage(coarse, count):
+    """For train.py --layer-decay: the stem, the blocks or their stages, FC1 with the last of them, the classifier."""
+    model = timm.create_model('finet_small_se_g2')
+    groups = group_parameters(model, model.group_matcher(coarse))
+    assert len(groups) == count and sum(map(len, groups.values())) == len(list(model.parameters()))
+    assert groups[0] and all(name.startswith('stem') for name in groups[0])
+
+
+@pytest.mark.parametrize('name', ['finet_small_se_g2', 'resnet18_fbn'])
+def test_affine_off_drops_the_terms_of_fbn_alone(name):
+    model = timm.create_model(name, affine=False)
+    of_fbn = {m.bn for m in model.modules() if isinstance(m, FBNConv2d)}
+    others = {m for m in model.modules() if isinstance(m, _BatchNorm)} - of_fbn
+    assert of_fbn and not any(bn.affine for bn in of_fbn) and others and all(bn.affine for bn in others)
+
+
+@pytest.mark.parametrize('small_input', [True, False])
+@pytest.mark.parametrize('name', ['finet_small_se_g4', 'resnet18_fbn'])
+def test_network_is_built_on_the_device_and_in_the_dtype_that_are_given(name, small_input):
+    model = timm.create_model(name, small_input=small_input, device='meta', dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {(t.device.type, t.dtype) for t in tensors} <= {('meta', torch.bfloat16), ('meta', torch.int64)}
+
+
+@pytest.mark.parametrize('name', ['finet_small_se_g4', 'resnet18_fbn'])
+def test_images_of_other_channels_keep_a_stem_of_plain_batchnorm(name):
+    model = timm.create_model(name, in_chans=4).eval()  # which the groups would divide
+    stem = model.get_submodule(model.pretrained_cfg['first_conv'])
+    assert (model.in_chans if 'finet' in name else stem.in_channels) == 4 and type(stem) is nn.Conv2d
+    assert model(torch.randn(1, 4, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('name', ['finet_small_g2', 'resnet18_fbn'])
+def test_stochastic_depth_and_dropout_reach_the_network(name):
+    model = timm.create_model(name, drop_path_rate=0.25, drop_rate=0.5)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert model.drop_rate == 0.5 and max(rates) == pytest.approx(0.25) and rates == sorted(rates)
 
 
 @pytest.mark.parametrize('name, part', [

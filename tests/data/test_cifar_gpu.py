@@ -17,8 +17,8 @@ def root(tmp_path):
 
 def loader(root, name='cifar10_gpu', training=True, **options):
     dataset = create_dataset(f'torch/{name}', root=root, split='train' if training else 'validation')
-    return dataset, create_loader(dataset, (3, 32, 32), **{**dict(
-        batch_size=25, is_training=training, use_prefetcher=False, num_workers=0, scale=(1, 1), ratio=(1, 1),
+    return dataset, create_loader(dataset, **{**dict(
+        input_size=(3, 32, 32), batch_size=25, is_training=training, use_prefetcher=False, num_workers=0, scale=(1, 1), ratio=(1, 1),
         color_jitter=0, interpolation='bilinear', crop_pct=1.0, mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616)), **options})
 
@@ -126,6 +126,7 @@ def test_an_epoch_repeats_exactly_whatever_came_before_it(root):
     (dict(scale=(0.5, 1)), 'RandomResizedCrop.*torch/cifar10_pad2'),
     (dict(color_jitter=0.4), 'ColorJitter'),
     (dict(color_jitter=(0, 0, 0, 0.1)), 'ColorJitter'),
+    (dict(input_size=(3, 48, 48)), 'RandomResizedCrop.*torch/cifar10_pad2'),
     (dict(training=False, crop_pct=0.875), 'Resize.*torch/cifar10_pad2'),
 ])
 def test_what_it_cannot_do_is_refused(root, options, message):

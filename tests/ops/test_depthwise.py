@@ -22,11 +22,12 @@ def names(y):
     return {y.grad_fn.name()} | {node.name() for node, _ in y.grad_fn.next_functions if node}
 
 
-@pytest.mark.parametrize('kernel, stride, size', [(3, 2, (8, 8)), (3, 2, (7, 9)), (5, 2, (9, 8)), (3, 3, (10, 11))])
+@pytest.mark.parametrize('kernel, stride, size', [
+    (3, (2, 2), (8, 8)), (3, (2, 2), (7, 9)), (5, (2, 2), (9, 8)), (3, (3, 3), (10, 11)), (3, (2, 1), (8, 9))])
 def test_gradients_equal_conv2ds_in_float64(kernel, stride, size):
     x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 1, kernel, kernel, dtype=torch.float64, requires_grad=True)
-    fast = _Strided.apply(x, weight, (stride, stride), (kernel // 2, kernel // 2))
+    fast = _Strided.apply(x, weight, stride, (kernel // 2, kernel // 2))
     slow = F.conv2d(x, weight, None, stride, kernel // 2, 1, 6)
     grad = torch.randn_like(slow)
     torch.testing.assert_close(
@@ -51,17 +52,39 @@ def test_bfloat16_training_takes_the_fast_way_and_equals_conv2d(memory_format):
     torch.testing.assert_close(*grads, rtol=0.01, atol=0.01)
 
 
-def test_everywhere_else_it_is_conv2d():
-    """In float32, at stride 1, exported and scripted."""
+@pytest.mark.parametrize('dtype, autocast, stride, training, is_fast', [
+    (torch.float32, torch.bfloat16, 2, True, True), (torch.bfloat16, None, 2, True, True),
+    (torch.float16, None, 2, True, True), (torch.float32, torch.float16, 3, True, True),
+    (torch.float32, None, 2, True, False), (torch.float64, torch.bfloat16, 2, True, False),
+    (torch.float32, torch.bfloat16, 1, True, False), (torch.float32, torch.bfloat16, 2, False, False)])
+def test_the_fast_way_is_for_training_with_a_stride_in_16_bits(dtype, autocast, stride, training, is_fast):
+    layer = DepthwiseConv2d(8, 3, stride, dtype=dtype).train(training)
+    x, other = torch.randn(2, 8, 8, 8).to(dtype), twin(layer)
+    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+        y, expected = layer(x), other(x)
+    assert ('_StridedBackward' in names(y)) == is_fast
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-2)  # the dtype too
+
+
+def test_exported_and_scripted_it_is_conv2d():
     x = torch.randn(2, 8, 8, 8)
-    assert '_StridedBackward' not in names(DepthwiseConv2d(8, 3, 2)(x))
-    with torch.autocast('cpu', torch.bfloat16):
-        assert '_StridedBackward' not in names(DepthwiseConv2d(8, 3)(x))
     layer = DepthwiseConv2d(8, 3, 2).eval()
     exported = torch.export.export(layer, (x,))
     assert [n.target for n in exported.graph.nodes if n.op == 'call_function'] == [torch.ops.aten.conv2d.default]
     torch.testing.assert_close(torch.jit.script(deepcopy(layer))(x), layer(x))
     assert list(layer.state_dict()) == ['weight']
+    in_training = torch.export.export(DepthwiseConv2d(8, 3, 2, dtype=torch.bfloat16), (x.bfloat16(),))
+    assert torch.ops.aten.conv2d.default in [node.target for node in in_training.graph.nodes]
+
+
+def test_frozen_layers_and_images_get_no_gradient():
+    x, layer = torch.randn(2, 8, 8, 8, dtype=torch.bfloat16), DepthwiseConv2d(8, 3, 2, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and x.grad is None
+    layer.requires_grad_(False)
+    layer.weight.grad = None
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.weight.grad is None and x.grad is not None
 
 
 def test_fused_it_is_a_plain_convolution(randomise):
