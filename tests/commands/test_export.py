@@ -3,12 +3,16 @@ import argparse
 import json
 import re
 import sys
+import types
 from ast import literal_eval
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
 import timm
 import torch
+import torch.nn as nn
+from PIL import Image
 
 from timm_finet import fuse_fbn
 from timm_finet.commands import export
@@ -44,6 +48,13 @@ def test_int8_file_is_small_and_stays_right(to, tmp_path, capsys):
     main(['export', NAME, '--to', to, '--int8', '--output', str(file)])
     before, after = re.search(r'right: ([\d.]+)% in PyTorch, ([\d.]+)% in the file', capsys.readouterr().out).groups()
     assert float(after) > float(before) - 3 and file.stat().st_size / 2 ** 20 < 2
+    if to == 'onnx':  # each output channel has a scale of its own
+        import onnx
+        graph = onnx.load(file).graph
+        shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        scales = [(shapes[node.input[0]], shapes[node.input[1]]) for node in graph.node
+                  if node.op_type == 'DequantizeLinear' and len(shapes.get(node.input[0], ())) == 4]
+        assert scales and all(scale == weight[:1] for weight, scale in scales)
 
 
 @pytest.mark.parametrize('to', RUNTIMES[:1])
@@ -168,11 +179,117 @@ def test_network_of_other_classes_is_not_scored_on_the_shipped_images(
 
 def test_calibration_takes_some_of_a_whole_training_set(trained, exported, tmp_path, monkeypatch):
     file, _ = trained(dataset='')
-    for name in 'abcde':
+    for level, name in enumerate('abcde'):
         (tmp_path / 'train' / name).mkdir(parents=True)
-        shipped_images()[0][0].save(tmp_path / 'train' / name / '0.png')
+        Image.new('L', (48, 48), 50 * level).save(tmp_path / 'train' / name / '0.png')
     monkeypatch.setattr(export, 'CALIBRATION', 3)
-    assert len(exported('--checkpoint', file, '--int8', '--calibration', tmp_path / 'train')['calibration']) == 3
+    taken = exported('--checkpoint', file, '--int8', '--calibration', tmp_path / 'train')['calibration']
+    levels = ((taken * 0.4 + 0.1) * 255).round()[:, 0, 0, 0]  # the first channel, normalised
+    assert levels.tolist() == [0, 100, 200]  # not the first three: these may be of one class
+
+
+@pytest.fixture
+def fewer(monkeypatch):
+    """A tenth of the shipped images: of each class as many."""
+    monkeypatch.setattr(export, 'shipped_images', lambda *args: [part[::10] for part in shipped_images(*args)])
+
+
+def test_int8_of_cifar10_is_calibrated_on_shipped_images_of_the_training_set(trained, exported, fewer):
+    file, _ = trained(dataset='torch/cifar10_pad2')
+    seen = exported('--checkpoint', file, '--int8')
+    transform = timm.data.create_transform((3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    expected = torch.stack([transform(image) for image in shipped_images(TRAINING_IMAGES)[0][::10]])
+    torch.testing.assert_close(seen['calibration'], expected)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_a_file_is_tried_with_as_many_images_at_a_time_as_it_is_for(dynamic, trained, exported, fewer, monkeypatch):
+    file, _ = trained(dataset='torch/cifar10_pad2')
+    sizes, load = set(), export.LOAD['onnx']
+    monkeypatch.setitem(export.LOAD, 'onnx', lambda file: lambda x: sizes.add(len(x)) or load(file)(x))
+    exported('--checkpoint', file, *['--dynamic-batch'] * dynamic)
+    assert max(sizes) > 1 if dynamic else sizes == {1}
+
+
+@pytest.mark.parametrize('wrong, factor, int8, refused', [
+    (0, 1.0009, False, ''), (0, 1.0011, False, r'equal top-1 and a difference of 0\.001 of the largest logit'),
+    (1, 1, False, '100% equal top-1'), (2, 1.5, True, ''), (3, 1, True, '95% equal top-1 are asked for')])
+def test_a_file_may_disagree_by_rounding_alone(
+        wrong, factor, int8, refused, trained, exported, fewer, monkeypatch, capsys):
+    """In int8 on one image in twenty, here two of forty; else on none, and in the logits by a thousandth."""
+    file, _ = trained(dataset='torch/cifar10_pad2')
+    saved = torch.load(file, weights_only=False)
+    saved['state_dict_ema']['classifier.weight'].zero_()
+    logits = saved['state_dict_ema']['classifier.bias'] = torch.tensor([1, 1 - 1e-4, *[0.] * 8])
+    torch.save(saved, file)
+    given = iter([logits[[1, 0, *range(2, 10)]]] * wrong + [logits] * (40 - wrong))
+    monkeypatch.setitem(export.LOAD, 'onnx', lambda file: lambda x: factor * next(given)[None])
+    with pytest.raises(SystemExit) if refused else nullcontext():
+        exported('--checkpoint', file, *['--int8'] * int8)
+    out, err = capsys.readouterr()
+    assert re.search(f'is not written, it disagrees: .*{refused}' if refused else '^$', err)
+    assert f'right: 10.00% in PyTorch, {10 - 2.5 * wrong:.2f}% in the file' in out  # the first four images are airplanes
+
+
+@pytest.mark.parametrize('by', ['name', 'checkpoint'])
+def test_random_weights_are_said_to_be_random(by, trained, exported, monkeypatch, capsys):
+    monkeypatch.setattr(export, 'shipped_images', lambda: [part[:1] for part in shipped_images()])
+    exported(*(['--checkpoint', trained(dataset='')[0]] if by == 'checkpoint' else ['--img-size', 32]))
+    assert ('its weights are random' in capsys.readouterr().out) == (by == 'name')
+
+
+class Recorded(nn.Module):
+    def __init__(self, model, quantizer):
+        super().__init__()
+        self.model, self.quantizer, self.seen = model, quantizer, []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return self.model(x)
+
+
+class Converted(nn.Module):
+    def __init__(self, prepared):
+        super().__init__()
+        self.prepared = [prepared]
+
+    def forward(self, x):
+        return self.prepared[0].model(x).mul(2)
+
+
+@pytest.mark.parametrize('int8', [False, True])
+def test_executorch_is_asked_for_xnnpack_and_int8_per_channel_on_every_calibration_image(int8, monkeypatch, tmp_path):
+    """Stand-ins for both packages: what they are asked for, and not what they make of it."""
+    seen = {}
+
+    def lower(program, partitioner):
+        seen.update(program=program, partitioner=partitioner)
+        return types.SimpleNamespace(to_executorch=lambda: types.SimpleNamespace(buffer=b'program'))
+
+    def convert(prepared):
+        seen.update(prepared=prepared)
+        return Converted(prepared)
+    quantizer = types.SimpleNamespace(set_global=lambda config: config)
+    members = {
+        'executorch.backends.xnnpack.partition.xnnpack_partitioner': dict(XnnpackPartitioner=lambda: 'xnnpack'),
+        'executorch.exir': dict(to_edge_transform_and_lower=lower),
+        'executorch.backends.xnnpack.quantizer.xnnpack_quantizer': dict(
+            XNNPACKQuantizer=lambda: quantizer, get_symmetric_quantization_config=lambda **config: config),
+        'torchao.quantization.pt2e.quantize_pt2e': dict(prepare_pt2e=Recorded, convert_pt2e=convert)}
+    for name, attributes in members.items():
+        for i in range(1, name.count('.') + 2):
+            monkeypatch.setitem(sys.modules, '.'.join(name.split('.')[:i]), types.ModuleType(name))
+        for attribute, value in attributes.items():
+            setattr(sys.modules[name], attribute, value)
+    model, x = nn.Conv2d(3, 2, 1).eval(), torch.randn(1, 3, 4, 4)
+    calibration = torch.randn(5, 3, 4, 4) if int8 else None
+    export.WRITE['executorch'](model, x, str(tmp_path / 'model.pte'), calibration)
+    assert (tmp_path / 'model.pte').read_bytes() == b'program' and seen['partitioner'] == ['xnnpack']
+    torch.testing.assert_close(seen['program'].module()(x), model(x) * (2 if int8 else 1))
+    if int8:
+        assert seen['prepared'].quantizer == dict(is_per_channel=True)
+        assert [len(image) for image in seen['prepared'].seen] == [1] * 5
+        assert torch.equal(torch.cat(seen['prepared'].seen), calibration)
 
 
 def test_interrupted_export_ends_in_one_line_and_leaves_no_file(cli, tmp_path, monkeypatch):
