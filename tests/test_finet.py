@@ -237,6 +237,22 @@ def test_images_of_other_channels_keep_a_stem_of_plain_batchnorm(name):
     assert model(torch.randn(1, 4, 64, 64)).shape == (1, 1000)
 
 
+@pytest.mark.parametrize('size', [7, 500])
+def test_groups_of_a_size_that_divides_no_width_divide_a_wider_one(size):
+    model = timm.create_model('finet_small', fbn_group_size=size)
+    layers = [m for m in model.modules() if isinstance(m, FBNConv2d)]
+    assert {m.fbn_groups for m in layers} == {max(1, m.in_channels // size) for m in layers}
+    assert all(0 <= info['num_chs'] - chs < 7 for info, chs in zip(model.feature_info[1:], (24, 30, 60, 120)))
+
+
+def test_convolution_and_norm_that_cannot_be_fused_are_left():
+    model = timm.create_model('finet_small')
+    with pytest.raises(RuntimeError, match='in train mode has no fixed statistics'):
+        model.stem.fuse()
+    model.eval().stem.bn = nn.GroupNorm(2, 24).eval()
+    assert isinstance(model.stem.fuse().bn, nn.GroupNorm)
+
+
 @pytest.mark.parametrize('name', ['finet_small_g2', 'resnet18_fbn'])
 def test_stochastic_depth_and_dropout_reach_the_network(name):
     model = timm.create_model(name, drop_path_rate=0.25, drop_rate=0.5)

@@ -1,5 +1,6 @@
 """convert_fbn: which pairs become FBN layers, and what of them stays."""
 import logging
+from copy import deepcopy
 
 import pytest
 import timm
@@ -7,7 +8,7 @@ import torch
 import torch.nn as nn
 from nets import SMALL, X, SelfPadding, sequence
 
-from timm_finet import FBNConv2d, convert_fbn
+from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
 
 
 @pytest.mark.parametrize('layers', [
@@ -100,3 +101,75 @@ def test_norms_that_share_their_parameters_are_not_converted():
     model[3].weight = model[1].weight
     with pytest.raises(ValueError, match='no convolution'):
         convert_fbn(model, 2)
+
+
+PAIRS = dict(
+    dilation=(dict(kernel_size=3, padding=2, dilation=2), {}),
+    sides=(dict(kernel_size=(3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), {}),
+    no_bias=(dict(bias=False), {}),
+    eps=({}, dict(eps=0.1)),
+    momentum=({}, dict(momentum=0.3)),
+    no_affine=({}, dict(affine=False)),
+)
+
+
+@pytest.mark.parametrize('example', [None, SMALL])
+@pytest.mark.parametrize('case', PAIRS)
+def test_a_converted_pair_does_the_same_in_training_and_after_it(case, example, randomise):
+    conv, norm = PAIRS[case]
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, **{'kernel_size': 1, **conv}), nn.BatchNorm2d(4, **norm))).double()
+    model[1].num_batches_tracked.fill_(7)
+    fused = fuse_fbn(deepcopy(model).eval(), example)
+    assert isinstance(fused[1], nn.Identity)
+    torch.testing.assert_close(fused(SMALL), deepcopy(model).eval()(SMALL))
+    for fbn_groups in (1, 2):
+        torch.testing.assert_close(convert_fbn(model, fbn_groups, example_inputs=example).eval()(SMALL),
+                                   deepcopy(model).eval()(SMALL))
+    converted = convert_fbn(model, 1, example_inputs=example)
+    assert isinstance(converted[0], FBNConv2d)
+    for training in (True, True, False):
+        torch.testing.assert_close(converted.train(training)(SMALL), model.train(training)(SMALL))
+    bn = converted[0].bn
+    assert bn.num_batches_tracked == model[1].num_batches_tracked == 9
+    torch.testing.assert_close(fuse_fbn(converted, example)(SMALL), model(SMALL))
+
+
+def padded(mode):
+    return lambda: (nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize('example', [None, SMALL])
+@pytest.mark.parametrize('layers', [
+    padded('reflect'), padded('replicate'), padded('circular'),
+    lambda: (nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4)),
+    lambda: (nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)),
+    lambda: (nn.Conv2d(4, 4, 3, padding='valid'), nn.BatchNorm2d(4))],
+    ids=['reflect', 'replicate', 'circular', 'synchronised', 'transposed', 'valid'])
+def test_pairs_that_fuse_and_are_not_converted(layers, example, randomise):
+    model = randomise(nn.Sequential(*layers(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()).eval()
+    converted, fused = convert_fbn(model, 2, example_inputs=example), fuse_fbn(model, SMALL)
+    assert [type(layer) for layer in converted] == [type(model[0]), type(model[1]), FBNConv2d, nn.Identity]
+    assert [type(layer) for layer in fused] == [type(model[0]), nn.Identity, nn.Conv2d, nn.Identity]
+    for network in (converted, fused):
+        torch.testing.assert_close(network(SMALL), model(SMALL))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_norms_of_a_wider_dtype_than_the_weights_keep_it(dtype, randomise):
+    """As in networks in which normalisation is left in float32."""
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).eval()
+    model[0].to(dtype)
+    layer, = (m for m in convert_fbn(model, 2).modules() if isinstance(m, FBNConv2d))
+    assert layer.weight.dtype == dtype
+    assert {t.dtype for t in (layer.bn.running_mean, layer.bn.running_var, layer.bn.weight, layer.bn.bias)} == {
+        torch.float32}
+    fused, exact = fuse_fbn(model)[0], fuse_fbn(deepcopy(model).double())[0]
+    assert fused.weight.dtype == fused.bias.dtype == dtype
+    torch.testing.assert_close(fused.weight, exact.weight.to(dtype), rtol=0, atol=0)  # rounded once, at the end
+    torch.testing.assert_close(fused.bias, exact.bias.to(dtype), rtol=0, atol=0)
+
+
+def test_what_is_converted_in_a_wrapper_is_converted_as_asked():
+    model = convert_fbn(nn.DataParallel(timm.create_model('test_resnet')), 1, affine=False, save_memory=True)
+    layers = [m for m in model.modules() if isinstance(m, FBNConv2d)]
+    assert layers and all(m.save_memory and not m.bn.affine for m in layers)
