@@ -14,12 +14,13 @@ from PIL import Image
 from timm.data import create_dataset
 
 from timm_finet.commands import finetune
-from timm_finet.images import shipped_images
+from timm_finet.images import contact_sheet, shipped_images
 from timm_finet.data.datasets import CIFAR10
 
 WEIGHTS = 'finet_small_g4.cifar10'
 
-# Takes its arguments as timm's does. Its best checkpoint is what it starts from, weights that know CIFAR-10's classes.
+# Takes its arguments as timm's does. Its best checkpoint is what it starts from, weights that know CIFAR-10's classes;
+# its last one is spoiled.
 STAND_IN = """
 import argparse, timm, torch, yaml
 from pathlib import Path
@@ -49,8 +50,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'args.yaml').write_text('')
     assert args.epochs, 'no epochs'
-    for name in ('last', 'model_best'):
+    for name in ('model_best', 'last'):
         torch.save(dict(state_dict=model.state_dict(), args=args), folder / f'{name}.pth.tar')
+        torch.nn.init.zeros_(model.get_classifier().weight)
 
 if __name__ == '__main__':
     main()
@@ -80,6 +82,50 @@ def write_classes(folder, count, classes=CIFAR10.classes, first=0):
     return folder
 
 
+@torch.inference_mode()
+def judge(folder):
+    """Counts by class and guess of images in class folders, and the mistakes with their titles, the surest first."""
+    model = timm.create_model(WEIGHTS, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    counts, mistakes = [[0] * 10 for _ in range(10)], []
+    for label, name in enumerate(CIFAR10.classes):
+        for file in sorted((folder / name).iterdir()):
+            image = Image.open(file)
+            sure, guess = (value.item() for value in model(transform(image)[None]).softmax(1)[0].max(0))
+            counts[label][guess] += 1
+            if guess != label:
+                mistakes.append((sure, image, f'{CIFAR10.classes[guess]} {sure:.0%}\nnot {name}'))
+    return counts, [mistake[1:] for mistake in sorted(mistakes, key=lambda mistake: -mistake[0])]
+
+
+def test_confusion_has_a_row_a_class_and_a_column_a_guess_blue_where_right(tmp_path):
+    counts = [[3, 1, 0], [0, 0, 2], [0, 0, 0]]
+    finetune.draw_confusion(counts, ['ant', 'bee', 'a name that is longer than others'], str(tmp_path / 'sheet.png'))
+    with Image.open(tmp_path / 'sheet.png') as sheet:
+        margin = sheet.width - 3 * 32 - 8
+        cells = [[sheet.getpixel((margin + j * 32 + 3, 8 + i * 32 + 3)) for j in range(3)] for i in range(3)]
+        assert margin > 100 and sheet.height == sheet.width
+        assert sheet.crop((0, 8, margin, 104)).getcolors(1 << 16)[0][0] < margin * 96  # the names
+    white = (255, 255, 255)
+    pale = [round(255 - 155 * share) for share in (3 / 4, 1 / 4, 1)]  # of the class's images
+    assert cells == [
+        [(pale[0], pale[0], 255), (255, pale[1], pale[1]), white], [white, white, (255, pale[2], pale[2])], [white] * 3]
+
+
+def test_of_many_mistakes_sixty_are_drawn(stand_in, cli, tmp_path):
+    script = tmp_path / 'scripts' / 'train.py'
+    spoil = 'torch.nn.init.zeros_(model.get_classifier().weight)\nfolder = Path('
+    script.write_text(STAND_IN.replace('folder = Path(', spoil))
+    write_classes(tmp_path / 'mine' / 'train', 1, CIFAR10.classes[:3])
+    write_classes(tmp_path / 'mine' / 'valid', 40, CIFAR10.classes[:3], first=0)
+    status, out, err = cli(
+        'finetune', 'mine', '--weights', WEIGHTS, '--output', 'out', '--epochs', 1, '--workers', 0)
+    assert status == 0, err
+    assert '33.33% of 120 validation images right' in out  # all are taken for one class
+    with Image.open('out/mistakes.png') as sheet:
+        assert sheet.size == (11 * 112, 6 * (112 + 28))
+
+
 def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
 
@@ -100,7 +146,7 @@ def test_train_py_trains_and_its_best_accuracy_is_reported(tmp_path):
 
 
 def test_class_folders_are_split_judged_and_drawn_and_the_next_commands_work(stand_in, cli, tmp_path):
-    write_classes(tmp_path / 'my images', 20)
+    write_classes(tmp_path / 'my images', 20, first=20)
     before = files(tmp_path / 'my images')
     status, out, err = cli(
         'finetune', 'my images', '--weights', WEIGHTS, '--output', 'out', '--epochs', 1, '--workers', 0)
@@ -113,11 +159,14 @@ def test_class_folders_are_split_judged_and_drawn_and_the_next_commands_work(sta
 
     top1 = float(re.search(r'model_best.pth.tar: ([\d.]+)% of 40 validation images right', out)[1])
     assert 80 <= top1 < 100  # these weights' top-1 is 90%
-    with Image.open('out/mistakes.png') as sheet:
-        columns = min(11, round(40 * (1 - top1 / 100)))
-        assert sheet.size[0] == 112 * columns
-    with Image.open('out/confusion.png') as sheet:
-        assert sheet.width == sheet.height > 320 + 8  # cells of 32, a margin, and the names
+    counts, mistakes = judge(Path('out/images/validation'))
+    assert top1 == pytest.approx(100 * sum(counts[i][i] for i in range(10)) / 40) and len(mistakes) > 1
+    images, titles = zip(*mistakes)
+    contact_sheet(images, titles, [False] * len(titles), 'mistakes.png', size=112)
+    finetune.draw_confusion(counts, CIFAR10.classes, 'confusion.png')
+    for name in ('mistakes.png', 'confusion.png'):
+        with Image.open(name) as expected, Image.open(f'out/{name}') as drawn:
+            assert expected.size == drawn.size and expected.tobytes() == drawn.tobytes()
 
     export, push = (shlex.split(line)[1:] for line in out.splitlines() if line.startswith('timm-finet '))
     assert 'right: ' in cli(*export)[1]  # of the shipped images: the classes are in the checkpoint
@@ -202,6 +251,31 @@ def test_split_is_of_each_class_and_always_alike():
     assert {name: len(images) for name, images in held.items()} == {'a': 1, 'b': 1, 'c': 10}
     assert all(sorted(training[name] + held[name]) == sorted(classes[name]) for name in classes)
     assert (training, held) == finetune.hold_out(classes)
+
+
+def test_images_held_out_are_drawn_from_the_whole_class():
+    """What lies side by side in a folder is often alike."""
+    images = [Path('a', f'{i:03}') for i in range(100)]
+    held = finetune.hold_out({'a': images})[1]['a']
+    assert all(any(file in held for file in images[i:i + 50]) for i in range(0, 100, 50))
+
+
+@pytest.mark.parametrize('name', ['validation', 'val', 'valid'])
+def test_images_apart_are_validated_on_and_hidden_folders_are_none(name, stand_in, tmp_path):
+    write_classes(tmp_path / 'mine' / 'train', 2, CIFAR10.classes[:2])
+    write_classes(tmp_path / 'mine' / name, 1, CIFAR10.classes[:2], first=9)
+    (tmp_path / 'mine' / 'train' / '.thumbnails').mkdir()
+    training, validation = finetune.find_images(tmp_path / 'mine')
+    assert list(training) == list(validation) == list(CIFAR10.classes[:2])
+    assert {file.name for images in validation.values() for file in images} == {'9.png'}
+
+
+@pytest.mark.parametrize('option', ['--class-map', '--data-dir', '--dataset', '--experiment', '--model'])
+@pytest.mark.parametrize('join', [lambda option: [f'{option}=x'], lambda option: [option, 'x']], ids=['=', 'apart'])
+def test_options_that_finetune_sets_are_refused(option, join, stand_in, refused, tmp_path):
+    write_classes(tmp_path / 'mine', 2, CIFAR10.classes[:2])
+    refused(['finetune', 'mine', '--output', 'out', *join(option)], f'^timm-finet finetune: {option} is not for')
+    assert not Path('out').exists()
 
 
 def no_images(folder):
