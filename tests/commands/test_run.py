@@ -2,6 +2,7 @@
 import http.server
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,9 +126,11 @@ parser.add_argument('--device', default='cuda')
 parser.add_argument('--pretrained', action='store_true')
 for name in ('num-classes', 'img-size', 'input-size'):
     parser.add_argument(f'--{name}', type=int)
-for name in ('data-dir', 'dataset', 'model', 'output', 'resume', 'train-split'):
+for name in (
+        'data-dir', 'dataset', 'model', 'output', 'resume', 'initial-checkpoint', 'pretrained-path', 'train-split'):
     defaults = {'dataset': 'hfids/x', 'model': 'finet_small', 'train-split': 'train'}
     parser.add_argument(f'--{name}', default=defaults.get(name))
+parser.add_argument('--dataset-download', action='store_true')
 parser.add_argument('--device-modules', nargs='+')
 
 def main():
@@ -188,6 +191,60 @@ def test_device_that_was_given_stays(by, train, tmp_path):
     assert json.loads(out)['device'] == 'meta' and err == ''
 
 
+@pytest.mark.parametrize('size', [['--img-size', '64'], ['--input-size', '3']])
+def test_size_that_was_given_stays(size, train, classes, tmp_path):
+    args = ['--pretrained', '--dataset', '', '--data-dir', 'data', '--model', 'finet_small_g4.cifar10', *size]
+    status, out, err = train(*args)
+    assert status == 0 and '--img-size 32' not in err and json.loads(out)[size[0][2:].replace('-', '_')] == int(size[1])
+
+
+@pytest.mark.parametrize('rank, says', [('0', True), ('1', False)])
+def test_of_several_processes_the_first_speaks(rank, says, train, classes, monkeypatch):
+    monkeypatch.setenv('RANK', rank)
+    status, out, err = train('--dataset', '', '--data-dir', 'data')
+    assert json.loads(out)['num_classes'] == 4 and ('takes --num-classes 4' in err) == says
+
+
+@pytest.mark.parametrize('args', [
+    ['--dataset', 'torch/cifar10_sample'],
+    ['--dataset', 'torch/cifar10_pad2', '--data-dir', 'none', '--dataset-download']])
+def test_data_that_need_no_folder_or_are_yet_to_come_are_not_asked_for(args, train):
+    status, out, err = train(*args)
+    assert status == 0 and json.loads(out)['num_classes'] == 10, err
+
+
+VALIDATE = '''
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument('data', nargs='?')
+for name in ('data-dir', 'dataset', 'split', 'model', 'checkpoint'):
+    parser.add_argument(f'--{name}', default='hfids/x' if name == 'dataset' else '')
+parser.add_argument('--num-classes', type=int)
+if __name__ == '__main__':
+    print(parser.parse_args().model)
+'''
+
+
+@pytest.mark.parametrize('model', ['', 'all', 'finet_*', 'resnet?8', 'names.txt'])
+def test_validate_takes_patterns_and_files_of_names(model, script, cli, monkeypatch):
+    script.write_text(VALIDATE)
+    monkeypatch.chdir(script.parent)
+    Path('names.txt').write_text('finet_small')
+    assert cli('run', 'validate', '--model', model) == (0, f'{model}\n', '')
+
+
+@pytest.mark.parametrize('split, right', [('validation', 3), ('train', 4)])
+def test_validate_counts_the_classes_of_its_split(split, right, script, cli, refused, classes):
+    script.write_text(VALIDATE)
+    data = script.parent / 'data'
+    for folder in sorted((data / 'train').iterdir())[:3]:
+        shutil.copytree(folder, data / 'validation' / folder.name)
+    args = ['run', 'validate', '--dataset', '', '--data-dir', data, '--split', split, '--model', 'finet_small']
+    assert cli(*args, '--num-classes', right)[0] == cli(*args)[0] == 0
+    refused([*args, '--num-classes', right + 1], f'--num-classes={right + 1} does not fit: the data set has {right} cl')
+    refused([*args, '--num-classes', 2], f'--num-classes=2 does not fit: the data set has {right} classes')
+
+
 BAD = dict(
     model=(['--model', 'finet_smal'], "--model='finet_smal' is unknown: did you mean finet_small"),
     tag=(['--model', 'finet_small_g4.cifar'], "--model='finet_small_g4.cifar' is unknown: "),
@@ -195,12 +252,14 @@ BAD = dict(
     data=(['--dataset', '', '--data-dir', 'none'], "--data-dir='none' does not exist"),
     empty=(['--dataset', '', '--data-dir', 'empty'], "--data-dir='empty': Found 0 images"),
     resume=(['--resume', 'no.pth.tar'], "--resume='no.pth.tar' does not exist"),
+    initial=(['--initial-checkpoint', 'no.pth'], "--initial-checkpoint='no.pth' does not exist"),
+    pretrained=(['--pretrained-path', 'no.pth'], "--pretrained-path='no.pth' does not exist"),
     classes=(
         ['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
     untold=(['--pretrained', '--dataset', 'hfids/x'], '--num-classes is missing'),
     device=(['--device', 'gpu'], "--device='gpu' is no device of torch: use cpu or cuda"),
     misspelt=(['--outptu', 'x'], 'unrecognized arguments: --outptu: did you mean --output\\?'),
-    ambiguous=(['--data', 'x'], 'ambiguous option: --data could match --data-dir, --dataset$'),
+    ambiguous=(['--data', 'x'], 'ambiguous option: --data could match --data-dir, --dataset'),
     no_number=(['--num-classes', 'x'], "argument --num-classes: invalid int value: 'x'$"),
     module=(['--device-modules', 'no_module'], "--device-modules='no_module' cannot be imported: No module named"),
 )
