@@ -84,7 +84,7 @@ def test_sheet_has_images_row_by_row_their_middle_alone_and_wrong_names_in_red(t
         for i, (colour, ok) in enumerate(zip(colours, right)):
             x, y = i % 20 * 64, i // 20 * 78
             for corner in ((x + 2, y + 2), (x + 61, y + 2), (x + 2, y + 61), (x + 61, y + 61)):
-                assert sheet.getpixel(corner) == pytest.approx(colour, abs=2)  # resized
+                assert sheet.getpixel(corner) == pytest.approx(colour, abs=8)  # resized
             darkest = min(sheet.crop((x, y + 64, x + 64, y + 78)).getcolors(1 << 12), key=lambda pair: pair[1][1])[1]
             assert (max(darkest) < 128) == ok and (darkest[0] > 200) == (not ok)
 
