@@ -228,7 +228,7 @@ def test_a_file_may_disagree_by_rounding_alone(
         exported('--checkpoint', file, *['--int8'] * int8)
     out, err = capsys.readouterr()
     assert re.search(f'is not written, it disagrees: .*{refused}' if refused else '^$', err)
-    assert f'right: 10.00% in PyTorch, {10 - 2.5 * wrong:.2f}% in the file' in out  # the first four images are airplanes
+    assert f'right: 10.00% in PyTorch, {10 - 2.5 * wrong:.2f}% in the file' in out  # first come airplanes
 
 
 @pytest.mark.parametrize('by', ['name', 'checkpoint'])

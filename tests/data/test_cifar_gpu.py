@@ -18,8 +18,9 @@ def root(tmp_path):
 def loader(root, name='cifar10_gpu', training=True, **options):
     dataset = create_dataset(f'torch/{name}', root=root, split='train' if training else 'validation')
     return dataset, create_loader(dataset, **{**dict(
-        input_size=(3, 32, 32), batch_size=25, is_training=training, use_prefetcher=False, num_workers=0, scale=(1, 1), ratio=(1, 1),
-        color_jitter=0, interpolation='bilinear', crop_pct=1.0, mean=(0.4914, 0.4822, 0.4465),
+        input_size=(3, 32, 32), batch_size=25, is_training=training, use_prefetcher=False, num_workers=0,
+        scale=(1, 1), ratio=(1, 1), color_jitter=0, interpolation='bilinear',
+        crop_pct=1.0, mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616)), **options})
 
 

@@ -16,11 +16,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import push_to_hf_hub
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_finet import fuse_fbn
 from timm_finet.hub import card
 from timm_finet.data.class_names import class_names
-from timm_finet.hub.checkpoint import describe
+from timm_finet.hub.checkpoint import describe, load_checkpoint
 from timm_finet.hub import save_for_hf
 from timm_finet.images import shipped_images
 
@@ -28,7 +29,8 @@ ARGS = dict(
     model='finet_small_g2', model_kwargs=dict(small_input=True, act_place='output'), input_size=[3, 48, 48],
     pretrained=False, dataset='torch/cifar10_pad2', mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=1.0,
     interpolation='bilinear', epochs=3, batch_size=128, world_size=2, grad_accum_steps=1, opt='momentum', lr=0.1,
-    seed=7, data_dir='/home/me/cifar', output='/home/me/out')
+    seed=7, data_dir='/home/me/cifar', output='/home/me/out',
+    resume='/home/me/out/last.pth.tar')
 X = torch.randn(2, 3, 32, 32)
 
 
@@ -159,6 +161,39 @@ def test_checkpoint_is_not_tested_at_the_size_of_the_weights_it_began_from():
     assert model.pretrained_cfg['test_input_size'] == (3, 160, 160)
     describe(model, dict(input_size=[3, 48, 48]))
     assert resolve_data_config(model=model, use_test_size=True)['input_size'] == (3, 48, 48)
+
+
+@pytest.mark.parametrize('name, kwargs', [('finet_small_g2', dict(small_input=True)), ('test_resnet', {})])
+def test_checkpoint_is_built_as_its_arguments_say(name, kwargs, tmp_path):
+    eps = dict(bn_eps=1e-3) if kwargs else {}  # which other networks do not all take
+    model = timm.create_model(name, num_classes=3, in_chans=1, global_pool='max', **kwargs, **eps)
+    args = dict(
+        model=name, num_classes=3, in_chans=1, gp='max', model_kwargs=kwargs, img_size=64, dataset='torch/cifar10',
+        **eps)
+    torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**args)), tmp_path / 'last.pth.tar')
+    built, found = load_checkpoint(str(tmp_path / 'last.pth.tar'), name)
+    assert found == args and not any(module.training for module in built.modules())
+    assert built.global_pool.pool_type == 'max' and built.num_classes == 3
+    cfg = built.pretrained_cfg
+    assert (cfg['input_size'], cfg['pool_size'], cfg['num_classes']) == ((1, 64, 64), None, 3)
+    assert cfg['label_names'] is None  # CIFAR-10 has ten
+    if kwargs:
+        assert {m.eps for m in built.modules() if isinstance(m, _BatchNorm)} == {1e-3}
+    x = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(built(x), model.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('metric, epoch, said', [
+    ('top1', 0, 'after 1 epoch, with 48.5% top-1'), ('loss', 2, 'after 3 epochs.')])
+def test_a_card_without_a_log_says_what_the_checkpoint_knows(metric, epoch, said, push, checkpoint):
+    saved = torch.load(checkpoint, weights_only=False)
+    saved.update(epoch=epoch, metric=48.5)
+    vars(saved['args']).update(eval_metric=metric, world_size=1)
+    torch.save(saved, checkpoint)
+    checkpoint.with_name('summary.csv').unlink()
+    (checkpoint.with_name('names.txt')).write_text('\n'.join([*'abcde', '', *'fghij', '']))  # a blank line is no name
+    status, out, err = push('--dry-run', '--class-names', checkpoint.with_name('names.txt'))
+    assert status == 0 and said in out and 'summary.csv' not in out and '| world_size |' not in out, err
 
 
 def test_revision_is_a_branch_of_its_own(hub, push, model):

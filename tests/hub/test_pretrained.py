@@ -79,7 +79,7 @@ def test_without_a_tag_the_best_weights_come_with_one_warning(by_script):
 
 
 def test_without_a_tag_photographs_come_before_cifar():
-    with pytest.warns(UserWarning, match='gives finet_large_se_g4.tiny_in200, trained on Tiny-ImageNet-200'):
+    with pytest.warns(UserWarning, match='gives finet_large_se_g4.tiny_in200, trained on Tiny.*, input 3x160x160'):
         assert timm.create_model('finet_large_se_g4', pretrained=True).num_classes == 200
 
 
@@ -139,6 +139,15 @@ def test_weights_on_the_hub_must_have_the_recorded_sha256(hub, register, trained
     message = 'sha256 is not the one of finet_large_se_g2.toys.safetensors.*me/toys again'
     with pytest.raises(RuntimeError, match=message):
         timm.create_model('finet_large_se_g2.toys', pretrained=True)
+
+
+def test_weights_on_the_hub_are_of_the_revision_and_in_the_cache_that_are_given(hub, register, trained, tmp_path):
+    push_to_hf_hub(trained, 'me/toys', safe_serialization=True)
+    first = hub.repos['me/toys'].branches['main']
+    register('finet_large_se_g2.toys', trained, hf_hub_id=f'me/toys@{first}')
+    push_to_hf_hub(timm.create_model('finet_small'), 'me/toys', safe_serialization=True)
+    same(timm.create_model('finet_large_se_g2.toys', pretrained=True, cache_dir=str(tmp_path / 'cache')), trained)
+    assert list((tmp_path / 'cache').rglob('model.safetensors'))
 
 
 def test_pickled_weights_on_the_hub_are_not_loaded(hub, register, trained):
