@@ -104,8 +104,9 @@ def moments_kernel(
     k, mask = same_group(column_i, exists_i, column_j, exists_j, SIZE)
     tl.store(partial_products + (column_i[:, None] * SIZE + k), product, mask)
     if i != j:  # two tiles of one group
-        at = column_j[:, None] * SIZE + (column_i[None, :] - column_j[:, None] // SIZE * SIZE)
-        tl.store(partial_products + at, tl.trans(product), exists_j[:, None] & exists_i[None, :])
+        k = column_i[None, :] - column_j[:, None] // SIZE * SIZE
+        at = partial_products + (column_j[:, None] * SIZE + k)
+        tl.store(at, tl.trans(product), exists_j[:, None] & exists_i[None, :])
     if j == 0:
         tl.store(partial_sums + split * C + column_i, tl.sum(total, 0), exists_i)
         if split == 0:
