@@ -26,10 +26,10 @@ from timm.models._features import feature_take_indices
 
 from .data.datasets import CIFAR10, CIFAR100, TINY_IN200
 from .fbn import FBNConv2d, has_hooks
-from .fusion.watch import NORMS, why_untouchable
+from .fusion.folding import check_form, fuse_named
+from .fusion.layers import NORMS, why_untouchable
 from .hub.pretrained import WEIGHTS, build_model
 from .ops.depthwise import DepthwiseConv2d
-from .rewrite import check_form, fuse_named
 
 __all__ = ['Finet']
 

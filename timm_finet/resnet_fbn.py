@@ -10,16 +10,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data.datasets import CIFAR10
 from .finet import set_bn_args
-from .fusion.watch import neighbours
+from .fusion.conversion import convert_named, fits_fbn
+from .fusion.folding import check_form, fuse_named
+from .fusion.layers import neighbours
 from .hub.pretrained import UNTRAINED, WEIGHTS, build_model
-from .rewrite import check_form, convert_named, fits_fbn, fuse_named
 
 __all__ = ['ResNetFBN']
 
 
 def _pairs(modules: Dict[str, nn.Module]) -> List[Tuple[str, str]]:
     """Names of convolutions and their norms: `bn2` behind `conv2` in the blocks, neighbours elsewhere."""
-    pairs = list(neighbours(modules['']))
+    pairs = neighbours(modules[''])
     for name, norm in modules.items():
         if isinstance(norm, _BatchNorm) and re.search(r'bn\d?$', name):
             layer = re.sub(r'bn(\d?)$', r'conv\1', name)

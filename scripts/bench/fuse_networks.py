@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from scripts.bench.networks import networks
 from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
 from timm_finet import fuse_fbn, rewrite
-from timm_finet.fusion import trial
-from timm_finet.fusion.watch import layers_and_norms
+from timm_finet.fusion import compare, trial
+from timm_finet.fusion.layers import layers_and_norms
 
 FILE = RESULTS / 'fuse_networks.csv'
 EPS = torch.finfo(torch.float64).eps
@@ -90,7 +90,7 @@ def measure(build):
                 raise
     reasons = Counter()
     say = rewrite._say_what_stays
-    rewrite._say_what_stays = lambda model, found: reasons.update(found.stays.values())
+    rewrite._say_what_stays = lambda model, plan: reasons.update(plan.stays.values())
     try:
         fused = fuse_fbn(model, example)
     except RuntimeError as error:
@@ -100,10 +100,10 @@ def measure(build):
     left = len(layers_and_norms(fused)[1])
     example = again(example)
     expected = outputs(model, example)
-    difference = trial.distance(expected, outputs(fused, example))
+    difference = compare.distance(expected, outputs(fused, example))
     rounding = EPS
     if difference > 100 * EPS:
-        rounding = max(EPS, trial.distance(expected, outputs(perturbed(model), example)))
+        rounding = max(EPS, compare.distance(expected, outputs(perturbed(model), example)))
     result = 'left' if left else 'whole'
     if math.isinf(rounding) or not any(t.numel() for t in tree_leaves(expected) if isinstance(t, torch.Tensor)):
         result = 'undecided'

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from nets import SMALL, Net, pair
 
-from timm_finet import convert_fbn, fuse_fbn, rewrite
+from timm_finet import convert_fbn, fuse_fbn
+from timm_finet.fusion import folding, plan, proof
 
 
 class Outputs(dict):
@@ -35,8 +36,8 @@ GENERATOR = torch.Generator()
 def test_outputs_are_compared_of_any_kind_and_beside_what_proves_nothing(pack, randomise, monkeypatch):
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
-    give = rewrite._give
-    monkeypatch.setattr(rewrite, '_give', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
+    give = folding.set_folded
+    monkeypatch.setattr(folding, 'set_folded', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
     with pytest.raises(RuntimeError, match='values that differ by'):
         fuse_fbn(model, SMALL)
 
@@ -53,8 +54,8 @@ def test_coarse_outputs_are_not_refused(coarse, randomise):
 
 def test_rounding_is_tried_on_all_that_is_folded(randomise):
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))).eval()
-    found = rewrite._Found(pairs=[('0', '1')], rounding=2 ** -23)
-    noisy = rewrite._with_noise(model, found, seed=0).state_dict()
+    found = plan.Plan(pairs=[('0', '1')], rounding=2 ** -23)
+    noisy = proof._with_noise(model, found, seed=0).state_dict()
     for name, value in model.state_dict().items():
         moves = value.is_floating_point() and not name.startswith('2')
         assert value.equal(noisy[name]) != moves
@@ -65,8 +66,8 @@ def test_rounding_is_tried_on_all_that_is_folded(randomise):
 def test_other_outputs_are_an_error_that_says_by_how_much_and_nothing_changes(dtype, randomise, monkeypatch):
     model = randomise(Net(lambda net, x: net.bn(net.conv(x)), **pair())).to(dtype).eval()
     before, x = deepcopy(model.state_dict()), SMALL.to(dtype)
-    give = rewrite._give
-    monkeypatch.setattr(rewrite, '_give', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
+    give = folding.set_folded
+    monkeypatch.setattr(folding, 'set_folded', lambda layer, weight, bias: give(layer, weight, bias + 1e-3))
     for inplace in (False, True):
         with pytest.raises(RuntimeError, match=r'values that differ by \d\.\de-0\d of the largest'):
             fuse_fbn(model, x, inplace)

@@ -1,0 +1,91 @@
+"""Proves on copies of a network that a plan leaves its outputs as they are, before the network itself changes."""
+import itertools
+import logging
+from typing import Callable, Iterator, Set, Tuple
+
+import torch
+import torch.nn as nn
+
+from .compare import judge
+from .plan import Plan
+from .trial import copy_to_run, run, undisturbed
+
+__all__ = ['prove']
+
+_logger = logging.getLogger(__name__)
+
+
+def prove(model: nn.Module, plan: Plan, change: Callable[[nn.Module], None], keeps_outputs: bool = True) -> None:
+    """Rewrite and run a copy of `model`, and take out of the plan what is called where no replacement reaches.
+
+    Args:
+        change: Rewrites a network as the plan, which it holds, says.
+        keeps_outputs: The outputs have to stay as they are.
+
+    Raises:
+        RuntimeError: The copy does not run, or gives something else on the example though it should not.
+    """
+    while plan.example is not None and (plan.pairs or plan.fbn):
+        outputs, called = _run_changed(model, plan, change)
+        if not called:
+            if keeps_outputs:
+                _compare(model, plan, outputs)
+            return
+        plan.stays.update(dict.fromkeys(called, 'called where no replacement reaches'))
+        plan.fbn = [name for name in plan.fbn if name not in called]
+        plan.pairs = [names for names in plan.pairs if called.isdisjoint(names)]
+
+
+def _run_changed(model: nn.Module, plan: Plan, change: Callable) -> Tuple[dict, Set[str]]:
+    """The outputs of a changed copy, and the names of replaced modules that run all the same, as from a list."""
+    copy = copy_to_run(model)
+    old = dict(_rewritten(copy, plan))
+    change(copy)
+    present = set(copy.modules())
+    called: Set[str] = set()
+    for name, module in old.items():
+        if module not in present:
+            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    try:
+        return run(copy, plan.example), called
+    except Exception as error:
+        if called:
+            return {}, called
+        raise RuntimeError(
+            f'{type(model).__name__} does not run once rewritten, so it is left unchanged: {error!r}') from error
+
+
+def _compare(model: nn.Module, plan: Plan, outputs: dict) -> None:
+    """Compare with the outputs of the network, which may multiply what rounding does to its numbers."""
+    noisy = []
+    for seed in range(5):  # once may show too little, as where outputs are whole numbers
+        noisy.append(run(_with_noise(model, plan, seed), plan.example))
+        verdict = judge(plan.outputs, outputs, noisy, plan.rounding)
+        if not verdict.complaint:
+            break
+    model_name = type(model).__name__
+    if verdict.complaint:
+        raise RuntimeError(f'{model_name} gives {verdict.complaint} once rewritten, so it is left unchanged.')
+    if verdict.unproven or not verdict.total:
+        hint = ' Fuse in float32, then cast.' if plan.rounding > 1e-3 else ''
+        _logger.warning(
+            f'{verdict.unproven} of the {verdict.total} outputs of {model_name} prove nothing: rounding or chance '
+            f'alone changes them, they hold no finite number, or they are of a kind that cannot be compared.{hint}')
+
+
+def _with_noise(model: nn.Module, plan: Plan, seed: int) -> nn.Module:
+    """A copy in which all numbers that folding computes with are changed by as much as rounding may change them."""
+    copy = copy_to_run(model)
+    with undisturbed():
+        torch.manual_seed(seed)
+        for _, module in _rewritten(copy, plan):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.mul_(1 + plan.rounding * torch.randn_like(tensor))
+    return copy
+
+
+def _rewritten(model: nn.Module, plan: Plan) -> Iterator[Tuple[str, nn.Module]]:
+    """Names and modules of all that the plan changes."""
+    for name in itertools.chain(plan.fbn, *plan.pairs):
+        yield name, model.get_submodule(name)
