@@ -9,6 +9,12 @@ import tempfile
 
 import pytest
 from hub_stand_in import WRITER, Hub
+from hypothesis import settings
+
+# Here, as `pytest --hypothesis-profile=more` wants them before it has read any test.
+settings.register_profile('same', derandomize=True, max_examples=50, deadline=None, database=None)
+settings.register_profile('more', max_examples=3000, deadline=None, database=None)
+settings.load_profile('same')
 
 HUB, HF_HOME = Hub(), tempfile.mkdtemp()
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)

@@ -4,15 +4,11 @@ The examples are the same each time; `pytest --hypothesis-profile=more` looks fu
 """
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_finet import FBNConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
-
-settings.register_profile('same', derandomize=True, max_examples=50, deadline=None, database=None)
-settings.register_profile('more', max_examples=3000, deadline=None, database=None)
-settings.load_profile('same')
 
 
 @st.composite
