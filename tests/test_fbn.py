@@ -151,15 +151,21 @@ def test_one_group_that_saves_memory_keeps_its_input_alone(shape, saves_by_momen
     assert extra_plain > size and (shape[3] > 1 or extra < size)
 
 
+@pytest.mark.parametrize('changed', [
+    dict(), dict(num_batches_tracked=None), dict(track_running_stats=False)])
 @pytest.mark.parametrize('momentum', [None, 0.0, 0.3])
-def test_momentum_is_batchnorms(momentum):
-    fast = make(SHAPES[1], momentum=momentum)
+@pytest.mark.parametrize('shape', [SHAPES[1], SHAPES[5]])
+def test_statistics_move_as_batchnorms(shape, momentum, changed):
+    fast = make(shape, momentum=momentum)
+    for name, value in changed.items():
+        setattr(fast.bn, name, value)
     slow = reference(fast)
     for _ in range(3):
-        x = torch.randn(4, 16, 5, 5, dtype=torch.float64)
-        fast(x), slow(x)
+        x = torch.randn(9, shape[0], 5, 5, dtype=torch.float64)
+        assert is_fast(fast, x)
+        slow(x)
     torch.testing.assert_close(fast.state_dict(), slow.state_dict())
-    assert fast.bn.num_batches_tracked == 3
+    assert changed or fast.bn.num_batches_tracked == 3
 
 
 def test_gradcheck():

@@ -66,6 +66,24 @@ def test_the_fast_way_is_for_training_with_a_stride_in_16_bits(dtype, autocast, 
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-2)  # the dtype too
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('kernel', [3, 5, 7])
+def test_only_strided_training_takes_the_fast_way(kernel, stride, training):
+    layer = DepthwiseConv2d(8, kernel, stride).train(training)
+    assert layer.padding == (kernel // 2, kernel // 2) and layer.bias is None
+    x = torch.randn(2, 8, 9, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        y, expected = layer(x), twin(layer)(x)
+    assert ('_StridedBackward' in names(y)) == (training and stride > 1)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+def test_arguments_are_conv2ds():
+    layer = DepthwiseConv2d(8, 3, device='meta', dtype=torch.float16)
+    assert layer.stride == (1, 1) and layer.weight.is_meta and layer.weight.dtype == torch.float16
+
+
 def test_exported_and_scripted_it_is_conv2d():
     x = torch.randn(2, 8, 8, 8)
     layer = DepthwiseConv2d(8, 3, 2).eval()

@@ -1,12 +1,17 @@
 """The moment form, ReLU inside and without images in one process, against the definition in float64."""
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from processes import run_processes
 
-from timm_finet.ops.moment_form import MomentForm
+from timm_finet.ops import moment_form
+from timm_finet.ops.moment_form import MomentForm, TorchAlgebra, implementation
 from timm_finet.ops.reference import fbn_reference
-from timm_finet.ops.torch_passes import group_products
+from timm_finet.ops.torch_passes import TorchPasses, group_products
 
 SPLIT = (0, 3)  # images in each process
 
@@ -20,6 +25,14 @@ def layer(channels, out, groups, images):
 
 def gradients(y, grad_y, inputs):
     return torch.autograd.grad(y, [v for v in inputs if v is not None], grad_y)
+
+
+def test_the_definition_at_one_group_is_a_convolution_and_batchnorm():
+    x, weight = torch.randn(3, 4, 7, 6, dtype=torch.float64), torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    y, mean, var = fbn_reference(x, weight, None, None, 1, 0.1)
+    z = F.conv2d(x, weight)
+    torch.testing.assert_close((mean, var), (z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)))
+    torch.testing.assert_close(y, F.batch_norm(z, None, None, training=True, eps=0.1))
 
 
 @pytest.mark.parametrize('relu', [False, True])
@@ -39,6 +52,14 @@ def test_agrees_with_the_definition(layout, affine, relu):
     assert count == 80 and y.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_running_statistics_move_in_their_own_dtype(dtype):
+    x, *rest = layer(12, 10, 3, 4)
+    running = torch.zeros(30, dtype=dtype), torch.ones(30, dtype=dtype)
+    _, mean, var, _ = MomentForm.apply(x, *rest, 3, 1e-5, None, False, (*running, 0.3))
+    torch.testing.assert_close(running, ((0.3 * mean).to(dtype), (0.7 + 0.3 * var * 80 / 79).to(dtype)))
+
+
 def test_relu_inside_keeps_no_second_output():
     x, *rest = (v.requires_grad_() for v in layer(12, 10, 3, 4))
     saved = []
@@ -50,6 +71,26 @@ def test_relu_inside_keeps_no_second_output():
 
 def test_no_positions_have_no_products():
     assert torch.equal(group_products(torch.empty(0, 6, 4, 4), 2, torch.float32), torch.zeros(2, 3, 3))
+
+
+@pytest.mark.parametrize('triton', [True, False])
+@pytest.mark.parametrize('change, taken', [
+    (dict(), True), (dict(dtype=torch.bfloat16), True), (dict(dtype=torch.float32), True), (dict(images=0), False),
+    (dict(layout=torch.contiguous_format), False), (dict(moments=torch.float64), False), (dict(device='meta'), False)])
+def test_who_takes_tritons_passes(change, taken, triton, monkeypatch):
+    """In its interpreter; on the device it is half precision alone."""
+    passes = SimpleNamespace(TritonPasses=object(), TritonAlgebra=object())
+    monkeypatch.setitem(sys.modules, 'timm_finet.ops.triton_passes', passes)
+    monkeypatch.setattr(moment_form, 'TRITON', triton)
+    monkeypatch.setattr(moment_form, 'INTERPRETED', True)
+    case = dict(dict(dtype=torch.float16, images=2, layout=torch.channels_last, moments=torch.float32, device='cpu'),
+                **change)
+    x = torch.empty(case['images'], 8, 6, 6, dtype=case['dtype'], device=case['device'])
+    x = x.contiguous(memory_format=case['layout'])
+    expected = (passes.TritonPasses, passes.TritonAlgebra) if taken and triton else (TorchPasses, TorchAlgebra)
+    assert implementation(x, case['moments']) == expected
+    monkeypatch.setattr(moment_form, 'INTERPRETED', False)
+    assert implementation(x, case['moments']) == (TorchPasses, TorchAlgebra)
 
 
 def worker(rank, folder):

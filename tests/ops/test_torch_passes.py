@@ -1,0 +1,42 @@
+"""The moment form's passes in torch's operators: their precision, and when which is taken."""
+import pytest
+import torch
+
+from timm_finet.ops.torch_passes import TorchPasses, full_precision, memory_format, moments_dtype
+
+
+@pytest.mark.parametrize('dtype, wide', [
+    (torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+    (torch.float64, torch.float64)])
+@pytest.mark.parametrize('shape, groups', [((2, 8, 4, 4), 1), ((1, 24, 3, 8), 4), ((4, 8, 1, 8), 1)])
+def test_moments_of_few_positions_are_taken_in_float64(shape, groups, dtype, wide):
+    """Few are fewer than four for each channel of a group."""
+    x = torch.empty(shape, dtype=dtype)
+    assert moments_dtype(x, groups) == wide
+    assert moments_dtype(x[..., 1:], groups) == torch.float64
+
+
+@pytest.mark.parametrize('device, backend', [
+    ('cpu', torch.backends.mkldnn.matmul), ('cuda', torch.backends.cuda.matmul)])
+def test_products_keep_full_precision_whatever_is_switched_on(device, backend):
+    before, backend.fp32_precision = backend.fp32_precision, 'tf32'
+    try:
+        with pytest.raises(KeyError), full_precision(torch.device(device)):
+            assert backend.fp32_precision == 'ieee'
+            raise KeyError
+        assert backend.fp32_precision == 'tf32'
+    finally:
+        backend.fp32_precision = before
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('mean', [0, 1000])
+def test_moments_do_not_cancel(mean, layout):
+    """A mean of a thousand deviations leaves float32's covariances their precision."""
+    x = (torch.randn(6, 12, 17, 19) * torch.rand(12, 1, 1) + mean).contiguous(memory_format=layout)
+    shift, rest, cov = TorchPasses(x).moments(3, torch.float32)
+    c = x.double().transpose(0, 1).flatten(1)
+    exact = torch.stack([torch.cov(group, correction=0) for group in c.chunk(3)])
+    assert (cov.double() - exact).norm() < 1e-6 * exact.norm()
+    assert (shift.double() + rest - c.mean(1)).norm() < 1e-6 * c.std(1).norm() + 1e-7 * c.mean(1).norm()
+    assert TorchPasses(x).c.is_contiguous(memory_format=memory_format(x)) and memory_format(x) == layout
