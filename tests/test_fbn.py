@@ -20,6 +20,8 @@ SHAPES = [  # in, out, kernel, stride, padding, dilation, G
     (8, 6, 3, 1, 1, 1, 2),
     (8, 6, 3, 2, 1, 1, 4),
     (8, 6, 3, 1, 2, 2, 2),
+    (8, 6, 3, 1, 'valid', 1, 2),
+    (8, 6, (2, 3), 1, 'same', (1, 2), 2),
 ]
 
 
@@ -229,6 +231,14 @@ def test_fuse_keeps_dtype_layout_and_requires_grad(dtype, memory_format):
         assert parameter.dtype == dtype and parameter.device == layer.weight.device and not parameter.requires_grad
     assert conv.weight.is_contiguous(memory_format=memory_format)
     assert FBNConv2d(8, 4, device='meta').eval().fuse().bias.device.type == 'meta'
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_fuse_rounds_low_precision_once(dtype, randomise):
+    layer = randomise(FBNConv2d(32, 16, dtype=dtype)).eval()
+    fused, exact = layer.fuse(), deepcopy(layer).double().fuse()
+    for found, expected in zip(fused.parameters(), exact.parameters()):
+        assert (found == expected.to(dtype)).double().mean() > 0.98
 
 
 def test_fuse_folds_running_statistics_in_train_mode_and_fuse_fbn_refuses_it(randomise):

@@ -83,12 +83,13 @@ def whole(channels, out, groups, affine=True, kernel=1, size=(5, 4)):
     return x, weight, *((gamma, beta) if affine else (None, None))
 
 
-def test_pooled_moments_are_those_of_the_joined_batch(processes):
-    x = torch.randn(sum(SPLIT), 6, 5, 4, dtype=torch.float64) * torch.rand(6, 1, 1) + 3
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_pooled_moments_are_those_of_the_joined_batch(dtype, processes):
+    x = torch.randn(sum(SPLIT), 6, 5, 4, dtype=dtype) * torch.rand(6, 1, 1) + 3
 
     def moments(x):
         c = x.transpose(0, 1).flatten(1)
-        mean = c.mean(1) if c.numel() else torch.zeros(6).double()
+        mean = c.mean(1) if c.numel() else torch.zeros(6, dtype=dtype)
         c = (c - mean[:, None]).view(2, 3, -1)
         return c.shape[2], mean, c @ c.mT / max(c.shape[2], 1)
     count, *expected = moments(x)
