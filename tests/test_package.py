@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_finet.runtimes import PACKAGES
+from timm_finet.commands.runtimes import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
 from timm_finet import fuse_fbn
-from timm_finet.commands.export import load_executorch, load_onnx, to_executorch, to_onnx
+from timm_finet.commands.runtimes import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.commands.flops import create
 
 # Images a second on a Galaxy S10e with PyTorch Mobile, from the paper's Table 4.

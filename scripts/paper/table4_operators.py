@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 from scripts.paper.table4 import RUNTIMES, fused, load_openvino
 from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
-from timm_finet.commands.export import to_executorch, to_onnx
+from timm_finet.commands.runtimes import to_executorch, to_onnx
 
 NETWORKS = ('finet_large', 'finet_large_se', 'mobilenetv3_large_100')
 KINDS = ('convolutions', 'depthwise', 'on pooled maps', 'pooling', 'multiply, add', 'layout', 'other')

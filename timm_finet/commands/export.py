@@ -16,8 +16,8 @@ from ..flops import least_size
 from ..hub.checkpoint import load_checkpoint
 from ..images import TRAINING_IMAGES, find_images, read_images, shipped_images
 from ..rewrite import fuse_fbn
-from ..runtimes import load_executorch, load_onnx, to_executorch, to_onnx
 from .names import find_names
+from .runtimes import load_executorch, load_onnx, to_executorch, to_onnx
 
 __all__ = ['export']
 
