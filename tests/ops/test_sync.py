@@ -143,7 +143,7 @@ def test_moment_form_is_the_definition_on_the_joined_batch(eps, affine, relu, pr
         inputs = leaves(x.split(SPLIT)[rank], *rest)
         running = torch.zeros(30).double(), torch.ones(30).double(), 0.3
         y, mean, var, count = MomentForm.apply(*inputs, 3, eps, GROUP, relu, running)
-        assert count == sum(SPLIT) * 20
+        assert count == sum(SPLIT) * 20 and not mean.requires_grad and not var.requires_grad
         return y.detach(), (mean, var, *running[:2]), gradients(y, grad_y.split(SPLIT)[rank], inputs)
     inputs = leaves(x, *rest)
     y, mean, var = fbn_reference(*inputs, 3, eps)
@@ -166,6 +166,7 @@ def test_recomputed_form_is_the_definition_on_the_joined_batch(eps, conv, affine
     def work(rank):
         inputs = leaves(x.split(SPLIT)[rank], *rest)
         y, mean, var = RecomputedNorm.apply(*inputs, eps, conv, torch.contiguous_format, GROUP)
+        assert not mean.requires_grad and not var.requires_grad
         return y.detach(), (mean, var), gradients(y, grad_y.split(SPLIT)[rank], inputs)
     inputs = leaves(x, *rest)
     y, mean, var = fbn_reference(*inputs, 1, eps, *conv)
