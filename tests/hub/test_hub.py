@@ -222,7 +222,7 @@ def test_killed_push_leaves_nothing_half_done(hub, push, checkpoint, model):
     hub.interfere['PUT'] = lambda request: (request.rfile.read(1000), uploading.set(), request.rfile.read())
     command = ['push', str(checkpoint), '--model', 'finet_small_g2', '--repo-id', 'me/net']
     child = subprocess.Popen([sys.executable, '-m', 'timm_finet', *command])
-    assert uploading.wait(60)
+    assert uploading.wait(300)
     child.kill()
     child.wait()
     assert hub.repos['me/net'].files() == {}
