@@ -15,6 +15,7 @@ from scripts.report import read_rows  # noqa: E402
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_interpreter_gives_the_definition():
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-n', '0', '--noconftest', 'tests/ops/interpreted.py'],
