@@ -192,10 +192,12 @@ def test_any_weights_may_be_fine_tuned_and_again(stand_in, cli, tmp_path):
         model_kwargs=dict(small_input=True, channels=(16, 16, 24)))
     torch.save(dict(state_dict=small.state_dict(), args=args), 'mine.pth.tar')
     status, out, err = cli(
-        'finetune', 'mine', '--weights', 'mine.pth.tar', '--output', 'second', '--epochs', 1, '--workers', 0)
+        'finetune', 'mine', '--weights', 'mine.pth.tar', '--output', 'second', '--epochs', 1, '--workers', 0,
+        '--std', '0.3', '0.2', '0.1')
     assert status == 0, err
     saved = torch.load('second/model_best.pth.tar', weights_only=False)
     assert saved['args'].mean == [0.5, 0.4, 0.3] and saved['args'].input_size == [3, 32, 32]
+    assert saved['args'].std == [0.3, 0.2, 0.1]  # what is given goes before what the weights were trained with
     torch.testing.assert_close(saved['state_dict']['stem.conv.weight'], small.state_dict()['stem.conv.weight'])
     assert len(saved['state_dict']['classifier.bias']) == 3
 

@@ -96,7 +96,7 @@ def prepare(
     count, held = sum(map(len, training.values())), sum(map(len, validation.values()))
     batch = ['--batch-size', str(count)] if count < BATCH else []  # train.py drops what does not fill a batch
     command = run.resolve('train', [
-        '--config', 'recipe:finetune', *batch, *options, *start, '--dataset', 'torch/photographs',
+        '--config', 'recipe:finetune', *batch, *start, *options, '--dataset', 'torch/photographs',
         '--data-dir', str(data), '--output', str(output.parent), '--experiment', output.name])
     if is_split_here:
         try:
