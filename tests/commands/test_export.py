@@ -15,7 +15,7 @@ import torch.nn as nn
 from PIL import Image
 
 from timm_finet import fuse_fbn
-from timm_finet.commands import export
+from timm_finet.commands import export, runtimes
 from timm_finet_cli import main
 from timm_finet.data.datasets import CIFAR10
 from timm_finet.images import TRAINING_IMAGES, shipped_images
@@ -325,7 +325,7 @@ def test_missing_package_says_what_to_install(to, package, tmp_path, monkeypatch
     for name in [name for name in sys.modules if name.split('.')[0] == package] + [package]:
         monkeypatch.setitem(sys.modules, name, None)
     output = tmp_path / 'model.bin'
-    message = rf'needs the package \w+.*pip install {export.PACKAGES[to]}\.'
+    message = rf'needs the package \w+.*pip install {runtimes.PACKAGES[to]}\.'
     refused(['export', NAME, '--to', to, '--output', output], message)
     assert not list(tmp_path.iterdir())
 

@@ -114,7 +114,7 @@ def test_confusion_has_a_row_a_class_and_a_column_a_guess_blue_where_right(tmp_p
 
 def test_of_many_mistakes_sixty_are_drawn(stand_in, cli, tmp_path):
     script = tmp_path / 'scripts' / 'train.py'
-    spoil = 'torch.nn.init.zeros_(model.get_classifier().weight)\nfolder = Path('
+    spoil = 'torch.nn.init.zeros_(model.get_classifier().weight)\n    folder = Path('
     script.write_text(STAND_IN.replace('folder = Path(', spoil))
     write_classes(tmp_path / 'mine' / 'train', 1, CIFAR10.classes[:3])
     write_classes(tmp_path / 'mine' / 'valid', 40, CIFAR10.classes[:3], first=0)
