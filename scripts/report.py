@@ -1,10 +1,15 @@
-"""Results files and the documents' tables, as the scripts beside this one write them."""
+"""Results files, what stands in them of the machine, and the documents' tables, for the scripts beside this one."""
 import csv
 import platform
 import re
 import shlex
 import sys
+from datetime import date
 from pathlib import Path
+from statistics import mean, stdev
+
+import timm
+import torch
 
 RESULTS = Path(__file__).parent / 'results'
 ROOT = Path(__file__).parents[1]
@@ -16,6 +21,11 @@ def read_rows(file):
         return list(csv.DictReader(lines))
 
 
+def rows_so_far(file):
+    """The rows of a file to which rows are added, which may be the first."""
+    return read_rows(file) if file.exists() else []
+
+
 def write_rows(file, rows):
     part = file.with_suffix('.part')
     with part.open('w', newline='') as lines:
@@ -25,8 +35,45 @@ def write_rows(file, rows):
     part.replace(file)
 
 
+def merge_rows(file, rows, key):
+    """Write rows over those that are equal in all columns of `key`, and the others behind."""
+    merged = {tuple(str(row[column]) for column in key): row for row in [*rows_so_far(file), *rows]}
+    write_rows(file, list(merged.values()))
+
+
+def command(**private):
+    """This process's command line, its private paths by their names: `command(DATA=args.data)`."""
+    names = {Path(path): name for name, path in private.items() if path}
+    options = [arg.rpartition('=') for arg in sys.orig_argv[1:]]  # --output OUT as well as --output=OUT
+    return shlex.join(['python', *(head + equals + names.get(Path(value), value) for head, equals, value in options)])
+
+
+def device_name(device='cpu'):
+    if device == 'cuda':
+        return torch.cuda.get_device_name()
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), platform.machine())
+
+
+def facts(device='cpu', **private):
+    """The last columns of a results file: on what, with what and by which command its rows were made."""
+    return dict(
+        device=device_name(device), torch=torch.__version__, timm=timm.__version__, date=date.today(),
+        command=command(**private))
+
+
 def markdown(head, rows):
     return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (head, ['---'] * len(head), *rows))
+
+
+def mean_deviation(values):
+    """Mean and deviation of a sample; of a single value there is no deviation."""
+    return mean(values), stdev(values) if len(values) > 1 else None
+
+
+def pm(middle, deviation):
+    return f'{middle:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')
 
 
 def find_block(name):
@@ -46,16 +93,3 @@ def write_block(name, text):
     document, place = find_block(name)
     content = document.read_text()
     document.write_text(content[:place.start()] + text + content[place.end():])
-
-
-def command(**private):
-    """This process's command line, its private paths by their names: `command(DATA=args.data)`."""
-    names = {Path(path): name for name, path in private.items() if path}
-    options = [arg.rpartition('=') for arg in sys.orig_argv[1:]]  # --output OUT as well as --output=OUT
-    return shlex.join(['python', *(head + equals + names.get(Path(value), value) for head, equals, value in options)])
-
-
-def cpu_name():
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), platform.machine())

@@ -10,7 +10,7 @@ import resource
 import timm
 import torch
 
-from scripts.report import cpu_name
+from scripts.report import device_name
 
 
 @atexit.register
@@ -19,5 +19,5 @@ def report():
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     peak = torch.cuda.max_memory_allocated() if gpu else resident
     print('facts: ' + json.dumps(dict(
-        peak_mb=round(peak / 2 ** 20), device=torch.cuda.get_device_name() if gpu else cpu_name(),
-        torch=torch.__version__, timm=timm.__version__)), flush=True)
+        peak_mb=round(peak / 2 ** 20), device=device_name('cuda' if gpu else 'cpu'), torch=torch.__version__,
+        timm=timm.__version__)), flush=True)

@@ -8,11 +8,8 @@ worker is one process with such a thread, so sixteen of them are extrapolated, n
 results/bench_loader.csv.
 """
 import argparse
-import csv
 import tempfile
-import time
 from argparse import Namespace
-from datetime import date
 from pathlib import Path
 from statistics import median
 
@@ -20,48 +17,41 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 import yaml
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from scripts.report import cpu_name
+from scripts.report import RESULTS, facts, write_rows
+from scripts.timing import in_turns
 from timm_finet.commands.run import find_recipe
 
-RESULTS = Path(__file__).parents[1] / 'results' / 'bench_loader.csv'
 RECIPES = ('cifar10', 'modern')
 MODELS = ('finet_small_g4', 'finet_large_g8')
-IMAGES, ROUNDS, STEPS, SEED = 12800, 7, 2, 0
+IMAGES, ROUNDS, SEED = 12800, 7, 0
 
 
-def loader(recipe, folder):
-    args = Namespace(**{'aa': None, **yaml.safe_load(Path(find_recipe(f'recipe:{recipe}')).read_text())})
-    return create_loader(
+def recipe(name):
+    return Namespace(**{'aa': None, **yaml.safe_load(Path(find_recipe(f'recipe:{name}')).read_text())})
+
+
+def loader(args, folder):
+    """What a worker does: read, augment and collate. Normalising is the training process's part."""
+    loader = create_loader(
         create_dataset(args.dataset, root=folder, split='train'), args.input_size, args.batch_size, is_training=True,
         scale=args.scale, ratio=args.ratio, hflip=args.hflip, color_jitter=args.color_jitter, auto_augment=args.aa,
         interpolation=args.train_interpolation, mean=args.mean, std=args.std, num_workers=0, device=torch.device('cpu'))
+    return lambda: [None for _ in loader.loader]
 
 
-def epoch(batches):
-    """Images a second of what a worker does: read, augment and collate. Normalising is the training process's part."""
-    start = time.perf_counter()
-    count = sum(len(labels) for _, labels in batches.loader)
-    return count / (time.perf_counter() - start)
-
-
-def trainer(name):
-    args = Namespace(**yaml.safe_load(Path(find_recipe('recipe:cifar10')).read_text()))
+def trainer(name, args):
     model = timm.create_model(name, num_classes=10, small_input=True, drop_rate=args.drop)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     x, labels = torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,))
 
     def train():
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), labels).backward()
-            optimizer.step()
-        return STEPS * args.batch_size / (time.perf_counter() - start)
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return train
 
 
@@ -73,24 +63,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         images, labels = rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, IMAGES)
         np.savez(Path(folder, 'cifar10.npz'), train=images, train_labels=labels)
-        subjects = {f'loader of recipe:{recipe}': lambda b=loader(recipe, folder): epoch(b) for recipe in RECIPES}
-    subjects.update({f'training step of {name}': trainer(name) for name in MODELS})
-    rates = {subject: [] for subject in subjects}
-    for _ in range(ROUNDS + 1):
-        for subject, run in subjects.items():
-            rates[subject].append(run())
-    rows = [dict(
-        subject=subject, images_per_second=round(median(found[1:])), lowest=round(min(found[1:])),
-        highest=round(max(found[1:])), threads=1, workers='in the process', rounds=ROUNDS, seed=SEED,
-        command='python -m scripts.bench.bench_loader', torch=torch.__version__, torchvision=torchvision.__version__,
-        timm=timm.__version__, numpy=np.__version__, processor=cpu_name(), date=date.today(),
-    ) for subject, found in rates.items()]
-    for row in rows:
-        print(f"{row['subject']:<36} {row['images_per_second']:>8,} ({row['lowest']:,} to {row['highest']:,})")
-    with RESULTS.open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+        runs = {f'loader of recipe:{name}': loader(recipe(name), folder) for name in RECIPES}
+    runs.update({f'training step of {name}': trainer(name, recipe('cifar10')) for name in MODELS})
+    rows = []
+    for subject, times in in_turns(runs, ROUNDS).items():
+        images = IMAGES if subject.startswith('loader') else recipe('cifar10').batch_size
+        rows.append(dict(
+            subject=subject, images_per_second=round(images / median(times)), lowest=round(images / max(times)),
+            highest=round(images / min(times)), threads=1, workers='in the process', rounds=ROUNDS, seed=SEED,
+            **facts()))
+    write_rows(RESULTS / 'bench_loader.csv', rows)
 
 
 if __name__ == '__main__':

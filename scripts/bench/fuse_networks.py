@@ -1,4 +1,4 @@
-"""Fuse networks of many packages and compare them with themselves: results/fuse_networks.csv, docs/fusing.md.
+"""Fuse networks of many packages and compare them with themselves.
 
     python -m scripts.bench.fuse_networks
 
@@ -8,7 +8,8 @@ to it: float64's own, or where the network multiplies that, what a change of all
 undecided if there is nothing to compare, as a detector finds nothing, or if rounding already changes what it finds.
 
 Besides what the package requires it takes `transformers`, `segmentation_models_pytorch`, `ultralytics`, `monai` and
-`efficientnet_pytorch`, each as far as it is installed. It goes on where it was stopped; --table only writes the table.
+`efficientnet_pytorch`, each as far as it is installed. Rows are added to results/fuse_networks.csv; it goes on where it
+was stopped.
 """
 import argparse
 import importlib.metadata
@@ -17,15 +18,16 @@ import math
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from copy import deepcopy
 from datetime import date
+from unittest.mock import patch
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from scripts.bench.networks import networks
-from scripts.report import RESULTS, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, markdown, rows_so_far, write_rows
 from timm_finet import fuse_fbn, rewrite
 from timm_finet.fusion import compare, trial
 from timm_finet.fusion.layers import layers_and_norms
@@ -89,14 +91,11 @@ def measure(build):
             if example is examples[-1]:
                 raise
     reasons = Counter()
-    say = rewrite._say_what_stays
-    rewrite._say_what_stays = lambda model, plan: reasons.update(plan.stays.values())
     try:
-        fused = fuse_fbn(model, example)
+        with patch.object(rewrite, '_say_what_stays', lambda model, plan: reasons.update(plan.stays.values())):
+            fused = fuse_fbn(model, example)
     except RuntimeError as error:
-        return dict(norms=norms, left=norms, reasons=str(error), result='refused')
-    finally:
-        rewrite._say_what_stays = say
+        return dict(norms=norms, left=norms, reasons=str(error), difference='', rounding='', result='refused')
     left = len(layers_and_norms(fused)[1])
     example = again(example)
     expected = outputs(model, example)
@@ -118,12 +117,30 @@ def stop(*_):
     raise TimeoutError(f'{SECONDS} s')
 
 
-def run(only):
-    rows = read_rows(FILE) if FILE.exists() else []
-    done = {(row['package'], row['network']) for row in rows}
+def table(rows):
+    cells = []
+    for package in dict.fromkeys(row['package'] for row in rows):
+        mine = [row for row in rows if row['package'] == package]
+        results, reasons = Counter(row['result'] for row in mine), Counter()
+        for part in '; '.join(row['reasons'] for row in mine if row['result'] == 'left').split('; '):
+            count, _, reason = part.partition(' ')
+            reasons[reason] += int(count or 0)
+        norms, left = (sum(int(row[column]) for row in mine) for column in ('norms', 'left'))
+        why = '; '.join(f'{count} {reason}' for reason, count in reasons.most_common() if reason)
+        cells.append([
+            package, len(mine), *(results[result] for result in RESULT_NAMES), f'{norms - left} of {norms}', why])
+    head = ['package', 'networks tried', *RESULT_NAMES.values(), 'BatchNorms folded', 'those left are']
+    return markdown(head, cells)
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, stop)
+    rows = rows_so_far(FILE)
+    done = {(row['package'], row['network']) for row in rows}
     for package, name, build in networks():
-        if (package, name) in done or only and package not in only:
+        if (package, name) in done:
             continue
         signal.alarm(SECONDS)
         start = time.perf_counter()
@@ -134,45 +151,13 @@ def run(only):
             continue
         finally:
             signal.alarm(0)
-        if row is None:
-            continue
-        packages = dict.fromkeys(('torch', 'timm', package))
-        versions = ' '.join(f'{each} {importlib.metadata.version(each)}' for each in packages)
-        rows.append({
-            'package': package, 'network': name, 'norms': '', 'left': '', 'reasons': '', 'difference': '',
-            'rounding': '', 'result': '', **row, 'seconds': f'{time.perf_counter() - start:.0f}',
-            'versions': versions, 'date': date.today().isoformat()})
-        write_rows(FILE, rows)
-        print(package, name, row, flush=True)
-
-
-def table():
-    packages = defaultdict(Counter)
-    reasons = defaultdict(Counter)
-    for row in read_rows(FILE):
-        packages[row['package']][row['result']] += 1
-        packages[row['package']]['norms'] += int(row['norms'])
-        packages[row['package']]['gone'] += int(row['norms']) - int(row['left'])
-        if row['result'] == 'left':
-            for part in row['reasons'].split('; '):
-                count, reason = part.split(' ', 1)
-                reasons[row['package']][reason] += int(count)
-    lines = []
-    for package, counts in packages.items():
-        tried = sum(counts[result] for result in RESULT_NAMES)
-        why = '; '.join(f'{count} {reason}' for reason, count in reasons[package].most_common())
-        results = [counts[result] for result in RESULT_NAMES]
-        lines.append([package, tried, *results, f"{counts['gone']} of {counts['norms']}", why])
-    head = ['package', 'networks tried', *RESULT_NAMES.values(), 'BatchNorms folded', 'those left are']
-    write_block('fuse_networks', markdown(head, lines))
+        if row is not None:
+            versions = {each: importlib.metadata.version(each) for each in ('torch', 'timm', package)}
+            rows.append(dict(
+                package=package, network=name, **row, seconds=f'{time.perf_counter() - start:.0f}',
+                versions=' '.join(f'{each} {number}' for each, number in versions.items()), date=date.today()))
+            write_rows(FILE, rows)
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--table', action='store_true', help='write the table alone')
-    parser.add_argument('--only', nargs='*', help='packages to run')
-    args = parser.parse_args()
-    logging.disable(logging.WARNING)
-    if not args.table:
-        run(args.only)
-    table()
+    main()

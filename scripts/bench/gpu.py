@@ -1,27 +1,21 @@
 """All that a GPU has to show of the moment form, in one command for whoever has a card for ten minutes.
 
-    python -m scripts.bench.gpu --minutes 10
+    python -m scripts.bench.gpu
 
 First tests/test_gpu.py, with torch's passes and with Triton's. Then each pass over the layers of finet_large, by torch
-and by Triton: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs,
-beside the card's own copy. torch's passes begin with a centred copy, which in a layer two of them share. Then training
-steps of whole networks against torch's own modules, in turns, eager, as a CUDA graph and compiled: milliseconds,
-memory, kernels launched.
+and by Triton: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs.
+torch's passes begin with a centred copy, which in a layer two of them share. Then training steps of whole networks
+against torch's own modules, in turns, eager and as a CUDA graph: milliseconds, memory, kernels launched.
 
 Each line is written to results/gpu.csv as soon as it is known, with the card's name; the command, started again, goes
-on with what is missing. `--device cpu --tiny` rehearses all of it without a GPU.
+on with what is missing.
 """
 import argparse
-import csv
 import os
 import re
 import subprocess
 import sys
-import time
-from argparse import Namespace
 from datetime import date
-from itertools import product
-from pathlib import Path
 from statistics import median
 
 import timm
@@ -29,160 +23,133 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from scripts.bench.bench_training import build, peak_bytes, seconds, step
+from scripts.bench.bench_training import build, step
 from scripts.bench.kernels import FEWEST, FINET_LARGE
-from scripts.report import RESULTS, ROOT, cpu_name, markdown, read_rows, write_block
+from scripts.report import RESULTS, ROOT, device_name, markdown, merge_rows, rows_so_far
+from scripts.timing import in_turns, peak_bytes, seconds
 from timm_finet import convert_fbn
 from timm_finet.cuda_graphs import captured
 from timm_finet.ops import moment_form
 from timm_finet.ops.moment_form import TorchAlgebra
 from timm_finet.ops.torch_passes import TorchPasses
 
-COLUMNS = ['card', 'kind', 'name', 'size', 'batch', 'groups', 'form', 'run', 'ms', 'gb_per_s', 'peak_mb', 'kernels',
-           'result', 'torch', 'date']
-KEY = COLUMNS[:8]
+FILE = RESULTS / 'gpu.csv'
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'  # the latter in a test, of tiny sizes
+KEY = ['card', 'kind', 'name', 'size', 'batch', 'groups', 'form', 'run']
+COLUMNS = [*KEY, 'ms', 'gb_per_s', 'peak_mb', 'kernels', 'result', 'torch', 'date']
 BATCHES = ((224, 256), (32, 512), (32, 128))  # px, images
 NETWORKS = [  # and G, and their batches
     ('finet_large', 4, BATCHES), ('finet_large', 2, BATCHES), ('finet_large', 8, BATCHES), ('finet_small', 4, BATCHES),
     ('resnet50', 2, BATCHES[:1]), ('mobilenetv3_large_100', 2, BATCHES[:1])]
 FORMS = ('bn', 'torch', 'triton')
-FULL = dict(networks=NETWORKS, compiled=NETWORKS[:1], images=256, rounds=10, copies=8, times=24)
-TINY = dict(
-    networks=[('finet_small', 4, ((32, 8),)), ('mobilenetv3_small_050', 2, ((32, 8),))],
-    compiled=[('mobilenetv3_small_050', 2, ((32, 8),))], images=1, rounds=1, copies=1, times=1)
+LAYERS, IMAGES, GROUPS = FINET_LARGE, 256, 4
+ROUNDS, COPIES, TIMES = 10, 8, 24  # a pass is timed TIMES times in a row, on COPIES layers that fill no cache
 
 
-class Results:
-    """The results file, a line at a time."""
+def complete(row):
+    return dict.fromkeys(COLUMNS, '') | dict(
+        card=device_name(DEVICE), torch=torch.__version__, date=date.today()) | row
 
-    def __init__(self, file, card, minutes):
-        self.file, self.card, self.end = file, card, time.monotonic() + 60 * minutes
-        rows = read_rows(file) if file.exists() else []
-        self.known = {tuple(row[column] for column in KEY) for row in rows}
 
-    def missing(self, **key):
-        """Whether there is a line to measure, and time for it."""
-        row = dict.fromkeys(COLUMNS, '') | key | {'card': self.card}
-        return tuple(str(row[column]) for column in KEY) not in self.known and time.monotonic() < self.end
+def is_missing(**key):
+    wanted = [str(complete(key)[column]) for column in KEY]
+    return wanted not in [[row[column] for column in KEY] for row in rows_so_far(FILE)]
 
-    def add(self, **row):
-        row = dict.fromkeys(COLUMNS, '') | row | dict(card=self.card, torch=torch.__version__, date=date.today())
-        print(' '.join(f'{key}={value}' for key, value in row.items() if value != ''), flush=True)
-        new = not self.file.exists()
-        with self.file.open('a', newline='') as lines:
-            writer = csv.DictWriter(lines, COLUMNS, lineterminator='\n')
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+
+def add(**row):
+    print(' '.join(f'{column}={value}' for column, value in row.items()), flush=True)
+    merge_rows(FILE, [complete(row)], KEY)
 
 
 def first_line(error):
     return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
 
 
-def run_tests(results):
+def run_tests():
     for form, switch in (('torch', '0'), ('triton', '1')):
         key = dict(kind='tests', name='tests/test_gpu.py', form=form)
-        if results.missing(**key):
+        if is_missing(**key):
             done = subprocess.run(
                 [sys.executable, '-m', 'pytest', '-n', '4', 'tests/test_gpu.py'], cwd=ROOT, text=True,
                 env={**os.environ, 'TIMM_FINET_TRITON': switch}, capture_output=True)
-            if done.returncode:
-                print(done.stdout[-3000:])
+            print(done.stdout[-3000:])
             lines = [line for line in done.stdout.splitlines() if re.search('passed|failed|skipped', line)]
-            results.add(**key, result=lines[-1] if lines else f'status {done.returncode}')
+            add(**key, result=lines[-1] if lines else f'status {done.returncode}')
 
 
-def passes_of(form, channels, out, groups, x, grad_y):
-    """The layer's passes and the algebra between them as functions by name; those of Triton with its kernel's name."""
+def passes_of(form, channels, out, side):
+    """A layer's passes and the algebra between them as functions by name; those of Triton with its kernel's name."""
     if form == 'triton':
         from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
         passes, algebra = TritonPasses, TritonAlgebra
     else:
         passes, algebra = TorchPasses, TorchAlgebra
-    weight = torch.randn(out, channels, 1, 1, device=x.device) / channels ** 0.5
-    gamma, beta = torch.ones(groups * out, device=x.device), torch.zeros(groups * out, device=x.device)
+    x, grad_y = (
+        torch.randn(IMAGES, width, side, side, device=DEVICE).to(torch.bfloat16, memory_format=torch.channels_last)
+        for width in (channels, out))
+    weight = torch.randn(out, channels, 1, 1, device=DEVICE) / channels ** 0.5
+    gamma, beta = torch.ones(GROUPS * out, device=DEVICE), torch.zeros(GROUPS * out, device=DEVICE)
     count = x.numel() // channels
     forward = passes(x)
-    shift, shifted_mean, cov = forward.moments(groups, torch.float32)
-    folded, bias, _, _, inv_std, w_cov = algebra.fold(
-        weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count)
+    shift, rest, cov = forward.moments(GROUPS, torch.float32)
+    folded, bias, _, _, inv, w_cov = algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count)
     products, sums = passes(x, shift, grad_y).weight_gradient(out, torch.float32)
-    grad_var = algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums)[3]
-    a, b = algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count)
+    grad_var = algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums)[3]
+    a, b = algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count)
     return {
-        'moments_kernel': lambda: passes(x).moments(groups, torch.float32),
-        'fold': lambda: algebra.fold(weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count),
+        'moments_kernel': lambda: passes(x).moments(GROUPS, torch.float32),
+        'fold': lambda: algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count),
         'convolve_kernel': lambda: passes(x, shift).convolve(folded, bias, True),
         'weight_gradient_kernel': lambda: passes(x, shift, grad_y).weight_gradient(out, torch.float32),
-        'unfold': lambda: algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums),
-        'input_terms': lambda: algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count),
+        'unfold': lambda: algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums),
+        'input_terms': lambda: algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count),
         'input_gradient_kernel': lambda: passes(x, shift, grad_y).input_gradient(folded, a, b),
     }
 
 
-def timed(runs, device, rounds, times):
+def timed(runs):
     """Median milliseconds of the functions, each of which does the same to tensors of its own; on a GPU as a graph."""
     def run():
-        for i in range(times):
+        for i in range(TIMES):
             runs[i % len(runs)]()
-    for first in runs:
-        first()
-    if device == 'cuda':
+    run()
+    if DEVICE == 'cuda':
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
         run = graph.replay
-    return 1e3 * median(seconds(run, device) for _ in range(rounds)) / times
+    return 1e3 * median(seconds(run, DEVICE) for _ in range(ROUNDS)) / TIMES
 
 
-def bench_copy(results, args, sizes):
-    key = dict(kind='copy', name='clone')
-    if results.missing(**key):
-        x = torch.zeros(2 ** 28 if args.device == 'cuda' else 2 ** 16, device=args.device)
-        ms = timed([x.clone], args.device, sizes['rounds'], sizes['times'])
-        results.add(**key, ms=round(ms, 4), gb_per_s=round(2 * x.numel() * x.element_size() / ms / 1e6, 1))
-
-
-def bench_passes(results, args, sizes, groups=4):
-    shapes = FINET_LARGE if not args.tiny else {(24, 32): (1, 64)}
-    for (channels, out), (_, positions) in shapes.items():
+def bench_passes():
+    for (channels, out), (_, positions) in LAYERS.items():
         side = round(positions ** 0.5)
         for form in FORMS[1:]:
-            if form == 'triton' and args.device == 'cpu' and not moment_form.INTERPRETED:
-                continue
-            key = dict(kind='pass', size=side, batch=sizes['images'], groups=groups, form=form)
-            names = [name for name in (*FEWEST, 'fold', 'unfold', 'input_terms')
-                     if results.missing(**key, name=f'{name} {channels} to {out}')]
-            if not names:
-                continue
-            bytes_of_x = 2 * channels * positions * sizes['images']
-            copies = []  # together more than any cache holds
-            for name in names:
+            key = dict(kind='pass', size=side, batch=IMAGES, groups=GROUPS, form=form)
+            copies = []
+            for name in (*FEWEST, 'fold', 'unfold', 'input_terms'):
+                layer = f'{name} {channels} to {out}'
+                if not is_missing(**key, name=layer):
+                    continue
                 try:
-                    while len(copies) < min(sizes['copies'], 2 ** 28 // bytes_of_x + 1):
-                        x, grad_y = (torch.randn(
-                            sizes['images'], width, side, side, device=args.device).to(torch.bfloat16).contiguous(
-                            memory_format=torch.channels_last) for width in (channels, out))
-                        copies.append(passes_of(form, channels, out, groups, x, grad_y))
-                    ms = timed([runs[name] for runs in copies], args.device, sizes['rounds'], sizes['times'])
+                    copies = copies or [passes_of(form, channels, out, side) for _ in range(COPIES)]
+                    ms = timed([runs[name] for runs in copies])
                     times_x, times_y = FEWEST.get(name, (0, 0))
-                    fewest = 2 * (times_x * channels + times_y * out) * positions * sizes['images']
+                    fewest = 2 * (times_x * channels + times_y * out) * positions * IMAGES
                     found = dict(ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1) if fewest else '')
                 except Exception as error:  # the other lines are worth having
                     found = dict(result=first_line(error))
-                results.add(**key, name=f'{name} {channels} to {out}', **found)
+                add(**key, name=layer, **found)
 
 
-def network(name, groups, form, size, device):
+def network(name, groups, form, size):
     """A network of torch's own modules, or of FBN, in train mode and channels_last."""
     if name.startswith('mobilenet'):
         model = timm.create_model(name)
         model = model if form == 'bn' else convert_fbn(model, groups)
-        return model.to(device, memory_format=torch.channels_last).train()
-    args = Namespace(channels_last=True, device=device)
-    return build(name, groups, 'bn' if form == 'bn' else 'moment', args, size)
+        return model.to(DEVICE, memory_format=torch.channels_last).train()
+    return build(name, groups, 'bn' if form == 'bn' else 'moment', size, device=DEVICE)
 
 
 def count_kernels(run):
@@ -193,17 +160,15 @@ def count_kernels(run):
     return sum(event.device_type == DeviceType.CUDA and not event.name.startswith('Mem') for event in prof.events())
 
 
-def prepare_step(name, groups, form, size, batch, how, args):
+def prepare_step(name, groups, form, size, batch, how):
     """A function that takes a training step under bfloat16 autocast; it has taken one."""
     torch.manual_seed(0)
-    model = network(name, groups, form, size, args.device)
-    x = torch.randn(batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
-    target = torch.randint(10, (batch,), device=args.device)
-    triton = form == 'triton' and args.device == 'cuda'
+    model = network(name, groups, form, size)
+    x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
+    target = torch.randint(10, (batch,), device=DEVICE)
+    triton = form == 'triton' and DEVICE == 'cuda'
     moment_form.TRITON = triton
-    if how == 'compiled':
-        model.compile(backend='eager' if args.tiny else 'inductor')
-    elif how == 'graph' and args.device == 'cuda':
+    if how == 'graph' and DEVICE == 'cuda':
         captured(model, x, torch.bfloat16)
 
     def run():
@@ -213,86 +178,68 @@ def prepare_step(name, groups, form, size, batch, how, args):
     return run
 
 
-def bench_step(steps, how, args, rounds):
+def bench_steps():
     """Milliseconds, memory and kernels of the forms' steps, which take turns."""
-    times = {form: [] for form in steps}
-    for _ in range(rounds):
-        for form, run in steps.items():
-            times[form].append(1e3 * seconds(run, args.device))
-    for form, run in steps.items():
-        found = dict(ms=round(median(times[form]), 3))
-        if how != 'graph':  # a graph holds its memory from its capture on
-            found['peak_mb'] = round(peak_bytes(run, args.device) / 2 ** 20, 1)
-        if args.device == 'cuda':
-            found['kernels'] = count_kernels(run)
-        yield form, found
-
-
-def bench_steps(results, args, sizes):
-    for runs, networks in ((('graph', 'eager'), sizes['networks']), (('compiled',), sizes['compiled'])):
-        for name, groups, batches in networks:
-            for (size, batch), how in product(batches, runs):
+    for name, groups, batches in NETWORKS:
+        for size, batch in batches:
+            for how in ('graph', 'eager'):
                 key = dict(kind='step', name=name, size=size, batch=batch, groups=groups, run=how)
                 steps = {}
-                for form in [form for form in FORMS if results.missing(**key, form=form)]:
+                for form in [form for form in FORMS if is_missing(**key, form=form)]:
                     try:
-                        steps[form] = prepare_step(name, groups, form, size, batch, how, args)
+                        steps[form] = prepare_step(name, groups, form, size, batch, how)
                     except Exception as error:  # out of memory, or what the next card will not have
-                        results.add(**key, form=form, result=first_line(error))
-                for form, found in bench_step(steps, how, args, sizes['rounds']):
-                    results.add(**key, form=form, **found)
+                        add(**key, form=form, result=first_line(error))
+                for form, times in in_turns(steps, ROUNDS, device=DEVICE).items():
+                    found = dict(ms=round(1e3 * median(times), 3))
+                    if DEVICE == 'cuda':
+                        found['kernels'] = count_kernels(steps[form])
+                    if how == 'eager':  # a graph holds its memory from its capture on
+                        found['peak_mb'] = round(peak_bytes(steps[form], DEVICE) / 2 ** 20, 1)
+                    add(**key, form=form, **found)
                 steps.clear()
-                torch.compiler.reset()
-                if args.device == 'cuda':
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
-def tables(rows):
-    """The documents' tables, of the last card in the file."""
-    rows = [row for row in rows if row['card'] == rows[-1]['card']]
+def table_of_steps(rows):
+    """Of the last card in the file."""
     steps = {}
     for row in rows:
-        if row['kind'] == 'step' and row['ms']:
+        if row['card'] == rows[-1]['card'] and row['kind'] == 'step' and row['ms']:
             key = row['name'], row['groups'], row['size'], row['batch']
             steps.setdefault(key, {})[row['run'], row['form']] = row
 
     def ratio(of, how, form, column='ms'):
         found, bn = of.get((how, form)), of.get((how, 'bn'))
         return f'{float(found[column]) / float(bn[column]):.2f}' if found and bn else '-'
-    write_block('gpu_steps', markdown(
+    return markdown(
         ['training step', 'G', 'BN, ms: graph', 'eager', 'Triton: graph', 'eager', "torch's: graph", 'eager', 'memory'],
         [[f'{name}, {size} px, batch {batch}', groups,
           *(f"{float(of[how, 'bn']['ms']):.1f}" if (how, 'bn') in of else '-' for how in ('graph', 'eager')),
           *(ratio(of, how, form) for form in ('triton', 'torch') for how in ('graph', 'eager')),
-          ratio(of, 'eager', 'triton', 'peak_mb')] for (name, groups, size, batch), of in steps.items()]))
+          ratio(of, 'eager', 'triton', 'peak_mb')] for (name, groups, size, batch), of in steps.items()])
+
+
+def table_of_passes(rows):
+    """Of the last card in the file."""
     passes = {}
     for row in rows:
-        if row['kind'] == 'pass' and row['form'] == 'triton' and row['gb_per_s']:
+        if row['card'] == rows[-1]['card'] and (row['kind'], row['form']) == ('pass', 'triton') and row['gb_per_s']:
             name, layer = row['name'].split(' ', 1)
             passes.setdefault(f"{layer}, {row['size']} px", {})[name] = row
-    write_block('gpu_passes', markdown(
-        ['layer', *FEWEST], [[layer, *(f"{1e3 * float(of[name]['ms']):.0f} us, {float(of[name]['gb_per_s']) / 1e3:.1f}"
-                                       for name in FEWEST)] for layer, of in passes.items()]))
+    return markdown(['layer', *FEWEST], [
+        [layer, *(f"{1e3 * float(of[name]['ms']):.0f} us, {float(of[name]['gb_per_s']) / 1e3:.1f}" for name in FEWEST)]
+        for layer, of in passes.items()])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--minutes', type=float, default=10, help='start no measurement after so long')
-    parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
-    parser.add_argument('--tiny', action='store_true', help='small sizes, for a rehearsal')
-    parser.add_argument('--file', type=Path, default=RESULTS / 'gpu.csv')
-    parser.add_argument('--table', action='store_true', help="write the documents' tables")
-    args = parser.parse_args()
-    if args.table:
-        return tables(read_rows(args.file))
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('torch finds no GPU here: rehearse with --device cpu --tiny --file FILE')
-    results = Results(args.file, torch.cuda.get_device_name() if args.device == 'cuda' else cpu_name(), args.minutes)
-    sizes = TINY if args.tiny else FULL
-    run_tests(results)
-    bench_copy(results, args, sizes)
-    bench_passes(results, args, sizes)
-    bench_steps(results, args, sizes)
+    parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error('torch finds no GPU here')
+    run_tests()
+    bench_passes()
+    bench_steps()
 
 
 if __name__ == '__main__':

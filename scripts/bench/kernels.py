@@ -5,7 +5,7 @@
 Writes to results: `kernels_errors.csv`, errors against float64 in Triton's interpreter; `kernels_bytes.csv`, the bytes
 that each pass loads and stores, counted there, beside the fewest that it needs; `kernels_resources.csv`, registers,
 spills and shared memory of every kernel, compiled ahead for each card; `kernels_launches.csv`, launches of a layer with
-these passes and with torch's. Tables go to the documents. Times are gpu.py's.
+these passes and with torch's. Times are gpu.py's.
 """
 import argparse
 import os
@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, command, markdown, write_rows
+from timm_finet.ops import moment_form
 from timm_finet.ops.moment_form import MomentForm, TorchAlgebra
 from timm_finet.ops.reference import fbn_reference
 from timm_finet.ops.torch_passes import TorchPasses
@@ -86,11 +88,8 @@ def bfloat16_values():
             return cast_impl(self, value, dtype)
         rounded = torch.as_tensor(value.data.copy()).bfloat16().view(torch.int16)
         return TensorHandle(rounded.numpy().view('uint16'), tl.bfloat16)
-    Builder.create_dot, Builder.cast_impl = dot, cast
-    try:
+    with patch.multiple(Builder, create_dot=dot, cast_impl=cast):
         yield
-    finally:
-        Builder.create_dot, Builder.cast_impl = create_dot, cast_impl
 
 
 def measure_errors(shape=(50, 40, 2)):
@@ -103,6 +102,17 @@ def measure_errors(shape=(50, 40, 2)):
                 what: f'{error:.1e}' for what, error in zip(WHAT, errors(found, exact_layer(*layer, shape[2])))})
 
 
+def on_card(shared_kib=227):
+    """The Triton passes choose their tiles for a card of an H100's processors."""
+    from timm_finet.ops import triton_passes
+    return patch.object(triton_passes, 'card', lambda device: (132, shared_kib * 1024))
+
+
+def by_passes(passes, algebra):
+    """The moment form takes these, wherever its tensors lie."""
+    return patch.object(moment_form, 'implementation', lambda *_: (passes, algebra))
+
+
 @contextmanager
 def recorded_launches(run=True):
     """A list that receives each launch `(kernel, grid, arguments, options)`."""
@@ -113,11 +123,8 @@ def recorded_launches(run=True):
         launches.append((kernel, grid, args, options))
         if run:
             launch(kernel, grid, *args, **options)
-    triton_passes.launch = record
-    try:
+    with patch.object(triton_passes, 'launch', record):
         yield launches
-    finally:
-        triton_passes.launch = launch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,13 +157,9 @@ def counted_bytes(kernels):
             for v, name in zip(args, kernel.arg_names) if isinstance(v, torch.Tensor)]
         if kernel.fn.__name__ in kernels:
             launch(kernel, grid, *args, **options)
-    originals = Builder.create_masked_load, Builder.create_masked_store
-    Builder.create_masked_load, Builder.create_masked_store, triton_passes.launch = load, store, owned
-    try:
+    with patch.multiple(Builder, create_masked_load=load, create_masked_store=store), \
+            patch.object(triton_passes, 'launch', owned):
         yield counts
-    finally:
-        Builder.create_masked_load, Builder.create_masked_store = originals
-        triton_passes.launch = launch
 
 
 FEWEST = {  # what a pass over the activations has to move, times x and times y
@@ -186,13 +189,11 @@ def measure_bytes(groups=4, positions=(128, 256)):
     By the difference between two numbers of positions, as sums have one part in both.
     """
     from timm_finet.ops import triton_passes
-    split_positions, card = triton_passes.split_positions, triton_passes.card
-    triton_passes.split_positions = lambda *args: (1, positions[1])
-    triton_passes.card = lambda device: (132, 227 * 1024)
     for (channels, out), (layers, image) in FINET_LARGE.items():
         counts = []
         for n in positions:
-            with counted_bytes(FEWEST) as counted:
+            with counted_bytes(FEWEST) as counted, on_card(), \
+                    patch.object(triton_passes, 'split_positions', lambda *args: (1, positions[1])):
                 run_passes(channels, out, groups, n)
             counts.append(counted)
         for kernel, (times_x, times_y) in FEWEST.items():
@@ -204,7 +205,6 @@ def measure_bytes(groups=4, positions=(128, 256)):
                 channels=channels, out=out, groups=groups, layers=layers, positions=image, kernel=kernel,
                 activations=round(activations), fewest=2 * (times_x * channels + times_y * out),
                 weights=round(sum(moved.values()) - activations))
-    triton_passes.split_positions, triton_passes.card = split_positions, card
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,17 +215,11 @@ TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'
 
 def layer_launches(channels, out, groups, relu=True, shared_kib=227):
     """The launches of a step of a layer of bfloat16 with ReLU and running statistics, none of them run."""
-    from timm_finet.ops import moment_form, triton_passes
-    implementation, card = moment_form.implementation, triton_passes.card
-    moment_form.implementation = lambda *_: (triton_passes.TritonPasses, triton_passes.TritonAlgebra)
-    triton_passes.card = lambda device: (132, shared_kib * 1024)
-    try:
-        with recorded_launches(run=False) as launches:
-            layer = inputs(channels, out, groups, torch.bfloat16, shape=(256, 28, 28), device='meta')
-            running = *torch.empty(2, groups * out, device='meta'), 0.1
-            run_layer(*layer, groups, relu=relu, running=running)
-    finally:
-        moment_form.implementation, triton_passes.card = implementation, card
+    from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
+    layer = inputs(channels, out, groups, torch.bfloat16, shape=(256, 28, 28), device='meta')
+    running = *torch.empty(2, groups * out, device='meta'), 0.1
+    with recorded_launches(run=False) as launches, by_passes(TritonPasses, TritonAlgebra), on_card(shared_kib):
+        run_layer(*layer, groups, relu=relu, running=running)
     return launches
 
 
@@ -302,7 +296,7 @@ def measure_launches(channels=100, out=100, groups=4):
 
     Counted with tensors of the meta device, which take the GPU's way once they say that they are CUDA's.
     """
-    from timm_finet.ops import moment_form, triton_passes
+    from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
 
     def batch_norm(x, weight, gamma, beta, running):
         y = F.conv2d(x, weight.to(x.dtype))
@@ -314,85 +308,75 @@ def measure_launches(channels=100, out=100, groups=4):
     def fbn_relu(x, weight, gamma, beta, running):
         return MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, True, (*running, 0.1))[0]
 
-    torch_passes = TorchPasses, TorchAlgebra
-    ours = triton_passes.TritonPasses, triton_passes.TritonAlgebra
-    implementation, card = moment_form.implementation, triton_passes.card
-    triton_passes.card, torch.Tensor.is_cuda = lambda device: (132, 227 * 1024), True
-    try:
-        for name, layer, passes in (
-                ('convolution, BatchNorm, ReLU', batch_norm, torch_passes),
-                ("FBN, torch's passes, ReLU", fbn, torch_passes),
-                ('FBN, Triton passes, ReLU', fbn, ours), ('FBN, Triton passes, ReLU inside', fbn_relu, ours)):
-            moment_form.implementation = lambda *_, passes=passes: passes
-            layer_groups = 1 if layer is batch_norm else groups
-            x, weight, gamma, beta, grad_y = inputs(channels, out, layer_groups, torch.bfloat16, device='meta')
-            leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
-            running = torch.empty(2, layer_groups * out, device='meta').unbind()
-            with recorded_launches(run=False) as launches:
-                with Operators() as forward:
-                    y = layer(*leaves, running)
-                triton_forward = len(launches)
-                with Operators() as backward:
-                    torch.autograd.grad(y, leaves, grad_y)
-            yield dict(
-                layer=name, channels=channels, out=out, groups=layer_groups, forward=forward.count + triton_forward,
-                backward=backward.count + len(launches) - triton_forward)
-    finally:
-        moment_form.implementation, triton_passes.card = implementation, card
-        del torch.Tensor.is_cuda
+    torchs, tritons = (TorchPasses, TorchAlgebra), (TritonPasses, TritonAlgebra)
+    for name, layer, passes in (
+            ('convolution, BatchNorm, ReLU', batch_norm, torchs), ("FBN, torch's passes, ReLU", fbn, torchs),
+            ('FBN, Triton passes, ReLU', fbn, tritons), ('FBN, Triton passes, ReLU inside', fbn_relu, tritons)):
+        layer_groups = 1 if layer is batch_norm else groups
+        x, weight, gamma, beta, grad_y = inputs(channels, out, layer_groups, torch.bfloat16, device='meta')
+        leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
+        running = torch.empty(2, layer_groups * out, device='meta').unbind()
+        with patch.object(torch.Tensor, 'is_cuda', True), by_passes(*passes), on_card(), \
+                recorded_launches(run=False) as launches:
+            with Operators() as forward:
+                y = layer(*leaves, running)
+            triton_forward = len(launches)
+            with Operators() as backward:
+                torch.autograd.grad(y, leaves, grad_y)
+        yield dict(
+            layer=name, channels=channels, out=out, groups=layer_groups, forward=forward.count + triton_forward,
+            backward=backward.count + len(launches) - triton_forward)
 
 
-def write(name, rows):
-    """A results file with what it was made by."""
-    facts = dict(torch=torch.__version__, triton=version('triton'), date=date.today(), command=command())
-    write_rows(RESULTS / f'kernels_{name}.csv', [row | facts for row in rows])
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def table_of_launches(rows):
+    return markdown(['launches of a layer', 'forward', 'backward'],
+                    [[row['layer'], row['forward'], row['backward']] for row in rows])
 
 
-def tables():
-    """The documents' tables from the results files."""
-    rows = {name: read_rows(RESULTS / f'kernels_{name}.csv') for name in ('launches', 'bytes', 'resources', 'errors')}
-    write_block('kernels_launches', markdown(
-        ['launches of a layer', 'forward', 'backward'],
-        [[row['layer'], row['forward'], row['backward']] for row in rows['launches']]))
-
+def table_of_bytes(rows):
     def total(kernel, column):
         return 256e-9 * sum(
-            int(row['layers']) * int(row['positions']) * int(row[column])
-            for row in rows['bytes'] if row['kernel'] == kernel)
+            int(row['layers']) * int(row['positions']) * int(row[column]) for row in rows if row['kernel'] == kernel)
     cells = [[kernel, *(f'{total(kernel, column):.2f}' for column in ('fewest', 'activations', 'weights'))]
              for kernel in FEWEST]
     sums = [sum(float(cell[column]) for cell in cells) for column in (1, 2, 3)]
-    write_block('kernels_bytes', markdown(
-        ['GB a step', 'fewest', 'loads and stores', 'of weights'], cells + [['all', *(f'{s:.2f}' for s in sums)]]))
-    write_block('kernels_resources', markdown(
-        ['registers / KiB of shared memory', *CARDS],
-        [[kernel, *(f"{max(int(row['registers']) for row in of)} / {max(float(row['shared_kib']) for row in of):g}"
-                    for card in CARDS
-                    for of in [[r for r in rows['resources'] if (r['kernel'], r['card']) == (kernel, card)]])]
-         for kernel in dict.fromkeys(row['kernel'] for row in rows['resources'])]))
-    write_block('kernels_errors', markdown(
-        ['dtype', 'mean/deviation', *WHAT],
-        [[row['dtype'], row['ratio'], *(row[what] for what in WHAT)] for row in rows['errors']]))
+    return markdown(
+        ['GB a step', 'fewest', 'loads and stores', 'of weights'], cells + [['all', *(f'{s:.2f}' for s in sums)]])
+
+
+def table_of_resources(rows):
+    cells = {}
+    for row in rows:
+        of = cells.setdefault(row['kernel'], {}).setdefault(row['card'], [0, 0])
+        of[:] = max(of[0], int(row['registers'])), max(of[1], float(row['shared_kib']))
+    return markdown(['registers / KiB of shared memory', *CARDS], [
+        [kernel, *(f'{of[card][0]} / {of[card][1]:g}' for card in CARDS)] for kernel, of in cells.items()])
+
+
+def table_of_errors(rows):
+    return markdown(['dtype', 'mean/deviation', *WHAT],
+                    [[row['dtype'], row['ratio'], *(row[what] for what in WHAT)] for row in rows])
+
+
+MEASURES = dict(
+    launches=measure_launches, resources=measure_resources, errors=measure_errors, bytes=measure_bytes)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', default=['launches', 'resources', 'errors', 'bytes'])
-    args = parser.parse_args()
-    measures = dict(
-        launches=measure_launches, resources=measure_resources, errors=measure_errors, bytes=measure_bytes)
-    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
-    for name in args.only:
-        if name in ('errors', 'bytes') and not interpreted:  # it has to be switched on before Triton is imported
+    parser.add_argument('--only', nargs='+', default=list(MEASURES), choices=MEASURES)
+    for name in parser.parse_args().only:
+        if name in ('errors', 'bytes') and os.environ.get('TRITON_INTERPRET') != '1':
+            # It has to be switched on before Triton is imported.
             environment = {**os.environ, 'TRITON_INTERPRET': '1', 'TIMM_FINET_TRITON': '1'}
             subprocess.run(
                 [sys.executable, '-m', 'scripts.bench.kernels', '--only', name], env=environment, check=True)
         else:
-            rows = list(measures[name]())
-            write(name, rows)
-            print(markdown(list(rows[0]), [row.values() for row in rows]), flush=True)
-    if all((RESULTS / f'kernels_{name}.csv').exists() for name in measures):
-        tables()
+            facts = dict(torch=torch.__version__, triton=version('triton'), date=date.today(), command=command())
+            write_rows(RESULTS / f'kernels_{name}.csv', [row | facts for row in MEASURES[name]()])
 
 
 if __name__ == '__main__':

@@ -8,18 +8,17 @@ the gradients of input, weight and gamma, in units of each one's own root mean s
 """
 import argparse
 from copy import deepcopy
-from datetime import date
 
 import timm
 import torch
 
-from scripts.report import RESULTS, command, cpu_name, write_rows
+from scripts.report import RESULTS, facts, write_rows
 from timm_finet import FBNConv2d
-from timm_finet.images import shipped_images
 from timm_finet.commands.demo import SHIPPED
 from timm_finet.fbn import ReferenceFBNConv2d
+from timm_finet.images import shipped_images
 
-FILE = RESULTS / 'numerics.csv'
+WHAT = ('variance', 'output', 'grad_x', 'grad_weight', 'grad_gamma')
 SEED = 0
 
 
@@ -38,19 +37,15 @@ def inputs():
     yield 'two positions', layer, torch.randn(2, 64, 1, 1)
     model = timm.create_model(SHIPPED, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model, use_test_size=True))
-    seen, handles = [], []
-    for name, module in model.named_modules():
-        if isinstance(module, FBNConv2d):
-            handles.append(module.register_forward_pre_hook(
-                lambda m, x, name=name: seen.append((f'layers, {name}', m, x[0]))))
+    seen = []
+    handles = [
+        module.register_forward_pre_hook(lambda m, x, name=name: seen.append((f'layers, {name}', m, x[0])))
+        for name, module in model.named_modules() if isinstance(module, FBNConv2d)]
     with torch.no_grad():
-        model(torch.stack([transform(p) for p in shipped_images()[0]]))
+        model(torch.stack([transform(image) for image in shipped_images()[0]]))
     for handle in handles:
         handle.remove()
     yield from seen
-
-
-WHAT = ('variance', 'output', 'grad_x', 'grad_weight', 'grad_gamma')
 
 
 def step(layer, x, grad, form, dtype):
@@ -84,14 +79,9 @@ def measure():
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows = list(measure())
-    print(f"{'error, times that of the reference form':<40}" + ''.join(f'{what:>22}' for what in WHAT))
-    for row in rows:
-        print(f"{row['input']:<40}" + ''.join(
-            f"{row[f'fbn_{what}']:13.1e} {row[f'fbn_{what}'] / max(row[f'reference_{what}'], 1e-30):8.2f}"
-            for what in WHAT))
-    facts = dict(seed=SEED, device=cpu_name(), torch=torch.__version__, date=date.today(), command=command())
-    write_rows(FILE, [{k: f'{v:.2e}' if isinstance(v, float) else v for k, v in row.items()} | facts for row in rows])
+    write_rows(RESULTS / 'numerics.csv', [
+        {key: f'{value:.2e}' if isinstance(value, float) else value for key, value in row.items()}
+        | dict(seed=SEED, **facts()) for row in measure()])
 
 
 if __name__ == '__main__':

@@ -3,88 +3,77 @@
     python -m scripts.paper.cifar_tables evidence --data-dir DATA --output OUT --jobs 2
     python -m scripts.paper.cifar_tables evidence             # tables and plots alone
 
-`cifar10` and `cifar100` are Tables 5, 6 and 7 of the paper, 200 epochs, for a GPU. `placement` and `evidence` are
-shorter, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal widths. `long` asks the latter
-of networks that fit the few images they are trained on. `weights` are to be embedded. Results go to results/cifar.csv,
-cifar_short.csv, cifar_long.csv and cifar_weights.csv, the epochs and plots beside them, the tables to docs/cifar.md and
-docs/weights.md.
+`placement` and `evidence` are short, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal
+widths. `long` asks the latter of networks that fit the few images they are trained on. `weights` are those of CIFAR
+that the package embeds. Results go to results/cifar_short.csv, cifar_long.csv and cifar_weights.csv, the epochs and
+plots beside them, the tables to docs/cifar.md and docs/weights.md; with another `--results` they are printed.
 
 DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started, in
-order of worth, `--jobs` at a time; cut off, by `--minutes` or otherwise, it goes on from each run's last epoch when
-started again with the same OUT. `--dry-run` prints the commands. What stands after `--` is handed on to train.py; as
-that makes another experiment, it needs a `--results` of its own, and its tables are printed:
-
-    python -m scripts.paper.cifar_tables cifar10 --only g1_g8 --data-dir DATA --output OUT --results p.csv -- --epochs 3
+order of worth, `--jobs` at a time; cut off, it goes on from each run's last epoch when started again with the same OUT.
 """
-import argparse
+import importlib
 import math
 import re
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-from pathlib import Path
 from statistics import mean, stdev
 
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import yaml
+from timm.data import create_dataset
 from timm.utils.misc import natural_key
 
-from scripts.cifar_runs import FILES, PROTOCOLS, ROOT, command, folder, missing, train
-from scripts.report import RESULTS, markdown, read_rows, write_block
+from scripts.paper.cifar_plan import PROTOCOLS, RESULTS_OF
+from scripts.report import RESULTS, markdown, mean_deviation, pm, read_rows, rows_so_far, write_block
+from scripts.runs import arguments, command, curve_file, folder, missing, train
+from timm_finet.data.cifar import PAD
+from timm_finet.hub.checkpoint import load_checkpoint
 
-PAPER = {  # top-1 of Tables 5, 6 and 7, of 200 epochs
-    'cifar10': {
-        'finet_large': {'G = 1': 92.584, 'G = 2': 93.082, 'G = 4': 93.532, 'G = 6': 93.286, 'G = 8': 93.674,
-                        'C/G = 20': 93.470, 'C/G = 50': 93.606, 'C/G = 100': 93.122},
-        'finet_large without affine': {
-            'G = 1': 91.958, 'G = 2': 93.162, 'G = 4': 92.478, 'G = 6': 92.564, 'G = 8': 93.430},
-        'resnet18': {'G = 1': 94.512, 'G = 2': 95.012, 'G = 4': 94.962},
-        'resnet50': {'G = 1': 94.644, 'G = 2': 95.040}},
-    'cifar100': {
-        'finet_large': {'G = 1': 75.624, 'G = 2': 76.752, 'G = 4': 76.856, 'G = 6': 76.716, 'G = 8': 77.202,
-                        'C/G = 20': 76.926, 'C/G = 50': 76.850, 'C/G = 100': 75.674},
-        'finet_large without affine': {
-            'G = 1': 74.216, 'G = 2': 74.382, 'G = 4': 74.486, 'G = 6': 74.772, 'G = 8': 74.734},
-        'resnet18': {'G = 1': 76.866, 'G = 2': 77.754, 'G = 4': 77.726},
-        'resnet50': {'G = 1': 77.796, 'G = 2': 78.122}},
+PAPER = {  # top-1 of finet_large in Table 5, after 200 epochs
+    ('cifar10', 'finet_small'): {'G = 1': 92.584, 'G = 2': 93.082, 'G = 4': 93.532, 'G = 6': 93.286, 'G = 8': 93.674},
+    ('cifar100', 'finet_small'): {'G = 1': 75.624, 'G = 2': 76.752, 'G = 4': 76.856, 'G = 6': 76.716, 'G = 8': 77.202},
+    ('cifar100', 'finet_small without affine'): {
+        'G = 1': 74.216, 'G = 2': 74.382, 'G = 4': 74.486, 'G = 6': 74.772, 'G = 8': 74.734},
 }
 BN = 'G = 1'
 FIT = {'fit_loss': 'loss on the training images', 'fit_top1': 'top-1 on them'}
 
 
-def tables_of(protocols):
-    """The settings of every table by data set and title, then by the row's name."""
+@torch.no_grad()
+def fit(run, args):
+    """How well a finished run fits what it was trained on: columns of its results' line.
+
+    That is loss and top-1 in per cent on the training images, uncropped, in eval mode and float32.
+    """
+    home = folder(args.output, run)
+    trained = yaml.safe_load((home / 'args.yaml').read_text())
+    if run[0].module:
+        importlib.import_module(run[0].module)
+    model, _ = load_checkpoint(str(home / 'last.pth.tar'), trained['model'])
+    data = create_dataset(trained['dataset'], root=args.data_dir, split='train')
+    images, labels = torch.from_numpy(data.data[:, PAD:-PAD, PAD:-PAD]).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    mean, std = (torch.tensor(trained[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    logits = torch.cat([model((part / 255 - mean) / std) for part in images.split(500)])
+    return dict(
+        fit_loss=round(F.cross_entropy(logits, labels).item(), 4),
+        fit_top1=round(100 * (logits.argmax(1) == labels).double().mean().item(), 3))
+
+
+def tables_of(stem):
+    """The settings of every table of a results file, by data set and title, then by the row's name."""
     found = {}
-    for protocol in protocols:
+    for protocol in RESULTS_OF[stem]:
         for section in PROTOCOLS[protocol]:
-            dataset = next(iter(section.rows.values())).dataset
-            found.setdefault((dataset, section.title), {}).update(section.rows)
+            found.setdefault((section.dataset, section.title), {}).update(section.rows)
     return {key: dict(sorted(rows.items(), key=lambda row: natural_key(row[0]))) for key, rows in found.items()}
-
-
-def paper_of(dataset, title):
-    """The paper's figures beside a table: where it has none for the network, those of finet_large or the full width."""
-    title = title.replace('small', 'large').split(', a quarter')[0]
-    return PAPER[dataset].get(title, {})
 
 
 def of(rows, setting):
     """Lines of a setting, by seed."""
-    found = {int(row['seed']): row for row in rows if row['setting'] == str(setting)}
+    found = {int(row['seed']): row for row in rows if row['setting'] == setting.name}
     return dict(sorted(found.items()))
-
-
-def mean_deviation(values):
-    """Mean and deviation of a sample; of a single value there is no deviation."""
-    return mean(values), stdev(values) if len(values) > 1 else None
-
-
-def title_of(dataset):
-    return dataset.replace('cifar', 'CIFAR-')
-
-
-def pm(middle, deviation):
-    return f'{middle:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')
 
 
 def top1(lines, column='top1_last'):
@@ -123,84 +112,62 @@ def against_bn(lines, baseline):
     return [f'{difference:+.2f}{spread}', '' if p is None else f'{p:.3f} (n = {len(shared)})']
 
 
-def tables(rows, protocols):
-    """All tables as Markdown."""
-    parts = []
-    fit = FIT if rows and 'fit_top1' in rows[0] else {}
-    for (dataset, title), settings in tables_of(protocols).items():
-        lines = {name: of(rows, setting) for name, setting in settings.items()}
-        if not any(lines.values()):
-            continue
-        paper = paper_of(dataset, title)
-        cells = []
-        for name, mine in lines.items():
-            if not mine:
-                continue
-            figure = paper.get(name)
-            gain = f' ({figure - paper[BN]:+.2f})' if figure and name != BN else ''
-            cells.append([
-                name, pm(*mean_deviation(top1(mine.values()))),
-                ', '.join(f'{value:.2f}' for value in top1(mine.values())),
-                *against_bn(mine, lines.get(BN, {})), f'{figure:.2f}{gain}' if figure else '',
-                *(pm(*mean_deviation(top1(mine.values(), column))) for column in fit),
-                middle(mine.values(), 'seconds_an_epoch', 1), middle(mine.values(), 'peak_mb', 0)])
-        parts += [f'**{title}, {title_of(dataset)}**', markdown(
-            ['', 'top-1, mean ± deviation', 'every seed', 'minus BN ± standard error', 'p, paired by seed',
-             'paper (minus BN)', *fit.values(), 'seconds an epoch', 'peak MB'], cells)]
-    return '\n\n'.join(parts)
-
-
-def middle(lines, column, digits):
+def average(lines, column, digits):
     values = [float(line[column]) for line in lines if line[column]]
     return f'{mean(values):.{digits}f}' if values else ''
 
 
-def groups_of(settings, found):
+def table(rows, stem):
+    """All tables of a results file."""
+    parts = []
+    fit = FIT if rows and 'fit_top1' in rows[0] else {}
+    for (dataset, title), settings in tables_of(stem).items():
+        found = {name: of(rows, setting) for name, setting in settings.items()}
+        paper = PAPER.get((dataset, title), {})
+        cells = []
+        for name, lines in found.items():
+            if not lines:
+                continue
+            mine, figure = lines.values(), paper.get(name)
+            gain = f' ({figure - paper[BN]:+.2f})' if figure and name != BN else ''
+            cells.append([
+                name, pm(*mean_deviation(top1(mine))), ', '.join(f'{value:.2f}' for value in top1(mine)),
+                *against_bn(lines, found.get(BN, {})), f'{figure:.2f}{gain}' if figure else '',
+                *(pm(*mean_deviation(top1(mine, column))) for column in fit),
+                average(mine, 'seconds_an_epoch', 1), average(mine, 'peak_mb', 0)])
+        if cells:
+            parts += [f"**{title}, {dataset.replace('cifar', 'CIFAR-')}**", markdown(
+                ['', 'top-1, mean ± deviation', 'every seed', 'minus BN ± standard error', 'p, paired by seed',
+                 'paper (minus BN)', *fit.values(), 'seconds an epoch', 'peak MB'], cells)]
+    return '\n\n'.join(parts)
+
+
+def by_groups(found):
     """G and what was found for it, of the rows that a plot against G shows."""
-    return [(int(name[4:]), found[name]) for name in settings if re.fullmatch(r'G = \d+', name) and found.get(name)]
+    return {int(name.removeprefix('G = ')): of_g for name, of_g in found.items()
+            if re.fullmatch(r'G = \d+', name) and of_g}
 
 
-def plot(rows, protocols, results):
+def plot(rows, stem, results):
     """Accuracy against G beside the paper's, and against epochs, where BN and FBN of one table are there."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
     families = []
-    for (dataset, title), settings in tables_of(protocols).items():
-        points = groups_of(settings, {name: of(rows, setting) for name, setting in settings.items()})
+    for (dataset, title), settings in tables_of(stem).items():
+        points = by_groups({name: of(rows, setting) for name, setting in settings.items()})
         if len(points) > 1:
             families.append((dataset, title, settings, points))
     if not families:
         return
-    figure_of_epochs, (curves, losses) = plt.subplots(
-        2, len(families), figsize=(5 * len(families), 7.5), squeeze=False, sharex='col', layout='constrained')
-    figure_of_groups, bars = plt.subplots(
-        1, len(families), figsize=(5 * len(families), 4.2), squeeze=False, layout='constrained')
-    for curve, loss, bar, (dataset, title, settings, points) in zip(curves, losses, bars[0], families):
-        samples = [(g, *mean_deviation(top1(lines.values()))) for g, lines in points]
-        x, y, deviations = zip(*samples)
-        bar.errorbar(x, y, [d or 0 for d in deviations], color='#1b7fbd', marker='o', capsize=3, label='measured')
-        for g, lines in points:
-            bar.plot([g] * len(lines), top1(lines.values()), '.', color='#1b7fbd', alpha=0.4)
-        paper = groups_of(settings, paper_of(dataset, title))
-        if paper and 1 in x:  # its accuracies are of longer runs, mostly of wider networks: shift them onto our BN
-            shifted = [(g, y[x.index(1)] + figure - dict(paper)[1]) for g, figure in paper]
-            bar.plot(*zip(*shifted), color='#777777', marker='o', mfc='white', ls=':', label="BN and the paper's gain")
-        bar.set(title=f'{title}, {title_of(dataset)}', xlabel='FBN groups G (1 is plain BN)', xticks=x,
-                ylabel='top-1 in %, not from 0: mean, deviation, seeds')
-        for color, (g, lines) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), points):
-            epochs = [
-                read_rows(results.with_suffix('') / f"{folder('', (settings[f'G = {g}'], seed)).name}.csv")
-                for seed in lines]
-            x = [int(row['epoch']) + 1 for row in epochs[0]]
-            for ax, key in ((curve, 'eval_top1'), (loss, 'train_loss')):
-                seeds = [[float(row[key]) for row in rows] for rows in epochs]
-                for y in seeds:
-                    ax.plot(x, y, color=color, lw=0.5, alpha=0.4)
-                ax.plot(x, [mean(values) for values in zip(*seeds)], color=color, lw=2, label=f'G = {g}')
-        curve.set(title=f'{title}, {title_of(dataset)}', ylabel='top-1 in %: every seed, mean')
-        loss.set(xlabel='epoch', ylabel='training loss, with crops and dropout')
+    width = 5 * len(families)
+    figure_of_epochs, axes = plt.subplots(
+        2, len(families), figsize=(width, 7.5), squeeze=False, sharex='col', layout='constrained')
+    figure_of_groups, bars = plt.subplots(1, len(families), figsize=(width, 4.2), squeeze=False, layout='constrained')
+    for (curve, loss), bar, (dataset, title, settings, points) in zip(axes.T, bars[0], families):
+        plot_groups(bar, points, by_groups(PAPER.get((dataset, title), {})))
+        plot_epochs(curve, loss, {
+            g: [read_rows(curve_file(results, (settings[f'G = {g}'], seed))) for seed in lines]
+            for g, lines in points.items()})
+        for ax in (bar, curve):
+            ax.set_title(f"{title}, {dataset.replace('cifar', 'CIFAR-')}")
         for ax in (bar, curve, loss):
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
@@ -209,68 +176,60 @@ def plot(rows, protocols, results):
         plt.close(figure)
 
 
-def commit():
-    """What the package is that trains, or nothing where there is no history of it."""
-    def git(*args):
-        return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)
+def plot_groups(ax, points, paper):
+    samples = [(g, *mean_deviation(top1(lines.values()))) for g, lines in points.items()]
+    x, y, deviations = zip(*samples)
+    ax.errorbar(x, y, [d or 0 for d in deviations], color='#1b7fbd', marker='o', capsize=3, label='measured')
+    for g, lines in points.items():
+        ax.plot([g] * len(lines), top1(lines.values()), '.', color='#1b7fbd', alpha=0.4)
+    paper = {g: figure for g, figure in paper.items() if g in x}
+    if paper and 1 in x:  # its accuracies are of longer runs, mostly of wider networks: shift them onto our BN
+        shifted = [(g, y[x.index(1)] + figure - paper[1]) for g, figure in paper.items()]
+        ax.plot(*zip(*shifted), color='#777777', marker='o', mfc='white', ls=':', label="BN and the paper's gain")
+    ax.set(xlabel='FBN groups G (1 is plain BN)', xticks=x, ylabel='top-1 in %, not from 0: mean, deviation, seeds')
 
-    if not shutil.which('git') or git('rev-parse', 'HEAD').returncode:
-        return ''
-    changed = git('diff', '--quiet', 'HEAD', '--', 'timm_finet').returncode
-    return git('rev-parse', '--short=12', 'HEAD').stdout.strip() + ('-changed' if changed else '')
+
+def plot_epochs(curve, loss, epochs):
+    for color, (g, of_seeds) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), epochs.items()):
+        x = [int(row['epoch']) + 1 for row in of_seeds[0]]
+        for ax, key in ((curve, 'eval_top1'), (loss, 'train_loss')):
+            seeds = [top1(rows, key) for rows in of_seeds]
+            for y in seeds:
+                ax.plot(x, y, color=color, lw=0.5, alpha=0.4)
+            ax.plot(x, [mean(values) for values in zip(*seeds)], color=color, lw=2, label=f'G = {g}')
+    curve.set_ylabel('top-1 in %: every seed, mean')
+    loss.set(xlabel='epoch', ylabel='training loss, with crops and dropout')
 
 
 def main():
-    own, extra = sys.argv[1:], []
-    if '--' in own:
-        own, extra = own[:own.index('--')], own[own.index('--') + 1:]
+    parser = arguments(__doc__)
     names = list(dict.fromkeys(section.name for sections in PROTOCOLS.values() for section in sections))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('protocols', nargs='+', choices=list(PROTOCOLS), metavar='PROTOCOL', help=', '.join(PROTOCOLS))
-    parser.add_argument('--data-dir', help='without it tables and plots alone are made')
-    parser.add_argument('--output', help='folder for checkpoints and logs, kept until all is done')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at once, which share the cores (default: 1)')
-    parser.add_argument('--minutes', type=float, default=float('inf'), help='after which runs are cut (default: none)')
-    parser.add_argument('--only', nargs='+', choices=names, metavar='SECTION', default=[], help=', '.join(names))
-    parser.add_argument('--seeds', nargs='+', type=int, default=[], help="instead of the sections' own")
-    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
-    parser.add_argument('--results', type=Path, help='(default: as above)')
-    parser.add_argument('--dry-run', action='store_true')
-    args = parser.parse_args(own)
-    args.extra = extra
-    stems = [stem for stem, protocols in FILES.items() if {*args.protocols} & {*protocols}]
-    if len(stems) > 1:
-        parser.error(f"{' '.join(args.protocols)}: their results are different files: name one protocol at a time.")
-    if args.results is None:
-        if extra:
-            parser.error(
-                f'{shlex.join(extra)!r} for train.py makes another experiment: name a file for it by --results.')
-        args.results = RESULTS / f'{stems[0]}.csv'
-
-    def rows():
-        return read_rows(args.results) if args.results.exists() else []
-
-    failed, runs = [], missing(args.protocols, args.only, args.seeds, rows())
-    if args.data_dir or args.dry_run:
-        for name in ('data_dir', 'output', 'commit'):
-            if not getattr(args, name):
-                parser.error(f"--{name.replace('_', '-')} is missing.")
-        if args.dry_run:
-            print('\n'.join(shlex.join(command(run, args)) for run in runs))
-            return
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
+    parser.add_argument('protocol', choices=list(PROTOCOLS), help=', '.join(PROTOCOLS))
+    parser.add_argument('--only', nargs='+', choices=names, metavar='SECTION', default=names, help=', '.join(names))
+    parser.add_argument('--dry-run', action='store_true', help="print train.py's commands")
+    args = parser.parse_args()
+    stem = next(stem for stem, protocols in RESULTS_OF.items() if args.protocol in protocols)
+    documented = RESULTS / f'{stem}.csv'
+    args.results = args.results or documented
+    runs = [run for section in PROTOCOLS[args.protocol] if section.name in args.only for run in section.runs]
+    if args.dry_run:
+        args.data_dir = args.data_dir or 'DATA'
+        print('\n'.join(shlex.join(command(run, args)) for run in missing(runs, args.results)))
+        return
+    failed = 0
+    if args.data_dir:
         try:
-            failed = train(runs, args)
+            failed = train(runs, args, more=fit if stem == 'cifar_long' else None)
         except ValueError as error:
             parser.error(error)
-    text = tables(rows(), FILES[stems[0]])
-    if args.results == RESULTS / f'{stems[0]}.csv':
-        write_block(stems[0], text)
+    rows = rows_so_far(args.results)
+    if args.results == documented:
+        write_block(stem, table(rows, stem))
     else:
-        print(text)
-    plot(rows(), FILES[stems[0]], args.results)
+        print(table(rows, stem))
+    plot(rows, stem, args.results)
     if failed:
-        sys.exit(f'{len(failed)} of {len(runs)} runs failed.')
+        sys.exit(f'{failed} runs failed.')
 
 
 if __name__ == '__main__':

@@ -1,21 +1,14 @@
 """Draw a block of Finet as it is trained and as it is deployed, from the traced graphs of the two forms.
 
-    python -m scripts.paper.draw_block                 # writes results/block.png and block_se.png
-
 Boxes in one column run one after the other; the right column is Squeeze-and-Excitation, which reads the block's input.
 """
-import argparse
-
-import matplotlib
+import matplotlib.pyplot as plt
 import timm
 import torch.nn as nn
 from torch.fx import Tracer
 
 from scripts.report import RESULTS
 from timm_finet import FBNConv2d, fuse_fbn
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
 
 FILES = {'finet_large_g4': 'block.png', 'finet_large_se_g4': 'block_se.png'}
 COLORS = {'conv': '#cfe3f5', 'norm': '#fbd9b5', 'act': '#d7ead0', 'math': '#e8e8e8'}
@@ -51,7 +44,7 @@ def describe(node, block):
     return type(module).__name__, 'act'
 
 
-def draw(ax, block, title):
+def draw_block(ax, block, title):
     boxes, behind_conv1, bottoms = {}, set(), [0.0, 0.0]
     sources = {}  # the node whose box stands for a node: another's, where it draws none itself
     for node in LayerTracer().trace(block).nodes:
@@ -101,7 +94,7 @@ def draw_forms(name, file):
     block, fused = (network.stages[0][1] for network in (model, fuse_fbn(model)))
     fig, axes = plt.subplots(1, 2, figsize=(5.5 if block.se is None else 9.5, 6.4), layout='constrained')
     bottoms = [
-        draw(ax, form, f'{title}, {sum(p.numel() for p in form.parameters()):,} parameters')
+        draw_block(ax, form, f'{title}, {sum(p.numel() for p in form.parameters()):,} parameters')
         for ax, form, title in zip(axes, (block, fused), ('train form', 'fused'))]
     for ax in axes:
         ax.set_ylim(min(bottoms) - 0.2, 0)
@@ -109,11 +102,6 @@ def draw_forms(name, file):
     fig.savefig(file, dpi=130, facecolor='white')
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def draw():
     for name, file in FILES.items():
         draw_forms(name, RESULTS / file)
-
-
-if __name__ == '__main__':
-    main()

@@ -1,22 +1,22 @@
 """Table 2 again: multiply-adds and parameters of Finet and of those it is compared with, beside the paper's figures.
 
     python -m scripts.paper.table2
-    python -m scripts.paper.table2 --table    # docs/table2.md and results/table2.png, from the results file
 
-Counts what `timm-finet flops` counts, fused, at 224 px where not said. Writes results/table2.csv, table and plot.
-The accuracies are the paper's own; none of them is measured here.
+Counts what `timm-finet flops` counts, fused, at 224 px where not said, into results/table2.csv. The accuracies are the
+paper's own; none of them is measured here.
 """
 import argparse
 from datetime import date
 
 import fvcore
+import matplotlib.pyplot as plt
 import timm
 import torch
 import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.report import RESULTS, command, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, command, markdown, write_rows
 from timm_finet import count_flops
 from timm_finet.commands.flops import count_row, create
 
@@ -44,6 +44,7 @@ PAPER = {
 }
 SIZES = {'mobilenetv2_035': 192}  # the published checkpoint with this accuracy and this count is the one for 192 px
 FC1 = 1024 * 1024
+README = ('finet_small_g4', 'finet_small_se_g4', 'finet_large_g4', 'finet_large_se_g4', 'mobilenetv3_large_100')
 # Where the plot's labels stand, so that they do not cover each other: left of the point, or this much above it.
 LEFT = ('mobilenetv3_small_075', 'torchvision:shufflenet_v2_x1_5', 'semnasnet_100', 'mobilenetv2_100')
 SHIFT = {'finet_large_se': 5, 'finet_large_g4': -4, 'finet_large_se_g4': 3, 'finet_large_se_g2': -3}
@@ -101,21 +102,17 @@ def count(name):
 
 
 def table(rows):
-    cells = [
-        (f"`{row['model'].removeprefix('torchvision:')}`", row['paper_million_madds'], f"{int(row['madds']):,}",
-         row['paper_million_params'], f"{int(row['params_train']):,}", f"{int(row['params_fused']):,}",
-         row['paper_top1'],
-         row['note'])
-        for row in rows]
     head = ('', "multiply-adds: paper's, M", 'ours', "parameters: paper's, M", 'ours, train form', 'ours, fused',
             "top-1: paper's", 'why they differ')
-    return markdown(head, cells)
+    return markdown(head, [
+        (f"`{row['model'].removeprefix('torchvision:')}`", row['paper_million_madds'], f"{int(row['madds']):,}",
+         row['paper_million_params'], f"{int(row['params_train']):,}", f"{int(row['params_fused']):,}",
+         row['paper_top1'], row['note']) for row in rows])
 
 
 def models(rows):
     """The README's choice of them."""
-    names = ('finet_small_g4', 'finet_small_se_g4', 'finet_large_g4', 'finet_large_se_g4', 'mobilenetv3_large_100')
-    chosen = [row for name in names for row in rows if row['model'] == name]
+    chosen = [row for name in README for row in rows if row['model'] == name]
     return markdown(['', 'parameters, fused', 'multiply-adds', "the paper's top-1 on ImageNet"], [
         (f"`{row['model']}`", f"{int(row['params_fused']):,}", f"{int(row['madds']):,}", row['paper_top1'])
         for row in chosen])
@@ -127,9 +124,6 @@ def series_of(name):
 
 def plot(rows):
     """The paper's accuracies against the multiply-adds counted here, a panel for each size."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
     series = {'Finet': ('#1b7fbd', 'D'), 'Finet + SE': ('#0b4a73', 's'), 'other networks': ('#777777', 'o')}
     for ax, title, sizes in zip(axes, ('small', 'large'), ((0, 1e8), (1e8, 1e9))):
@@ -139,8 +133,8 @@ def plot(rows):
                 if sizes[0] < int(row['madds']) < sizes[1] and label == series_of(row['model'])]
             ax.plot(*zip(*((x, y) for x, y, _ in points)), marker, color=color, label=label, markersize=6)
             for x, y, name in points:
-                finet, groups = name.startswith('finet'), name[-1] if '_g' in name else '1'
-                text = f'G = {groups}' if finet else name.removeprefix('torchvision:')
+                groups = name[-1] if '_g' in name else '1'
+                text = f'G = {groups}' if name.startswith('finet') else name.removeprefix('torchvision:')
                 side = -1 if name in LEFT else 1
                 ax.annotate(text, (x, y), xytext=(7 * side, SHIFT.get(name, 0)), textcoords='offset points', fontsize=8,
                             va='center', ha='left' if side > 0 else 'right', color=color)
@@ -153,15 +147,8 @@ def plot(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--table', action='store_true', help='count nothing: table and plot from the results file')
-    args = parser.parse_args()
-    file = RESULTS / 'table2.csv'
-    if not args.table:
-        write_rows(file, [count(name) for name in PAPER])
-    write_block('table2', table(read_rows(file)))
-    write_block('models', models(read_rows(file)))
-    plot(read_rows(file))
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    write_rows(RESULTS / 'table2.csv', [count(name) for name in PAPER])
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """Table 4 again: images a second at batch 1 and 224 px, in five runtimes, the networks taken in turns.
 
     OMP_NUM_THREADS=1 python -m scripts.paper.table4 onnxruntime --threads 1
-    python -m scripts.paper.table4 --table    # docs/table4.md and results/table4.png, from the results file
 
 Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; weights are random. ONNX files are those
 of `timm-finet export`, for OpenVINO too. A round runs each network ten times and takes the median; ratios are taken
@@ -9,16 +8,15 @@ within a round. Rows are merged into results/table4.csv. Needs the extras export
 """
 import argparse
 import tempfile
-import time
-from datetime import date
 from importlib.metadata import version
-from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
+import matplotlib.pyplot as plt
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, facts, markdown, merge_rows
+from scripts.timing import in_turns, spread
 from timm_finet import fuse_fbn
 from timm_finet.commands.runtimes import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.commands.flops import create
@@ -40,8 +38,7 @@ RUNTIMES = {
     'openvino': ('OpenVINO, float32', 'openvino'),
     'executorch': ('ExecuTorch, XNNPACK', 'executorch'),
 }
-RUNS, SEED = 10, 0
-FILE = RESULTS / 'table4.csv'
+ROUNDS, RUNS, SEED = 30, 10, 0
 
 
 def fused(name):
@@ -53,23 +50,21 @@ def fused(name):
 
 def load(runtime, name, x, threads, folder):
     """A function that runs one network once."""
+    model = fused(name)
     if runtime in ('eager', 'compile'):
-        model = fused(name).to(memory_format=torch.channels_last)
-        x = x.to(memory_format=torch.channels_last)
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
         if runtime == 'compile':
             model = torch.compile(model)
         return lambda: model(x)
-    file = folder / f"{name.replace(':', '_')}.{'pte' if runtime == 'executorch' else 'onnx'}"
-    if not file.exists():
-        (to_executorch if runtime == 'executorch' else to_onnx)(fused(name), x, str(file))
+    file = f"{folder}/{name.replace(':', '_')}.{'pte' if runtime == 'executorch' else 'onnx'}"
     if runtime == 'executorch':
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        to_executorch(model, x, file)
         _unsafe_reset_threadpool(threads)
-        run = load_executorch(str(file))
-    elif runtime == 'onnxruntime':
-        run = load_onnx(str(file), threads)
+        run = load_executorch(file)
     else:
-        run = load_openvino(file, threads)
+        to_onnx(model, x, file)
+        run = (load_onnx if runtime == 'onnxruntime' else load_openvino)(file, threads)
     return lambda: run(x)
 
 
@@ -86,50 +81,23 @@ def load_openvino(file, threads, **options):
     return run
 
 
-def measure(runtime, threads, rounds, folder):
-    """Seconds an image by network, one median a round."""
+@torch.inference_mode()
+def measure(runtime, threads):
     torch.set_num_threads(threads)
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(SEED))
-    runs = {name: load(runtime, name, x, threads, folder) for name in PAPER}
-    times = {name: [] for name in runs}
-    with torch.inference_mode():
-        for i in range(rounds + 1):
-            for name, run in runs.items():
-                each = []
-                for _ in range(RUNS):
-                    start = time.perf_counter()
-                    run()
-                    each.append(time.perf_counter() - start)
-                if i:  # the first round warms up
-                    times[name].append(median(each))
-    return times
+    with tempfile.TemporaryDirectory() as folder:
+        times = in_turns({name: load(runtime, name, x, threads, folder) for name in PAPER}, ROUNDS, RUNS)
 
-
-def spread(key, values, digits):
-    low, _, high = quantiles(values, n=4)
-    return {key: round(median(values), digits), f'{key}_low': round(low, digits), f'{key}_high': round(high, digits)}
-
-
-def rows_of(runtime, threads, rounds, times, folder):
+    def ratios(base, seconds):
+        return [other / mine for other, mine in zip(times[base], seconds)]
     for name, seconds in times.items():
         yield dict(
             runtime=runtime, threads=threads, model=name, **spread('ms', [1e3 * t for t in seconds], 3),
             images_per_second=round(1 / median(seconds), 1),
-            **spread('vs_shufflenet', [base / t for base, t in zip(times[BASE], seconds)], 3),
-            **spread('vs_finet_large', [base / t for base, t in zip(times['finet_large'], seconds)], 3),
-            paper_vs_shufflenet=round(PAPER[name] / PAPER[BASE], 3), rounds=rounds, runs=RUNS, seed=SEED,
-            device=cpu_name(),
-            torch=version('torch'), runtime_version=version(RUNTIMES[runtime][1]), timm=version('timm'),
-            torchvision=version('torchvision'), date=date.today(), command=command(FOLDER=folder))
-
-
-def merge(rows):
-    """Write rows over those of the same measurement that the results file holds."""
-    merged = {}
-    for row in [*(read_rows(FILE) if FILE.exists() else []), *rows]:
-        merged[tuple(str(row[k]) for k in ('runtime', 'threads', 'model', 'device'))] = row
-    order = list(RUNTIMES)
-    write_rows(FILE, sorted(merged.values(), key=lambda row: (order.index(row['runtime']), str(row['threads']))))
+            **spread('vs_shufflenet', ratios(BASE, seconds), 3),
+            **spread('vs_finet_large', ratios('finet_large', seconds), 3),
+            paper_vs_shufflenet=round(PAPER[name] / PAPER[BASE], 3), rounds=ROUNDS, runs=RUNS, seed=SEED,
+            runtime_version=version(RUNTIMES[runtime][1]), torchvision=version('torchvision'), **facts())
 
 
 def table(rows):
@@ -152,9 +120,6 @@ def table(rows):
 
 def plot(rows):
     """Milliseconds an image, bars by runtime, a panel for each number of threads."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     colors = ('#999999', '#1b7fbd', '#0b4a73', '#f2b37c', '#d95f02', '#8c510a')
     threads = sorted({row['threads'] for row in rows})
     fig, axes = plt.subplots(
@@ -176,25 +141,11 @@ def plot(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runtime', nargs='?', choices=RUNTIMES)
+    parser.add_argument('runtime', choices=RUNTIMES)
     parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--rounds', type=int, default=30)
-    parser.add_argument('--folder', type=Path, help='keep exported files here, and use those that are there')
-    parser.add_argument('--table', action='store_true', help='write table and plot from the results file and stop')
     args = parser.parse_args()
-    if args.table:
-        rows = read_rows(FILE)
-        write_block('table4', table(rows))
-        return plot(rows)
-    if args.runtime is None:
-        parser.error(f"give a runtime: {', '.join(RUNTIMES)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        times = measure(args.runtime, args.threads, args.rounds, args.folder or Path(scratch))
-    rows = list(rows_of(args.runtime, args.threads, args.rounds, times, args.folder))
-    for row in rows:
-        print(f"{args.runtime} {args.threads} {row['model']:32} {row['ms']:8.2f} ms  {row['vs_shufflenet']:.3f} of "
-              f"ShuffleNetV2's speed ({row['vs_shufflenet_low']:.3f}..{row['vs_shufflenet_high']:.3f})")
-    merge(rows)
+    merge_rows(RESULTS / 'table4.csv', list(measure(args.runtime, args.threads)),
+               ('runtime', 'threads', 'model', 'device'))
 
 
 if __name__ == '__main__':

@@ -2,29 +2,25 @@
 
     OMP_NUM_THREADS=1 python -m scripts.paper.table4_operators
 
-Writes results/table4_operators.csv and the table of docs/table4.md. Profilers cost time themselves, most of all in
-eager mode.
+Writes results/table4_operators.csv. Profilers cost time themselves, most of all in eager mode.
 """
 import argparse
 import json
 import re
 import tempfile
-from datetime import date
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.profiler import profile
 
 from scripts.paper.table4 import RUNTIMES, fused, load_openvino
-from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, facts, markdown, write_rows
 from timm_finet.commands.runtimes import to_executorch, to_onnx
 
 NETWORKS = ('finet_large', 'finet_large_se', 'mobilenetv3_large_100')
 KINDS = ('convolutions', 'depthwise', 'on pooled maps', 'pooling', 'multiply, add', 'layout', 'other')
 RUNS = 50
-FILE = RESULTS / 'table4_operators.csv'
 
 
 def kind(operator, pooled=False, depthwise=False):
@@ -101,17 +97,18 @@ def eager(model, x, folder):
             yield kind(event.name, pooled, depthwise), event.cpu_time_total / 1e3 / RUNS
 
 
+PROFILED = dict(onnxruntime=onnxruntime, openvino=openvino, executorch=executorch, eager=eager)
+
+
 def measure(runtime, name):
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     totals = dict.fromkeys(KINDS, 0.)
     with tempfile.TemporaryDirectory() as folder:
-        for operator_kind, ms in globals()[runtime](fused(name), x, folder):
+        for operator_kind, ms in PROFILED[runtime](fused(name), x, folder):
             totals[operator_kind] += ms
     return dict(
         runtime=runtime, model=name, **{k: round(ms, 3) for k, ms in totals.items()}, runs=RUNS, threads=1,
-        device=cpu_name(),
-        torch=version('torch'), runtime_version=version(RUNTIMES[runtime][1]), timm=version('timm'), date=date.today(),
-        command=command())
+        runtime_version=version(RUNTIMES[runtime][1]), **facts())
 
 
 def table(rows):
@@ -124,11 +121,8 @@ def table(rows):
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
-    runtimes = ('onnxruntime', 'openvino', 'executorch', 'eager')
-    for package in filter(lambda name: not find_spec(name), runtimes[:3]):
-        raise SystemExit(f'table4_operators.py needs the package {package}: pip install {package}')
-    write_rows(FILE, [measure(runtime, name) for runtime in runtimes for name in NETWORKS])
-    write_block('table4_operators', table(read_rows(FILE)))
+    write_rows(
+        RESULTS / 'table4_operators.csv', [measure(runtime, name) for runtime in PROFILED for name in NETWORKS])
 
 
 if __name__ == '__main__':

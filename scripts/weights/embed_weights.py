@@ -6,14 +6,11 @@ Its EMA is taken where it has one. All but the running variances becomes float16
 timm's validate.py compares both on the validation set that train.py used, the second in train and in fused form. Then
 timm_finet/weights gets the file and its line in SHA256SUMS, and TAG.txt with the names of the classes out of
 PACK/classes.txt; results/MODEL.TAG.yaml and .csv get the run's arguments and its accuracy by epoch, for the card. What
-is left is the tag's line in the network's default_cfgs, which is printed.
+is left is the tag's line in the network's default_cfgs, with a record in timm_finet/data/datasets.py.
 """
 import argparse
 import hashlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,14 +20,14 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from scripts.cifar_runs import epochs_of
 from scripts.report import RESULTS, write_rows
-from timm_finet.hub.repository import LOCAL_ARGS
+from scripts.runs import epochs_of
+from scripts.weights.validate_weights import validate
 from timm_finet.hub.pretrained import WEIGHTS
+from timm_finet.hub.repository import LOCAL_ARGS
 
 MOVES = 0.05  # points
 ROOM = 60_000_000  # bytes, all embedded weights together
-TITLES = {'tiny_in200': 'Tiny-ImageNet-200', 'mini_in100': 'mini-ImageNet-100'}
 
 
 def halve(state):
@@ -40,22 +37,20 @@ def halve(state):
         for key, value in state.items()}
 
 
-def validate(file, model, data_dir, args, *options):
-    """Top-1 by timm's validate.py, of float32 arithmetic."""
+def top1(state, model, data_dir, args, *options):
+    """By timm's validate.py, in float32 arithmetic."""
     is_pack = (data_dir / 'validation.tar').is_file()
     dataset, split = ('', 'validation.tar') if is_pack else (args['dataset'] or '', args['val_split'])
-    with tempfile.NamedTemporaryFile(suffix='.json') as report:
-        command = [
-            'run', 'validate', '--model', model, '--checkpoint', str(file), '--data-dir', str(data_dir),
-            '--dataset', dataset, '--split', split, '--num-classes', str(args['num_classes']),
-            '--input-size', *map(str, args['input_size']), '--mean', *map(str, args['mean']), '--std',
-            *map(str, args['std']),
-            '--crop-pct', str(args['crop_pct']), '--interpolation', args['interpolation'],
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'model.safetensors')
+        save_file({key: value.contiguous() for key, value in state.items()}, file)
+        return validate(
+            '--model', model, '--checkpoint', str(file), '--data-dir', str(data_dir), '--dataset', dataset,
+            '--split', split, '--num-classes', str(args['num_classes']), '--input-size', *map(str, args['input_size']),
+            '--mean', *map(str, args['mean']), '--std', *map(str, args['std']), '--crop-pct', str(args['crop_pct']),
+            '--interpolation', args['interpolation'],
             '--model-kwargs', *(f'{key}={value}' for key, value in (args['model_kwargs'] or {}).items()),
-            '--device', 'cuda' if torch.cuda.is_available() else 'cpu', '--results-format', 'json',
-            '--results-file', report.name, *options]
-        subprocess.run([sys.executable, '-m', 'timm_finet', *command], check=True)
-        return json.loads(Path(report.name).read_text())['top1']
+            '--device', 'cuda' if torch.cuda.is_available() else 'cpu', *options)['top1']
 
 
 def embed(state, name, names, weights=WEIGHTS):
@@ -86,22 +81,17 @@ def record(checkpoint, name, args, results=RESULTS):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('name', metavar='MODEL.TAG')
     parser.add_argument('--data-dir', type=Path, required=True)
     opts = parser.parse_args()
-    model, tag = opts.name.split('.')
     args = vars(load_checkpoint_metadata(opts.checkpoint)['args'])
     state = load_state_dict(str(opts.checkpoint))
     half = halve(state)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f'{name}.safetensors') for name in ('full', 'half')]
-        for file, tensors in zip(files, (state, half)):
-            save_file({key: value.contiguous() for key, value in tensors.items()}, file)
-        full, *others = (
-            validate(files[0], model, opts.data_dir, args), validate(files[1], model, opts.data_dir, args),
-            validate(files[1], model, opts.data_dir, args, '--reparam'))
+    model = opts.name.split('.')[0]
+    full = top1(state, model, opts.data_dir, args)
+    others = [top1(half, model, opts.data_dir, args, *form) for form in ((), ('--reparam',))]
     print(f'top-1: {full} in full precision, {others[0]} in half, {others[1]} in half and fused')
     if max(abs(full - other) for other in others) >= MOVES:
         parser.exit(2, f'embed_weights.py: half precision moves top-1 by {MOVES} points or more: nothing embedded.\n')
@@ -109,17 +99,9 @@ def main():
     names = [line.split('\t')[1] for line in classes.read_text().splitlines()] if classes.is_file() else []
     try:
         embed(half, opts.name, names)
-        record(opts.checkpoint, opts.name, args)
     except ValueError as error:
         parser.exit(2, f'embed_weights.py: {error}\n')
-    print('Register it, in front of the untrained tags:')
-    label_names = f"tuple((WEIGHTS / '{tag}.txt').read_text().splitlines())" if names else '...'
-    print(
-        f"    '{opts.name}': _cfg(\n        file=str(WEIGHTS / '{opts.name}.safetensors'),\n"
-        f"        description='trained on {TITLES.get(tag, tag)}',\n"
-        f"        num_classes={args['num_classes']}, input_size={tuple(args['input_size'])}, "
-        f"pool_size={tuple(x // 32 for x in args['input_size'][1:])},\n"
-        f"        crop_pct={args['crop_pct']}, interpolation='{args['interpolation']}', label_names={label_names}),")
+    record(opts.checkpoint, opts.name, args)
 
 
 if __name__ == '__main__':

@@ -5,36 +5,35 @@
 Writes results/gray.csv.
 """
 import argparse
-from datetime import date
 from pathlib import Path
 
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from scripts.report import RESULTS, command, write_rows
+from scripts.report import RESULTS, facts, write_rows
 from timm_finet.images import read_images
+
+
+@torch.inference_mode()
+def measure(data):
+    colour = read_images(sorted(data.glob('*/bees/*.jpg')))
+    looks = dict(colour=colour, gray=[image.convert('L').convert('RGB') for image in colour])
+    for name in timm.list_pretrained('finet_*.tiny_in200'):
+        model = timm.create_model(name, pretrained=True).eval()
+        transform = create_transform(**resolve_model_data_config(model, use_test_size=True))
+        bee = model.pretrained_cfg['label_names'].index('bee')
+        for look, images in looks.items():
+            best = torch.cat([model(transform(image)[None]).topk(5).indices for image in images]) == bee
+            yield dict(
+                weights=name, images=len(images), look=look, top1=round(100 * best[:, 0].float().mean().item(), 1),
+                top5=round(100 * best.any(1).float().mean().item(), 1), **facts(DATA=data))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', type=Path)
-    args = parser.parse_args()
-    images = read_images(sorted(args.data.glob('*/bees/*.jpg')))
-    rows = []
-    for name in timm.list_pretrained('finet_*.tiny_in200'):
-        model = timm.create_model(name, pretrained=True).eval()
-        transform = create_transform(**resolve_model_data_config(model, use_test_size=True))
-        bee = model.pretrained_cfg['label_names'].index('bee')
-        for look, version in (('colour', images), ('gray', [image.convert('L').convert('RGB') for image in images])):
-            with torch.inference_mode():
-                best = torch.cat([model(transform(image)[None]).topk(5).indices for image in version]) == bee
-            rows.append(dict(
-                weights=name, images=len(images), look=look, top1=round(100 * best[:, 0].float().mean().item(), 1),
-                top5=round(100 * best.any(1).float().mean().item(), 1), torch=torch.__version__, date=date.today(),
-                command=command(DATA=args.data)))
-            print(rows[-1])
-    write_rows(RESULTS / 'gray.csv', rows)
+    write_rows(RESULTS / 'gray.csv', list(measure(parser.parse_args().data)))
 
 
 if __name__ == '__main__':

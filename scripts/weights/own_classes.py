@@ -8,13 +8,11 @@ FOLDER holds `train` and `val` with a folder of images a class: here torchvision
 train on and 153 to validate on. A probe is a logistic regression on the features before the classifier, which are
 standardised and not augmented; the weight decay is the best of five folds of the training images. timm's
 `tf_efficientnet_lite0` has ImageNet's weights, from that package. Fine-tuned is `timm-finet finetune` as it stands, at
-its last epoch. Results go to results/own_classes.csv and docs/photographs.md; what is there is not measured again.
+its last epoch. Results go to results/own_classes.csv; what is there is not measured again.
 """
 import argparse
-import csv
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 import timm
@@ -25,13 +23,12 @@ from timm.utils import accuracy
 from torch.utils.data import DataLoader
 
 import timm_finet  # noqa: F401 (registers the networks)
-from scripts.paper.cifar_tables import mean_deviation, pm
-from scripts.report import RESULTS, command, cpu_name, markdown, read_rows, write_block, write_rows
+from scripts.report import RESULTS, facts, markdown, mean_deviation, pm, read_rows, rows_so_far, write_rows
 
 FILE = RESULTS / 'own_classes.csv'
 IMAGENET = 'tf_efficientnet_lite0'
 OURS = 'finet_large_se_g4.tiny_in200', 'finet_small_se_g4.tiny_in200'
-FOLDS, DECAYS = 5, [10. ** k for k in range(-4, 2)]
+SEEDS, FOLDS, DECAYS = (0, 1, 2), 5, [10. ** k for k in range(-4, 2)]
 
 
 def build(name):
@@ -92,23 +89,27 @@ def finetune(name, folder, output, seed):
     subprocess.run([
         sys.executable, '-m', 'timm_finet', 'finetune', str(folder), '--weights', name, '--output', str(output),
         '--seed', str(seed), '--workers', '0', '--device', 'cpu'], check=True)
-    with open(output / 'summary.csv', newline='') as lines:
-        return float(list(csv.DictReader(lines))[-1]['eval_top1'])
+    return float(read_rows(output / 'summary.csv')[-1]['eval_top1'])
+
+
+def table(rows):
+    cells = {}
+    for row in rows:
+        cells.setdefault((f"`{row['network']}`", row['size'], row['how']), []).append(float(row['top1']))
+    return markdown(['', 'input, px', '', 'top-1 of 153 images'], [
+        [*key, pm(*mean_deviation(values))] for key, values in cells.items()])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, metavar='FOLDER')
     parser.add_argument('--output', type=Path, required=True)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     args = parser.parse_args()
-    rows = read_rows(FILE) if FILE.exists() else []
+    rows = rows_so_far(FILE)
     done = {(row['network'], row['how'], row['seed']) for row in rows}
     plan = [(name, 'linear probe', '') for name in (IMAGENET, *OURS)]
-    plan += [(name, 'fine-tuned', str(seed)) for seed in args.seeds for name in OURS]
-    for name, how, seed in plan:
-        if (name, how, seed) in done:
-            continue
+    plan += [(name, 'fine-tuned', str(seed)) for seed in SEEDS for name in OURS]
+    for name, how, seed in [measurement for measurement in plan if measurement not in done]:
         if how == 'linear probe':
             splits, size = extract(name, args.folder)
             top1 = probe(*splits)
@@ -117,15 +118,8 @@ def main():
             top1 = finetune(name, args.folder, args.output, seed)
         rows.append(dict(
             network=name, how=how, size=size, top1=f'{top1:.2f}', seed=seed, images=args.folder.name,
-            device=cpu_name(), torch=torch.__version__, timm=timm.__version__, date=date.today(),
-            command=command(FOLDER=args.folder, OUT=args.output)))
+            **facts(FOLDER=args.folder, OUT=args.output)))
         write_rows(FILE, rows)
-        print(name, how, seed, f'{top1:.2f}', flush=True)
-    cells = {}
-    for row in rows:
-        cells.setdefault((f"`{row['network']}`", row['size'], row['how']), []).append(float(row['top1']))
-    write_block('own_classes', markdown(['', 'input, px', '', 'top-1 of 153 images'], [
-        [*key, pm(*mean_deviation(values))] for key, values in cells.items()]))
 
 
 if __name__ == '__main__':

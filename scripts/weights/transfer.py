@@ -9,47 +9,34 @@ torch/cifar10_pad2; SOURCE as photos.py takes it, such as a clone of github.com/
 it is CIFAR-10 alone.
 
 All runs use recipe:finetune at the image size of the weights, in bfloat16, for the same number of steps; those from
-scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high. Runs go on, and
-are recorded in results/transfer.csv, as in table2_photos.py.
+scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high. Runs go on where
+they were cut, and are recorded in results/transfer.csv.
 """
 import io
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import yaml
 from PIL import Image
 
-from scripts.paper.cifar_tables import mean_deviation, pm, top1
-from scripts.paper.table2_photos import arguments, parse, rows_of, run
-from scripts.report import RESULTS, markdown, write_block
+from scripts.report import RESULTS, markdown, mean_deviation, pm
+from scripts.runs import Setting, arguments, train
 from scripts.weights import photos
 from timm_finet.commands.run import find_recipe
 from timm_finet.data import datasets
 from timm_finet.data.cifar import PAD, CIFAR10Pad2
 
-CSV = RESULTS / 'transfer.csv'
 TRAIN, PER_CLASS = 5000, 100
 CIFAR10, IMAGENETTE = f'cifar10_{TRAIN}', f'imagenette_{10 * PER_CLASS}'
 RATES = {'fine-tuned': 0.02, 'from scratch': 0.02, 'from scratch, higher rate': 0.1}
 
 
-class Setting(NamedTuple):
-    data: str
-    model: str
-    start: str
-    module = ''
-    processes = 1
-
-    def __str__(self):
-        return f'{self.data} {self.model} {self.start}'
-
-    def args(self, seed):
-        config = ['--config', 'recipe:finetune'] if self.start == 'fine-tuned' else without_pretrained('finetune')
-        return [
-            *config, '--model', self.model, '--train-split', f'{self.data}/train.tar',
-            '--val-split', f'{self.data}/validation.tar', '--num-classes', '10', '--lr', str(RATES[self.start]),
-            '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--seed', str(seed)]
+def setting(data, model, start):
+    config = ['--config', 'recipe:finetune'] if start == 'fine-tuned' else without_pretrained('finetune')
+    return Setting(f'{data} {model} {start}', (
+        *config, '--model', model, '--train-split', f'{data}/train.tar', '--val-split', f'{data}/validation.tar',
+        '--num-classes', '10', '--lr', str(RATES[start]), '--amp', '--amp-dtype', 'bfloat16', '--channels-last'))
 
 
 def without_pretrained(name):
@@ -82,53 +69,46 @@ def pack_cifar(root, folder, train=TRAIN):
 
 def pack_imagenette(source, folder, per_class=PER_CLASS):
     """Imagenette's first `per_class` training images of each class and all of its validation images."""
-    _, paths, read = photos.open_source(source)
-    found = photos.find_images(paths, read)
+    found = photos.find_images(source)
     if not all(found.values()):
         raise ValueError(f'--imagenette={source} must hold folders `train` and `val` with a folder of images a class.')
     folder.mkdir(parents=True, exist_ok=True)
-    for split, images in found.items():
-        if split == 'train':
-            images = photos.limit(images, 10, per_class)
-        photos.pack(images, read, folder / f'{split}.tar')
+    by_class = {}
+    for place in found['train']:
+        by_class.setdefault(place.split('/')[0], []).append(place)
+    first = [place for places in by_class.values() for place in places[:per_class]]
+    photos.pack({place: found['train'][place] for place in first}, Path.read_bytes, folder / 'train.tar')
+    photos.pack(found['validation'], Path.read_bytes, folder / 'validation.tar')
 
 
 def table(rows):
-    if not rows:
-        return ''
     cells = []
-    settings = sorted(dict.fromkeys(row['setting'] for row in rows), key=lambda name: name.split()[:2])
-    for name in settings:
+    for name in sorted({row['setting']: None for row in rows}, key=lambda name: name.split()[:2]):
         mine = [row for row in rows if row['setting'] == name]
         data, model, start = name.split(' ', 2)
-        cells.append([
-            data, f'`{model}`', start, pm(*mean_deviation(top1(mine))), pm(*mean_deviation(top1(mine, 'top1_best'))),
-            ', '.join(row['seed'] for row in mine)])
+        last, best = (pm(*mean_deviation([float(row[f'top1_{which}']) for row in mine])) for which in ('last', 'best'))
+        cells.append([data, f'`{model}`', start, last, best, ', '.join(row['seed'] for row in mine)])
     return markdown(['images', '', '', 'top-1, last epoch', 'best epoch', 'seeds'], cells)
 
 
 def main():
-    parser = arguments(__doc__.splitlines()[0], CSV)
-    parser.add_argument('--models', nargs='+', default=[], metavar='MODEL.TAG')
+    parser = arguments(__doc__)
+    parser.set_defaults(results=RESULTS / 'transfer.csv')
+    parser.add_argument('--models', nargs='+', required=True, metavar='MODEL.TAG')
     parser.add_argument('--imagenette', type=Path, metavar='SOURCE')
-    args = parse(parser, CSV)
-    if args.data_dir:
-        folder = Path(args.output, 'data')
-        pack_cifar(args.data_dir, folder / CIFAR10)
-        sets = [CIFAR10]
-        if args.imagenette:
-            try:
-                pack_imagenette(args.imagenette, folder / IMAGENETTE)
-            except ValueError as error:
-                parser.error(error)
-            sets.append(IMAGENETTE)
-        args.data_dir = str(folder)
-        run([Setting(data, model, start) for data in sets for model in args.models for start in RATES], args, parser)
-    text = table(rows_of(args.results))
-    if args.results == CSV:
-        write_block('transfer', text)
-    else:
-        print(text)
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    args = parser.parse_args()
+    if not args.data_dir:
+        parser.error('--data-dir is missing.')
+    folder = Path(args.output, 'data')
+    pack_cifar(args.data_dir, folder / CIFAR10)
+    if args.imagenette:
+        pack_imagenette(args.imagenette, folder / IMAGENETTE)
+    sets = [CIFAR10, IMAGENETTE] if args.imagenette else [CIFAR10]
+    args.data_dir = str(folder)
+    if train([(setting(data, model, start), seed)
+              for seed in args.seeds for data in sets for model in args.models for start in RATES], args):
+        sys.exit(1)
 
 
 if __name__ == '__main__':

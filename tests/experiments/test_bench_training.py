@@ -1,6 +1,4 @@
 """The benchmark's baseline, by structure and strides rather than by a clock."""
-from argparse import Namespace
-
 import pytest
 import timm
 import torch
@@ -10,12 +8,10 @@ from scripts.bench.bench_training import build
 from timm_finet import FBNConv2d
 from timm_finet.fbn import ReferenceFBNConv2d
 
-ARGS = Namespace(channels_last=True, device='cpu')
-
 
 @pytest.mark.parametrize('name', ['finet_small', 'resnet50'])
 def test_baseline_is_of_torchs_own_layers(name):
-    baseline, ours = build(name, 4, 'bn', ARGS, 32), build(name, 4, 'moment', ARGS, 32)
+    baseline, ours = build(name, 4, 'bn', 32), build(name, 4, 'moment', 32)
     layers = [m for m in baseline.modules() if isinstance(m, nn.Conv2d)]
     assert {type(m) for m in layers} == {nn.Conv2d}
     assert any(isinstance(m, FBNConv2d) and m.fbn_groups == 4 for m in ours.modules())
@@ -25,7 +21,7 @@ def test_baseline_is_of_torchs_own_layers(name):
 
 
 def test_reference_form_is_the_papers():
-    layers = [m for m in build('finet_small', 4, 'reference', ARGS, 32).modules() if isinstance(m, ReferenceFBNConv2d)]
+    layers = [m for m in build('finet_small', 4, 'reference', 32).modules() if isinstance(m, ReferenceFBNConv2d)]
     assert len(layers) == 32 and not any(type(m) is FBNConv2d for m in layers)
 
 

@@ -24,8 +24,8 @@ def changes():
 def test_files_without_a_main_block_do_nothing_but_define():
     others = set(FILES) - set(COMMANDS)
     assert {file.stem for file in others} == {
-        'cifar_fit', 'cifar_runs', 'converted', 'networks', 'quiet_branches', 'report', 'several_cpus', 'shufflenet',
-        'tied_affine', 'train_facts'}
+        'cifar_plan', 'converted', 'draw_block', 'networks', 'quiet_branches', 'report', 'runs', 'several_cpus',
+        'tied_affine', 'timing', 'train_facts'}
 
 
 def test_every_script_has_its_line_in_the_overview():

@@ -6,27 +6,21 @@ from statistics import mean
 
 import pytest
 
-from scripts.bench import bench_training
-from scripts.paper import cifar_tables, int8_groups, table2, table4, table4_operators
-from scripts.report import RESULTS, command, read_block, read_rows
-from scripts.weights import int8, transfer, validate_weights
+from scripts import tables
+from scripts.paper import cifar_tables
+from scripts.report import DOCUMENTS, RESULTS, command, read_block, read_rows
+from scripts.weights import transfer
 from timm_finet.commands.flops import count_row
 
 
-@pytest.mark.parametrize('script', [bench_training, table2, table4, table4_operators, int8, int8_groups, transfer])
-def test_document_shows_the_results_file(script):
-    name = script.__name__.split('.')[-1]
-    assert read_block(name) == script.table(read_rows(RESULTS / f'{name}.csv'))
+@pytest.mark.parametrize('name', tables.TABLES)
+def test_document_shows_the_results_file(name):
+    assert read_block(name) == tables.make(name)
 
 
-def test_other_tables_are_the_results_files():
-    def rows(name):
-        return read_rows(RESULTS / f'{name}.csv')
-
-    assert read_block('bench_training_gpu') == bench_training.table(rows('bench_training'), 'GPU')
-    assert read_block('headline') == bench_training.headline(rows('bench_training'))
-    assert read_block('models') == table2.models(rows('table2'))
-    assert read_block('weights') == validate_weights.table(rows('weights'), rows('weights_speed'))
+def test_every_marked_place_has_its_table():
+    marked = {name for document in DOCUMENTS for name in re.findall(r'<!-- (\w+) -->', document.read_text())}
+    assert marked == set(tables.TABLES)
 
 
 @pytest.mark.parametrize('document', ['README.md', 'docs/cifar.md'])
@@ -38,7 +32,7 @@ def test_differences_to_bn_that_the_text_names_are_the_tables(document):
 
 
 def test_difference_to_tied_parameters_that_the_text_names_is_the_results():
-    settings = cifar_tables.tables_of(['evidence'])['cifar100', 'finet_small']
+    settings = cifar_tables.tables_of('cifar_short')['cifar100', 'finet_small']
     tied, own = (
         cifar_tables.top1(cifar_tables.of(read_rows(RESULTS / 'cifar_short.csv'), settings[name]).values())
         for name in ('G = 8, tied affine', 'G = 8'))
@@ -64,23 +58,8 @@ def test_table_2_is_what_is_counted_now(name):
     assert (counted['params_train'], counted['params_fused']) == (int(row['params_train']), int(row['params_fused']))
 
 
-def test_missing_runtime_is_named_before_any_is_measured(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['table4_operators.py'])
-    monkeypatch.setattr(table4_operators, 'find_spec', lambda package: package != 'openvino')
-    with pytest.raises(SystemExit, match='pip install openvino'):
-        table4_operators.main()
-
-
 @pytest.mark.parametrize('given', [
     ['--output', '/home/me/out'], ['--output=/home/me/out'], ['--output', '/home/me/out/']])
 def test_recorded_command_has_names_for_private_paths(given, monkeypatch):
     monkeypatch.setattr(sys, 'orig_argv', ['/home/me/bin/python', '-m', 'scripts.x', *given, '--groups', '4'])
     assert command(OUT='/home/me/out', DATA=None).replace('=', ' ') == 'python -m scripts.x --output OUT --groups 4'
-
-
-def test_half_of_the_int8_arguments_are_refused_and_nothing_changes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['int8_groups.py', '--data-dir', 'DATA'])
-    monkeypatch.setattr(int8_groups, 'write_block', None)
-    with pytest.raises(SystemExit):
-        int8_groups.main()
-    assert '--data-dir and --output go together' in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""Runs of timm's train.py: started, gone on with where they were cut, and recorded.
+
+A run is a setting and a seed. It has a folder of its own, in which every session leaves a log that begins with what the
+results must know of it. The scripts that know the settings are commands, with `arguments()` of this module.
+"""
+import argparse
+import ctypes
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple, Tuple
+
+import yaml
+
+from scripts.report import ROOT, rows_so_far, write_rows
+
+
+class Setting(NamedTuple):
+    """All about a run but its seed: what a row of a table is the mean of.
+
+    Args:
+        name: By which the results know it.
+        args: Of train.py. In them OUTPUT stands for the folder of all runs, SEED for the seed.
+        module: That makes its network or data set known.
+        processes: That train it together.
+    """
+    name: str
+    args: Tuple[str, ...]
+    module: str = ''
+    processes: int = 1
+
+
+def arguments(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-dir', help='without it nothing is trained: tables and plots are made')
+    parser.add_argument(
+        '--output', default='output/runs', help='folder for checkpoints and logs, kept until all is done')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at once, which share the cores (default: 1)')
+    parser.add_argument('--results', type=Path, help="(default: the documents' own)")
+    return parser
+
+
+def missing(runs, results):
+    """The runs, in order, that the results do not hold yet."""
+    done = {(row['setting'], row['seed']) for row in rows_so_far(results)}
+    return [run for run in dict.fromkeys(runs) if (run[0].name, str(run[1])) not in done]
+
+
+def folder(output, run):
+    return Path(output, re.sub(r'[^\w.=]+', '-', run[0].name) + f'-seed{run[1]}')
+
+
+def curve_file(results, run):
+    """Where the epochs of a recorded run stand."""
+    return results.with_suffix('') / f"{folder('', run).name}.csv"
+
+
+def run_args(run):
+    setting, seed = run
+    return [*(arg.replace('SEED', str(seed)) for arg in setting.args), '--seed', str(seed)]
+
+
+def torchrun(setting):
+    line = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={setting.processes}']
+    return line if setting.processes > 1 else []
+
+
+def recorded_command(run):
+    """The command that anybody may repeat, from the repository's root, where `python -m` finds `setting.module`."""
+    setting = run[0]
+    by_module = setting.module or setting.processes > 1
+    start = ['python', *torchrun(setting), '-m', 'timm_finet'] if by_module else ['timm-finet']
+    return shlex.join([*start, 'run', 'train', *run_args(run), '--data-dir', 'DATA'])
+
+
+def threads(setting, jobs):
+    return max(1, os.cpu_count() // (jobs * setting.processes))
+
+
+def command(run, args):
+    """train.py's command line as it is started, with what does not make the experiment."""
+    setting, home = run[0], folder(args.output, run)
+    line = [sys.executable, *torchrun(setting), '-m', 'timm_finet', 'run', 'train']
+    line += [arg.replace('OUTPUT', args.output) for arg in run_args(run)]
+    on_cpus = 'scripts.several_cpus' if setting.processes > 1 else ''
+    line += ['--device-modules', *filter(None, ('timm_finet', 'scripts.train_facts', on_cpus, setting.module))]
+    line += ['--data-dir', args.data_dir, '--output', args.output, '--experiment', home.name, '--checkpoint-hist', '1']
+    line += ['--workers', str(threads(setting, args.jobs) - 1)]
+    if (home / 'last.pth.tar').exists():
+        line += ['--resume', str(home / 'last.pth.tar')]
+    return line
+
+
+def commit():
+    """What the package is that trains, or nothing where there is no history of it."""
+    def git(*args):
+        return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)
+
+    if not shutil.which('git') or git('rev-parse', 'HEAD').returncode:
+        return ''
+    changed = git('diff', '--quiet', 'HEAD', '--', 'timm_finet').returncode
+    return git('rev-parse', '--short=12', 'HEAD').stdout.strip() + ('-changed' if changed else '')
+
+
+def die_with_parent():
+    """In a child, before it becomes train.py: on Linux not even kill -9 of the runner leaves runs behind."""
+    if sys.platform == 'linux':
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def start(run, args):
+    """One more session of a run: its process."""
+    home = folder(args.output, run)
+    home.mkdir(parents=True, exist_ok=True)
+    log = (home / f"log{len(list(home.glob('log*.txt')))}.txt").open('w')
+    head = dict(started=time.time(), commit=commit(), jobs=args.jobs, command=recorded_command(run))
+    print('session: ' + json.dumps(head), file=log, flush=True)
+    environment = os.environ | {
+        'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(threads(run[0], args.jobs)))}
+    return subprocess.Popen(command(run, args), stdout=log, stderr=log, env=environment, preexec_fn=die_with_parent)
+
+
+def epochs_of(file):
+    """Rows of timm's summary.csv by epoch. A resumed run writes a header, and an epoch, again: the later one counts."""
+    rows = {row['epoch']: row for row in rows_so_far(file) if row['epoch'] != 'epoch'}
+    return sorted(rows.values(), key=lambda row: int(row['epoch']))
+
+
+def collect(run, output):
+    """The results' line of a run, or None if it has not finished.
+
+    Raises:
+        ValueError: The run's folder holds another experiment.
+    """
+    setting, seed = run
+    home = folder(output, run)
+    epochs = epochs_of(home / 'summary.csv')
+    files = sorted(home.glob('log*.txt'), key=lambda file: int(file.stem.removeprefix('log')))
+    logs = [file.read_text(errors='replace') for file in files]
+    sessions = [dict(re.findall(r'^(session|facts): (.*)', log, re.M)) for log in logs]
+    heads = [json.loads(session['session']) for session in sessions]
+    facts = [json.loads(session['facts']) for session in sessions if 'facts' in session]
+    for head in heads:
+        if head['command'] != recorded_command(run):
+            raise ValueError(
+                f"{home} holds another experiment, {head['command']!r}: name another --output, or delete it.")
+    args = yaml.safe_load((home / 'args.yaml').read_text()) if epochs else {}
+    if not epochs or int(epochs[-1]['epoch']) + 1 < args['epochs'] or 'facts' not in sessions[-1]:
+        return None
+    rates = {}  # of timm's log, the mean of the epoch so far: its last line stands
+    for log in logs:
+        for epoch, updates, rate in re.findall(r'^Train: (\d+) \[ *\d+/(\d+) .*\([\d.]+s, +([\d.]+)/s\)', log, re.M):
+            rates[epoch] = int(updates) * args['batch_size'] * setting.processes / float(rate)
+    top1 = [float(row['eval_top1']) for row in epochs]
+    peaks = [fact['peak_mb'] for fact in facts if fact['peak_mb'] is not None]
+    return dict(
+        setting=setting.name, seed=seed, epochs=args['epochs'],
+        top1_last=round(top1[-1], 3), top1_best=round(max(top1), 3),
+        best_epoch=int(epochs[top1.index(max(top1))]['epoch']) + 1,
+        seconds=round(sum(file.stat().st_mtime - head['started'] for file, head in zip(files, heads))),
+        seconds_an_epoch=round(median(rates.values()), 2), peak_mb=max(peaks) if peaks else '',
+        jobs=max(head['jobs'] for head in heads), sessions=len(logs),
+        precision=args['amp_dtype'] if args['amp'] else 'float32', compiled=bool(args['torchcompile']),
+        commit=' '.join(dict.fromkeys(head['commit'] for head in heads)),
+        **{key: ' '.join(dict.fromkeys(fact[key] for fact in facts)) for key in ('device', 'torch', 'timm')},
+        date=date.today(), command=recorded_command(run))
+
+
+def record(run, args, more=None):
+    """Add a finished run to the results, its line and beside them its epochs. Returns whether it has finished.
+
+    Args:
+        more: A function of run and `args`, for further columns.
+    """
+    line = collect(run, args.output)
+    if line is None:
+        return False
+    if more:
+        line |= more(run, args)
+    curve = curve_file(args.results, run)
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(curve, epochs_of(folder(args.output, run) / 'summary.csv'))
+    write_rows(args.results, [*rows_so_far(args.results), line])
+    print(f"{line['setting']}, seed {line['seed']}: {line['top1_last']:.2f} (best {line['top1_best']:.2f}), "
+          f"{line['seconds']} s", flush=True)
+    return True
+
+
+def train(runs, args, more=None):
+    """Keep `args.jobs` of the runs that the results lack going until all are done. Returns how many failed."""
+    waiting, active, failed = missing(runs, args.results), {}, 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
+    try:
+        while active or waiting:
+            while waiting and len(active) < args.jobs:
+                run = waiting.pop(0)
+                if not record(run, args, more):  # else it had finished before it could be recorded
+                    active[run] = start(run, args)
+            time.sleep(0.5)
+            for run, process in list(active.items()):
+                if process.poll() is None:
+                    continue
+                del active[run]
+                if not record(run, args, more):
+                    failed += 1
+                    print(f'{folder(args.output, run)} failed with status {process.returncode}: see its last log',
+                          flush=True)
+    finally:
+        for process in active.values():
+            process.terminate()
+    return failed
