@@ -1,4 +1,5 @@
 """Results files, what stands in them of the machine, and the documents' tables, for the scripts beside this one."""
+import argparse
 import csv
 import platform
 import re
@@ -7,9 +8,6 @@ import sys
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-
-import timm
-import torch
 
 RESULTS = Path(__file__).parent / 'results'
 ROOT = Path(__file__).parents[1]
@@ -41,6 +39,10 @@ def merge_rows(file, rows, key):
     write_rows(file, list(merged.values()))
 
 
+def command_line(description):
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def command(**private):
     """This process's command line, its private paths by their names: `command(DATA=args.data)`."""
     names = {Path(path): name for name, path in private.items() if path}
@@ -50,6 +52,7 @@ def command(**private):
 
 def device_name(device='cpu'):
     if device == 'cuda':
+        import torch
         return torch.cuda.get_device_name()
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -58,6 +61,8 @@ def device_name(device='cpu'):
 
 def facts(device='cpu', **private):
     """The last columns of a results file: on what, with what and by which command its rows were made."""
+    import timm
+    import torch  # not above: who reads and writes results alone needs neither
     return dict(
         device=device_name(device), torch=torch.__version__, timm=timm.__version__, date=date.today(),
         command=command(**private))

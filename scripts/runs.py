@@ -3,7 +3,6 @@
 A run is a setting and a seed. It has a folder of its own, in which every session leaves a log that begins with what the
 results must know of it. The scripts that know the settings are commands, with `arguments()` of this module.
 """
-import argparse
 import ctypes
 import json
 import os
@@ -21,7 +20,7 @@ from typing import NamedTuple, Tuple
 
 import yaml
 
-from scripts.report import ROOT, rows_so_far, write_rows
+from scripts.report import ROOT, command_line, rows_so_far, write_rows
 
 
 class Setting(NamedTuple):
@@ -40,7 +39,7 @@ class Setting(NamedTuple):
 
 
 def arguments(description):
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(description)
     parser.add_argument('--data-dir', help='without it nothing is trained: tables and plots are made')
     parser.add_argument(
         '--output', default='output/runs', help='folder for checkpoints and logs, kept until all is done')

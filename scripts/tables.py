@@ -5,12 +5,11 @@
 A table's place is marked `<!-- NAME -->` to `<!-- /NAME -->`. The scripts that measure write results files alone, but
 for cifar_tables.py, which renews its tables and plots when its runs have ended.
 """
-import argparse
 from functools import partial
 
 from scripts.bench import bench_training, fuse_networks, gpu, kernels, save_memory
 from scripts.paper import cifar_tables, draw_block, table2, table4, table4_operators
-from scripts.report import RESULTS, read_rows, write_block
+from scripts.report import RESULTS, command_line, read_rows, write_block
 from scripts.weights import int8, own_classes, plot_training, train_photos, transfer, validate_weights
 
 TABLES = {  # by place: what makes it, and of which results files
@@ -56,7 +55,7 @@ def plot():
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     for name in TABLES:
         write_block(name, make(name))
     plot()

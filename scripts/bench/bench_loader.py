@@ -7,7 +7,6 @@ cross entropy, backward and SGD at the recipe's batch size. Loader and networks 
 worker is one process with such a thread, so sixteen of them are extrapolated, not measured. Writes
 results/bench_loader.csv.
 """
-import argparse
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -21,7 +20,7 @@ import yaml
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from scripts.report import RESULTS, facts, write_rows
+from scripts.report import RESULTS, command_line, facts, write_rows
 from scripts.timing import in_turns
 from timm_finet.commands.run import find_recipe
 
@@ -56,7 +55,7 @@ def trainer(name, args):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     rng = np.random.default_rng(SEED)

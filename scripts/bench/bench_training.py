@@ -7,7 +7,6 @@ nn.Conv2d and nn.BatchNorm2d as torch has them; `plain` the same as this package
 paper's form; `moment` this package's. `run` is eager, compiled, or a CUDA graph of the eager kernels, without the
 host's time to launch them. Rows are merged into results/bench_training.csv.
 """
-import argparse
 from statistics import median
 
 import matplotlib.pyplot as plt
@@ -16,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from scripts.report import RESULTS, facts, markdown, merge_rows
+from scripts.report import RESULTS, command_line, facts, markdown, merge_rows
 from scripts.timing import in_turns, peak_bytes
 from timm_finet import FBNConv2d
 from timm_finet.cuda_graphs import captured
@@ -178,7 +177,7 @@ def plot(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--models', nargs='+', default=['finet_large', 'finet_small', 'resnet50'])
     parser.add_argument('--groups', nargs='+', type=int, default=[2, 4, 8])

@@ -11,7 +11,6 @@ Besides what the package requires it takes `transformers`, `segmentation_models_
 `efficientnet_pytorch`, each as far as it is installed. Rows are added to results/fuse_networks.csv; it goes on where it
 was stopped.
 """
-import argparse
 import importlib.metadata
 import logging
 import math
@@ -24,10 +23,10 @@ from datetime import date
 from unittest.mock import patch
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from scripts.bench.networks import networks
-from scripts.report import RESULTS, markdown, rows_so_far, write_rows
+from scripts.report import RESULTS, command_line, markdown, rows_so_far, write_rows
 from timm_finet import fuse_fbn, rewrite
 from timm_finet.fusion import compare, trial
 from timm_finet.fusion.layers import layers_and_norms
@@ -59,11 +58,7 @@ def perturbed(model):
 
 def again(example):
     """Another input of the same kind."""
-    if isinstance(example, torch.Tensor):
-        return torch.rand_like(example) if example.is_floating_point() else example
-    if isinstance(example, dict):
-        return {key: again(value) for key, value in example.items()}
-    return type(example)(map(again, example)) if isinstance(example, (list, tuple)) else example
+    return tree_map(lambda x: torch.rand_like(x) if torch.is_tensor(x) and x.is_floating_point() else x, example)
 
 
 def outputs(model, example):
@@ -134,7 +129,7 @@ def table(rows):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, stop)
     rows = rows_so_far(FILE)

@@ -2,15 +2,14 @@
 
     python -m scripts.bench.gpu
 
-First tests/test_gpu.py, with torch's passes and with Triton's. Then each pass over the layers of finet_large, by torch
-and by Triton: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs.
-torch's passes begin with a centred copy, which in a layer two of them share. Then training steps of whole networks
-against torch's own modules, in turns, eager and as a CUDA graph: milliseconds, memory, kernels launched.
+First tests/test_gpu.py, with torch's passes and with Triton's. Then each of Triton's passes over the layers of
+finet_large: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs.
+Then training steps of whole networks against torch's own modules, in turns, eager and as a CUDA graph: milliseconds,
+memory, kernels launched.
 
 Each line is written to results/gpu.csv as soon as it is known, with the card's name; the command, started again, goes
 on with what is missing.
 """
-import argparse
 import os
 import re
 import subprocess
@@ -25,13 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from scripts.bench.bench_training import build, step
 from scripts.bench.kernels import FEWEST, FINET_LARGE
-from scripts.report import RESULTS, ROOT, device_name, markdown, merge_rows, rows_so_far
+from scripts.report import RESULTS, ROOT, command_line, device_name, markdown, merge_rows, rows_so_far
 from scripts.timing import in_turns, peak_bytes, seconds
 from timm_finet import convert_fbn
 from timm_finet.cuda_graphs import captured
 from timm_finet.ops import moment_form
-from timm_finet.ops.moment_form import TorchAlgebra
-from timm_finet.ops.torch_passes import TorchPasses
 
 FILE = RESULTS / 'gpu.csv'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'  # the latter in a test, of tiny sizes
@@ -77,32 +74,25 @@ def run_tests():
             add(**key, result=lines[-1] if lines else f'status {done.returncode}')
 
 
-def passes_of(form, channels, out, side):
-    """A layer's passes and the algebra between them as functions by name; those of Triton with its kernel's name."""
-    if form == 'triton':
-        from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
-        passes, algebra = TritonPasses, TritonAlgebra
-    else:
-        passes, algebra = TorchPasses, TorchAlgebra
+def passes_of(channels, out, side):
+    """A layer's passes as functions, by their kernels' names."""
+    from timm_finet.ops.triton_passes import TritonAlgebra as algebra, TritonPasses as passes
     x, grad_y = (
         torch.randn(IMAGES, width, side, side, device=DEVICE).to(torch.bfloat16, memory_format=torch.channels_last)
         for width in (channels, out))
     weight = torch.randn(out, channels, 1, 1, device=DEVICE) / channels ** 0.5
     gamma, beta = torch.ones(GROUPS * out, device=DEVICE), torch.zeros(GROUPS * out, device=DEVICE)
     count = x.numel() // channels
-    forward = passes(x)
-    shift, rest, cov = forward.moments(GROUPS, torch.float32)
-    folded, bias, _, _, inv, w_cov = algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count)
+    shift, shifted_mean, cov = passes(x).moments(GROUPS, torch.float32)
+    folded, bias, _, _, inv_std, w_cov = algebra.fold(
+        weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count)
     products, sums = passes(x, shift, grad_y).weight_gradient(out, torch.float32)
-    grad_var = algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums)[3]
-    a, b = algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count)
+    grad_var = algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums)[3]
+    a, b = algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count)
     return {
         'moments_kernel': lambda: passes(x).moments(GROUPS, torch.float32),
-        'fold': lambda: algebra.fold(weight, gamma, beta, shift, rest, cov, 1e-5, x.dtype, None, count),
         'convolve_kernel': lambda: passes(x, shift).convolve(folded, bias, True),
         'weight_gradient_kernel': lambda: passes(x, shift, grad_y).weight_gradient(out, torch.float32),
-        'unfold': lambda: algebra.unfold(weight, gamma, shift, rest, inv, w_cov, products, sums),
-        'input_terms': lambda: algebra.input_terms(weight, folded, shift, rest, grad_var, sums, count),
         'input_gradient_kernel': lambda: passes(x, shift, grad_y).input_gradient(folded, a, b),
     }
 
@@ -124,23 +114,19 @@ def timed(runs):
 
 def bench_passes():
     for (channels, out), (_, positions) in LAYERS.items():
-        side = round(positions ** 0.5)
-        for form in FORMS[1:]:
-            key = dict(kind='pass', size=side, batch=IMAGES, groups=GROUPS, form=form)
-            copies = []
-            for name in (*FEWEST, 'fold', 'unfold', 'input_terms'):
-                layer = f'{name} {channels} to {out}'
-                if not is_missing(**key, name=layer):
-                    continue
-                try:
-                    copies = copies or [passes_of(form, channels, out, side) for _ in range(COPIES)]
-                    ms = timed([runs[name] for runs in copies])
-                    times_x, times_y = FEWEST.get(name, (0, 0))
-                    fewest = 2 * (times_x * channels + times_y * out) * positions * IMAGES
-                    found = dict(ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1) if fewest else '')
-                except Exception as error:  # the other lines are worth having
-                    found = dict(result=first_line(error))
-                add(**key, name=layer, **found)
+        side, copies = round(positions ** 0.5), []
+        for kernel, (times_x, times_y) in FEWEST.items():
+            key = dict(kind='pass', name=f'{kernel} {channels} to {out}', size=side, batch=IMAGES, groups=GROUPS,
+                       form='triton')
+            if not is_missing(**key):
+                continue
+            try:
+                copies = copies or [passes_of(channels, out, side) for _ in range(COPIES)]
+                ms = timed([passes[kernel] for passes in copies])
+                fewest = 2 * (times_x * channels + times_y * out) * positions * IMAGES
+                add(**key, ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1))
+            except Exception as error:  # the other lines are worth having
+                add(**key, result=first_line(error))
 
 
 def network(name, groups, form, size):
@@ -233,7 +219,7 @@ def table_of_passes(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.parse_args()
     if not torch.cuda.is_available():
         parser.error('torch finds no GPU here')

@@ -7,7 +7,6 @@ that each pass loads and stores, counted there, beside the fewest that it needs;
 spills and shared memory of every kernel, compiled ahead for each card; `kernels_launches.csv`, launches of a layer with
 these passes and with torch's. Times are gpu.py's.
 """
-import argparse
 import os
 import re
 import subprocess
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.report import RESULTS, command, markdown, write_rows
+from scripts.report import RESULTS, command, command_line, markdown, write_rows
 from timm_finet.ops import moment_form
 from timm_finet.ops.moment_form import MomentForm, TorchAlgebra
 from timm_finet.ops.reference import fbn_reference
@@ -366,7 +365,7 @@ MEASURES = dict(
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('--only', nargs='+', default=list(MEASURES), choices=MEASURES)
     for name in parser.parse_args().only:
         if name in ('errors', 'bytes') and os.environ.get('TRITON_INTERPRET') != '1':

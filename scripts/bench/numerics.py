@@ -6,13 +6,12 @@ For each input the largest relative error of the batch variance, and the root me
 the gradients of input, weight and gamma, in units of each one's own root mean square (the output's: its deviation).
 `layers` takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
 """
-import argparse
 from copy import deepcopy
 
 import timm
 import torch
 
-from scripts.report import RESULTS, facts, write_rows
+from scripts.report import RESULTS, command_line, facts, write_rows
 from timm_finet import FBNConv2d
 from timm_finet.commands.demo import SHIPPED
 from timm_finet.fbn import ReferenceFBNConv2d
@@ -78,7 +77,7 @@ def measure():
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     write_rows(RESULTS / 'numerics.csv', [
         {key: f'{value:.2e}' if isinstance(value, float) else value for key, value in row.items()}
         | dict(seed=SEED, **facts()) for row in measure()])

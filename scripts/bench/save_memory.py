@@ -5,7 +5,6 @@
 The peer is `torch.utils.checkpoint` over the same convolutions and norms. Peaks are counted, times taken in turns, of 8
 images of 160 px in float32. Writes results/save_memory.csv.
 """
-import argparse
 from copy import deepcopy
 from statistics import median
 
@@ -15,7 +14,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from scripts.bench.bench_training import step
-from scripts.report import RESULTS, facts, markdown, write_rows
+from scripts.report import RESULTS, command_line, facts, markdown, write_rows
 from scripts.timing import in_turns, peak_bytes
 from timm_finet import FBNConv2d, convert_fbn
 
@@ -70,7 +69,7 @@ def table(rows):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     write_rows(RESULTS / 'save_memory.csv', [row for name in MODELS for row in bench(name)])
 
 

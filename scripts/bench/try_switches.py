@@ -6,7 +6,6 @@ Writes results/switches.csv: how three epochs ended with each switch. Writes res
 two of half the batch and `--sync-bn`, on 100 images in one batch, without augmentation and dropout, so that both see
 the same. Prints docs/training.md's tables.
 """
-import argparse
 import os
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts.report import RESULTS, facts, markdown, write_rows
+from scripts.report import RESULTS, command_line, facts, markdown, write_rows
 from scripts.runs import epochs_of
 
 EPOCHS = 3
@@ -71,7 +70,7 @@ def tables(switches, processes):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     rows = list(measure_switches()), list(measure_processes())
     for name, found in zip(('switches', 'processes'), rows):
         write_rows(RESULTS / f'{name}.csv', found)

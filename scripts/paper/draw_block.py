@@ -74,19 +74,20 @@ def draw_block(ax, block, title):
 
 
 def connect(ax, source, target, skip):
-    arrow = dict(arrowstyle='->', color='#444444', lw=1)
+    """An arrow from box to box, along straight lines."""
     (x0, y0), (x1, y1) = source, target
+    middle0, middle1 = y0 + HEIGHT / 2, y1 + HEIGHT / 2
     if skip:  # the identity, round the left side
-        ax.plot([x0, x0 - 0.5, x0 - 0.5], [y0 + HEIGHT / 2, y0 + HEIGHT / 2, y1 + HEIGHT / 2], color='#444444', lw=1)
-        ax.annotate('', (x1, y1 + HEIGHT / 2), (x0 - 0.5, y1 + HEIGHT / 2), arrowprops=arrow)
+        points = (x0, middle0), (x0 - 0.5, middle0), (x0 - 0.5, middle1), (x1, middle1)
     elif x0 == x1:
-        ax.annotate('', (x1 + WIDTH / 2, y1 + HEIGHT), (x0 + WIDTH / 2, y0), arrowprops=arrow)
+        points = (x0 + WIDTH / 2, y0), (x1 + WIDTH / 2, y1 + HEIGHT)
     elif x0 < x1:  # to the right: along the source's height, then down
-        ax.plot([x0 + WIDTH, x1 + WIDTH / 2], [y0 + HEIGHT / 2] * 2, color='#444444', lw=1)
-        ax.annotate('', (x1 + WIDTH / 2, y1 + HEIGHT), (x1 + WIDTH / 2, y0 + HEIGHT / 2), arrowprops=arrow)
+        points = (x0 + WIDTH, middle0), (x1 + WIDTH / 2, middle0), (x1 + WIDTH / 2, y1 + HEIGHT)
     else:  # back to the left: down, then along the target's height
-        ax.plot([x0 + WIDTH / 2] * 2, [y0, y1 + HEIGHT / 2], color='#444444', lw=1)
-        ax.annotate('', (x1 + WIDTH, y1 + HEIGHT / 2), (x0 + WIDTH / 2, y1 + HEIGHT / 2), arrowprops=arrow)
+        points = (x0 + WIDTH / 2, y0), (x0 + WIDTH / 2, middle1), (x1 + WIDTH, middle1)
+    if len(points) > 2:
+        ax.plot(*zip(*points[:-1]), color='#444444', lw=1)
+    ax.annotate('', points[-1], points[-2], arrowprops=dict(arrowstyle='->', color='#444444', lw=1))
 
 
 def draw_forms(name, file):

@@ -5,7 +5,6 @@
 Counts what `timm-finet flops` counts, fused, at 224 px where not said, into results/table2.csv. The accuracies are the
 paper's own; none of them is measured here.
 """
-import argparse
 from datetime import date
 
 import fvcore
@@ -16,7 +15,7 @@ import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.report import RESULTS, command, markdown, write_rows
+from scripts.report import RESULTS, command, command_line, markdown, write_rows
 from timm_finet import count_flops
 from timm_finet.commands.flops import count_row, create
 
@@ -147,7 +146,7 @@ def plot(rows):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     write_rows(RESULTS / 'table2.csv', [count(name) for name in PAPER])
 
 

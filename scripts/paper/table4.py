@@ -6,7 +6,6 @@ Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; 
 of `timm-finet export`, for OpenVINO too. A round runs each network ten times and takes the median; ratios are taken
 within a round. Rows are merged into results/table4.csv. Needs the extras export and executorch, and openvino.
 """
-import argparse
 import tempfile
 from importlib.metadata import version
 from statistics import median
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scripts.report import RESULTS, facts, markdown, merge_rows
+from scripts.report import RESULTS, command_line, facts, markdown, merge_rows
 from scripts.timing import in_turns, spread
 from timm_finet import fuse_fbn
 from timm_finet.commands.runtimes import load_executorch, load_onnx, to_executorch, to_onnx
@@ -140,7 +139,7 @@ def plot(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('runtime', choices=RUNTIMES)
     parser.add_argument('--threads', type=int, default=1)
     args = parser.parse_args()

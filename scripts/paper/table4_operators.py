@@ -4,7 +4,6 @@
 
 Writes results/table4_operators.csv. Profilers cost time themselves, most of all in eager mode.
 """
-import argparse
 import json
 import re
 import tempfile
@@ -15,7 +14,7 @@ import torch
 from torch.profiler import profile
 
 from scripts.paper.table4 import RUNTIMES, fused, load_openvino
-from scripts.report import RESULTS, facts, markdown, write_rows
+from scripts.report import RESULTS, command_line, facts, markdown, write_rows
 from timm_finet.commands.runtimes import to_executorch, to_onnx
 
 NETWORKS = ('finet_large', 'finet_large_se', 'mobilenetv3_large_100')
@@ -119,7 +118,7 @@ def table(rows):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     torch.set_num_threads(1)
     write_rows(
         RESULTS / 'table4_operators.csv', [measure(runtime, name) for runtime in PROFILED for name in NETWORKS])

@@ -5,18 +5,19 @@ the first 10 of its training set, on which `export --int8` calibrates.
 
     python -m scripts.weights.demo_images cifar10.npz
 """
-import argparse
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from scripts.report import command_line
+
 WEIGHTS = Path(__file__).parents[2] / 'timm_finet' / 'weights'
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('data', metavar='cifar10.npz')
     args = parser.parse_args()
     with np.load(args.data) as arrays:

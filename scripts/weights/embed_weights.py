@@ -8,7 +8,6 @@ timm_finet/weights gets the file and its line in SHA256SUMS, and TAG.txt with th
 PACK/classes.txt; results/MODEL.TAG.yaml and .csv get the run's arguments and its accuracy by epoch, for the card. What
 is left is the tag's line in the network's default_cfgs, with a record in timm_finet/data/datasets.py.
 """
-import argparse
 import hashlib
 import os
 import tempfile
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from scripts.report import RESULTS, write_rows
+from scripts.report import RESULTS, command_line, write_rows
 from scripts.runs import epochs_of
 from scripts.weights.validate_weights import validate
 from timm_finet.hub.pretrained import WEIGHTS
@@ -81,7 +80,7 @@ def record(checkpoint, name, args, results=RESULTS):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('name', metavar='MODEL.TAG')
     parser.add_argument('--data-dir', type=Path, required=True)

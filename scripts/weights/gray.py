@@ -4,14 +4,13 @@
 
 Writes results/gray.csv.
 """
-import argparse
 from pathlib import Path
 
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from scripts.report import RESULTS, facts, write_rows
+from scripts.report import RESULTS, command_line, facts, write_rows
 from timm_finet.images import read_images
 
 
@@ -31,7 +30,7 @@ def measure(data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('data', type=Path)
     write_rows(RESULTS / 'gray.csv', list(measure(parser.parse_args().data)))
 

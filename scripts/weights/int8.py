@@ -6,7 +6,6 @@
 The files are those of `timm-finet export --int8`, calibrated on the 100 shipped training images; those of `--runs`, the
 finished runs of `evidence` in the OUT of cifar_tables.py, on 400 crops of training images. DATA is as there.
 """
-import argparse
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from timm.utils import random_seed
 
 from scripts.paper.cifar_plan import PROTOCOLS
 from scripts.paper.cifar_tables import BN, against_bn
-from scripts.report import RESULTS, facts, markdown, mean_deviation, merge_rows, pm, write_rows
+from scripts.report import RESULTS, command_line, facts, markdown, mean_deviation, merge_rows, pm, write_rows
 from scripts.runs import collect, folder
 from timm_finet.commands import export
 from timm_finet.data import CIFAR10Pad2, CIFAR100Pad2
@@ -92,7 +91,7 @@ def table_of_groups(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('data')
     parser.add_argument('--runs', metavar='OUT')
     args = parser.parse_args()

@@ -10,7 +10,6 @@ standardised and not augmented; the weight decay is the best of five folds of th
 `tf_efficientnet_lite0` has ImageNet's weights, from that package. Fine-tuned is `timm-finet finetune` as it stands, at
 its last epoch. Results go to results/own_classes.csv; what is there is not measured again.
 """
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,8 @@ from timm.utils import accuracy
 from torch.utils.data import DataLoader
 
 import timm_finet  # noqa: F401 (registers the networks)
-from scripts.report import RESULTS, facts, markdown, mean_deviation, pm, read_rows, rows_so_far, write_rows
+from scripts.report import (
+    RESULTS, command_line, facts, markdown, mean_deviation, pm, read_rows, rows_so_far, write_rows)
 
 FILE = RESULTS / 'own_classes.csv'
 IMAGENET = 'tf_efficientnet_lite0'
@@ -101,7 +101,7 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('folder', type=Path, metavar='FOLDER')
     parser.add_argument('--output', type=Path, required=True)
     args = parser.parse_args()

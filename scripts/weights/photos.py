@@ -10,7 +10,6 @@ mini-ImageNet-100's. Tiny-ImageNet-200 is taken as its archive unpacks, with the
 PACK gets train.tar, validation.tar (images byte by byte as they were, in a folder a class), classes.txt (the folders,
 in the order of the class indices, and their names where they are ImageNet's synsets) and pack.csv (the counts).
 """
-import argparse
 import hashlib
 import io
 import re
@@ -25,7 +24,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from tqdm import tqdm
 
-from scripts.report import write_rows
+from scripts.report import command_line, write_rows
 
 SPLITS = {'train': 'train', 'val': 'validation'}
 
@@ -82,7 +81,7 @@ def pack(images, read, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('source', type=Path)
     parser.add_argument('pack', type=Path)
     args = parser.parse_args()

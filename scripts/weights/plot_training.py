@@ -5,11 +5,11 @@
 
 A curve is named by what stands before the colon, else by the run's folder. Needs matplotlib (the extra `plots`).
 """
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from scripts.report import command_line
 from scripts.runs import epochs_of
 
 
@@ -32,7 +32,7 @@ def plot(runs, output):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('runs', nargs='+', metavar='[NAME:]SUMMARY.CSV')
     parser.add_argument('--output', default='training.png')
     args = parser.parse_args()

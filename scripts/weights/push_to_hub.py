@@ -6,7 +6,6 @@
 A card's figures come from the network and from results/: weights.csv, weights_speed.csv, and each name's log and
 arguments.
 """
-import argparse
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +13,7 @@ from tempfile import TemporaryDirectory
 import timm
 import yaml
 
-from scripts.report import RESULTS, read_rows
+from scripts.report import RESULTS, command_line, read_rows
 from timm_finet import hub
 from timm_finet.finet import Finet
 from timm_finet.hub import card
@@ -49,7 +48,7 @@ def write(name, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('org', nargs='?', help='user or organisation on the Hub')
     org = parser.parse_args().org
     for name in timm.list_models(module=MODULES, pretrained=True):

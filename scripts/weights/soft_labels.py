@@ -11,7 +11,6 @@ With `--device-modules timm_finet scripts.weights.soft_labels --dataset torch/so
 mean of label and teacher. It then needs `--no-prefetcher`, as timm's prefetcher takes whole numbers alone, and
 `--smoothing 0`.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,8 @@ from timm.data import ImageDataset, create_loader, dataset_factory
 from timm.utils import accuracy
 from torch import nn
 from tqdm import tqdm
+
+from scripts.report import command_line
 
 SIZE, FOLDS, EPOCHS, BATCH = 192, 5, 20, 500
 
@@ -83,13 +84,13 @@ def fit(features, labels, classes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument('pack', type=Path)
-    args = parser.parse_args()
+    pack = parser.parse_args().pack
     torch.manual_seed(0)
     net = teacher()
     (features, labels), (val_features, val_labels) = (
-        extract(net, args.pack / f'{split}.tar') for split in ('train', 'validation'))
+        extract(net, pack / f'{split}.tar') for split in ('train', 'validation'))
     classes = int(labels.max()) + 1
     mean, std = features.mean(0), features.std(0)
     features, val_features = (features - mean) / std, (val_features - mean) / std
@@ -102,10 +103,10 @@ def main():
     print(f'top-1 of the teacher: {accuracy(soft, labels)[0]:.2f} on unseen training images, '
           f'{accuracy(val_logits, val_labels)[0]:.2f} on validation images; mean entropy '
           f'{-(soft * soft.clamp_min(1e-12).log()).sum(1).mean():.2f} nats')
-    part = args.pack / 'soft_labels.part'
+    part = pack / 'soft_labels.part'
     with part.open('wb') as file:
         np.save(file, soft.half().numpy())
-    part.replace(args.pack / 'soft_labels.npy')
+    part.replace(pack / 'soft_labels.npy')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ All test images of CIFAR, all validation images of the others, are judged.
 
 Writes results/weights.csv. `--models` measures those alone, and the others stand.
 """
-import argparse
 import json
 import platform
 import shlex
@@ -19,7 +18,7 @@ from pathlib import Path
 import timm
 import torch
 
-from scripts.report import RESULTS, markdown, merge_rows
+from scripts.report import RESULTS, command_line, markdown, merge_rows
 from timm_finet import count_flops, fuse_fbn
 from timm_finet.hub.pretrained import MODULES
 
@@ -69,7 +68,7 @@ def table(rows, speeds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument('data', help='folder of the data sets')
     parser.add_argument('--models', nargs='+', default=NAMES, choices=NAMES, metavar='MODEL.TAG')
     args = parser.parse_args()

@@ -5,14 +5,13 @@
 In eval mode the train form folds its weights anew for every image. A round runs each form ten times and takes the
 median. Writes results/weights_speed.csv, then run scripts/weights/push_to_hub.py for the cards.
 """
-import argparse
 from statistics import median
 
 import timm
 import torch
 from timm.data import resolve_data_config
 
-from scripts.report import RESULTS, facts, write_rows
+from scripts.report import RESULTS, command_line, facts, write_rows
 from scripts.timing import in_turns, spread
 from scripts.weights.validate_weights import NAMES
 from timm_finet import fuse_fbn
@@ -33,7 +32,7 @@ def measure(name):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     torch.set_num_threads(1)
     write_rows(RESULTS / 'weights_speed.csv', [row for name in NAMES for row in measure(name)])
 

@@ -118,7 +118,7 @@ def test_fit_is_measured_on_the_training_images_of_every_kind_of_network(row, tm
         dataset='torch/cifar100_first100', mean=mean, std=std, input_size=[3, 32, 32], crop_pct=1.0,
         interpolation='bilinear', in_chans=None, gp=None, bn_eps=None)
     torch.save(dict(state_dict=model.state_dict(), args=Namespace(**trained_with)), home / 'last.pth.tar')
-    (home / 'args.yaml').write_text(yaml.dump(trained_with))
+    (home / 'args.yaml').write_text(yaml.safe_dump(trained_with))
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
         std).view(3, 1, 1)
