@@ -1,20 +1,24 @@
 """All that a GPU has to show of the moment form, in one command for whoever has a card for ten minutes.
 
-    python -m scripts.bench.gpu
+    python -m scripts.bench.gpu --minutes 10
 
-First tests/test_gpu.py, with torch's passes and with Triton's. Then each of Triton's passes over the layers of
-finet_large: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs.
-Then training steps of whole networks against torch's own modules, in turns, eager and as a CUDA graph: milliseconds,
+First tests/test_gpu.py, with torch's passes and with Triton's. Then each pass over the layers of finet_large, by torch
+and by Triton: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs,
+beside the card's own copy. torch's passes begin with a centred copy, which in a layer two of them share. Then training
+steps of whole networks against torch's own modules, in turns, eager, as a CUDA graph and compiled: milliseconds,
 memory, kernels launched.
 
 Each line is written to results/gpu.csv as soon as it is known, with the card's name; the command, started again, goes
-on with what is missing.
+on with what is missing. `--device cpu --tiny` rehearses all of it without a GPU.
 """
 import os
 import re
 import subprocess
 import sys
+import time
 from datetime import date
+from itertools import product
+from pathlib import Path
 from statistics import median
 
 import timm
@@ -29,9 +33,9 @@ from scripts.timing import in_turns, peak_bytes, seconds
 from timm_finet import convert_fbn
 from timm_finet.cuda_graphs import captured
 from timm_finet.ops import moment_form
+from timm_finet.ops.moment_form import TorchAlgebra
+from timm_finet.ops.torch_passes import TorchPasses
 
-FILE = RESULTS / 'gpu.csv'
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'  # the latter in a test, of tiny sizes
 KEY = ['card', 'kind', 'name', 'size', 'batch', 'groups', 'form', 'run']
 COLUMNS = [*KEY, 'ms', 'gb_per_s', 'peak_mb', 'kernels', 'result', 'torch', 'date']
 BATCHES = ((224, 256), (32, 512), (32, 128))  # px, images
@@ -39,103 +43,138 @@ NETWORKS = [  # and G, and their batches
     ('finet_large', 4, BATCHES), ('finet_large', 2, BATCHES), ('finet_large', 8, BATCHES), ('finet_small', 4, BATCHES),
     ('resnet50', 2, BATCHES[:1]), ('mobilenetv3_large_100', 2, BATCHES[:1])]
 FORMS = ('bn', 'torch', 'triton')
-LAYERS, IMAGES, GROUPS = FINET_LARGE, 256, 4
-ROUNDS, COPIES, TIMES = 10, 8, 24  # a pass is timed TIMES times in a row, on COPIES layers that fill no cache
+FULL = dict(networks=NETWORKS, compiled=NETWORKS[:1], images=256, rounds=10, copies=8, times=24)
+TINY = dict(
+    networks=[('finet_small', 4, ((32, 8),)), ('mobilenetv3_small_050', 2, ((32, 8),))],
+    compiled=[('mobilenetv3_small_050', 2, ((32, 8),))], images=1, rounds=1, copies=1, times=1)
 
 
-def complete(row):
-    return dict.fromkeys(COLUMNS, '') | dict(
-        card=device_name(DEVICE), torch=torch.__version__, date=date.today()) | row
+class Results:
+    """The results file, a line at a time."""
 
+    def __init__(self, args):
+        self.file, self.card, self.end = args.file, device_name(args.device), time.monotonic() + 60 * args.minutes
 
-def is_missing(**key):
-    wanted = [str(complete(key)[column]) for column in KEY]
-    return wanted not in [[row[column] for column in KEY] for row in rows_so_far(FILE)]
+    def complete(self, row):
+        return dict.fromkeys(COLUMNS, '') | row | dict(card=self.card, torch=torch.__version__, date=date.today())
 
+    def missing(self, **key):
+        """Whether there is a line to measure, and time for it."""
+        wanted = [str(self.complete(key)[column]) for column in KEY]
+        known = [[row[column] for column in KEY] for row in rows_so_far(self.file)]
+        return wanted not in known and time.monotonic() < self.end
 
-def add(**row):
-    print(' '.join(f'{column}={value}' for column, value in row.items()), flush=True)
-    merge_rows(FILE, [complete(row)], KEY)
+    def add(self, **row):
+        print(' '.join(f'{key}={value}' for key, value in row.items() if value != ''), flush=True)
+        merge_rows(self.file, [self.complete(row)], KEY)
 
 
 def first_line(error):
     return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
 
 
-def run_tests():
+def run_tests(results):
     for form, switch in (('torch', '0'), ('triton', '1')):
         key = dict(kind='tests', name='tests/test_gpu.py', form=form)
-        if is_missing(**key):
+        if results.missing(**key):
             done = subprocess.run(
                 [sys.executable, '-m', 'pytest', '-n', '4', 'tests/test_gpu.py'], cwd=ROOT, text=True,
                 env={**os.environ, 'TIMM_FINET_TRITON': switch}, capture_output=True)
-            print(done.stdout[-3000:])
+            if done.returncode:
+                print(done.stdout[-3000:])
             lines = [line for line in done.stdout.splitlines() if re.search('passed|failed|skipped', line)]
-            add(**key, result=lines[-1] if lines else f'status {done.returncode}')
+            results.add(**key, result=lines[-1] if lines else f'status {done.returncode}')
 
 
-def passes_of(channels, out, side):
-    """A layer's passes as functions, by their kernels' names."""
-    from timm_finet.ops.triton_passes import TritonAlgebra as algebra, TritonPasses as passes
-    x, grad_y = (
-        torch.randn(IMAGES, width, side, side, device=DEVICE).to(torch.bfloat16, memory_format=torch.channels_last)
-        for width in (channels, out))
-    weight = torch.randn(out, channels, 1, 1, device=DEVICE) / channels ** 0.5
-    gamma, beta = torch.ones(GROUPS * out, device=DEVICE), torch.zeros(GROUPS * out, device=DEVICE)
+def passes_of(form, channels, out, groups, x, grad_y):
+    """The layer's passes and the algebra between them as functions by name; those of Triton with its kernel's name."""
+    if form == 'triton':
+        from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
+        passes, algebra = TritonPasses, TritonAlgebra
+    else:
+        passes, algebra = TorchPasses, TorchAlgebra
+    weight = torch.randn(out, channels, 1, 1, device=x.device) / channels ** 0.5
+    gamma, beta = torch.ones(groups * out, device=x.device), torch.zeros(groups * out, device=x.device)
     count = x.numel() // channels
-    shift, shifted_mean, cov = passes(x).moments(GROUPS, torch.float32)
+    forward = passes(x)
+    shift, shifted_mean, cov = forward.moments(groups, torch.float32)
     folded, bias, _, _, inv_std, w_cov = algebra.fold(
         weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count)
     products, sums = passes(x, shift, grad_y).weight_gradient(out, torch.float32)
     grad_var = algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums)[3]
     a, b = algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count)
     return {
-        'moments_kernel': lambda: passes(x).moments(GROUPS, torch.float32),
+        'moments_kernel': lambda: passes(x).moments(groups, torch.float32),
+        'fold': lambda: algebra.fold(weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count),
         'convolve_kernel': lambda: passes(x, shift).convolve(folded, bias, True),
         'weight_gradient_kernel': lambda: passes(x, shift, grad_y).weight_gradient(out, torch.float32),
+        'unfold': lambda: algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums),
+        'input_terms': lambda: algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count),
         'input_gradient_kernel': lambda: passes(x, shift, grad_y).input_gradient(folded, a, b),
     }
 
 
-def timed(runs):
+def timed(runs, device, rounds, times):
     """Median milliseconds of the functions, each of which does the same to tensors of its own; on a GPU as a graph."""
     def run():
-        for i in range(TIMES):
+        for i in range(times):
             runs[i % len(runs)]()
-    run()
-    if DEVICE == 'cuda':
+    for first in runs:
+        first()
+    if device == 'cuda':
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
         run = graph.replay
-    return 1e3 * median(seconds(run, DEVICE) for _ in range(ROUNDS)) / TIMES
+    return 1e3 * median(seconds(run, device) for _ in range(rounds)) / times
 
 
-def bench_passes():
-    for (channels, out), (_, positions) in LAYERS.items():
-        side, copies = round(positions ** 0.5), []
-        for kernel, (times_x, times_y) in FEWEST.items():
-            key = dict(kind='pass', name=f'{kernel} {channels} to {out}', size=side, batch=IMAGES, groups=GROUPS,
-                       form='triton')
-            if not is_missing(**key):
+def bench_copy(results, args, sizes):
+    key = dict(kind='copy', name='clone')
+    if results.missing(**key):
+        x = torch.zeros(2 ** 28 if args.device == 'cuda' else 2 ** 16, device=args.device)
+        ms = timed([x.clone], args.device, sizes['rounds'], sizes['times'])
+        results.add(**key, ms=round(ms, 4), gb_per_s=round(2 * x.numel() * x.element_size() / ms / 1e6, 1))
+
+
+def bench_passes(results, args, sizes, groups=4):
+    shapes = FINET_LARGE if not args.tiny else {(24, 32): (1, 64)}
+    for (channels, out), (_, positions) in shapes.items():
+        side = round(positions ** 0.5)
+        for form in FORMS[1:]:
+            if form == 'triton' and args.device == 'cpu' and not moment_form.INTERPRETED:
                 continue
-            try:
-                copies = copies or [passes_of(channels, out, side) for _ in range(COPIES)]
-                ms = timed([passes[kernel] for passes in copies])
-                fewest = 2 * (times_x * channels + times_y * out) * positions * IMAGES
-                add(**key, ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1))
-            except Exception as error:  # the other lines are worth having
-                add(**key, result=first_line(error))
+            key = dict(kind='pass', size=side, batch=sizes['images'], groups=groups, form=form)
+            names = [name for name in (*FEWEST, 'fold', 'unfold', 'input_terms')
+                     if results.missing(**key, name=f'{name} {channels} to {out}')]
+            if not names:
+                continue
+            bytes_of_x = 2 * channels * positions * sizes['images']
+            copies = []  # together more than any cache holds
+            for name in names:
+                try:
+                    while len(copies) < min(sizes['copies'], 2 ** 28 // bytes_of_x + 1):
+                        x, grad_y = (torch.randn(
+                            sizes['images'], width, side, side, device=args.device).to(torch.bfloat16).contiguous(
+                            memory_format=torch.channels_last) for width in (channels, out))
+                        copies.append(passes_of(form, channels, out, groups, x, grad_y))
+                    ms = timed([runs[name] for runs in copies], args.device, sizes['rounds'], sizes['times'])
+                    times_x, times_y = FEWEST.get(name, (0, 0))
+                    fewest = 2 * (times_x * channels + times_y * out) * positions * sizes['images']
+                    found = dict(ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1) if fewest else '')
+                except Exception as error:  # the other lines are worth having
+                    found = dict(result=first_line(error))
+                results.add(**key, name=f'{name} {channels} to {out}', **found)
 
 
-def network(name, groups, form, size):
+def network(name, groups, form, size, device):
     """A network of torch's own modules, or of FBN, in train mode and channels_last."""
     if name.startswith('mobilenet'):
         model = timm.create_model(name)
         model = model if form == 'bn' else convert_fbn(model, groups)
-        return model.to(DEVICE, memory_format=torch.channels_last).train()
-    return build(name, groups, 'bn' if form == 'bn' else 'moment', size, device=DEVICE)
+        return model.to(device, memory_format=torch.channels_last).train()
+    return build(name, groups, 'bn' if form == 'bn' else 'moment', size, device=device)
 
 
 def count_kernels(run):
@@ -146,15 +185,17 @@ def count_kernels(run):
     return sum(event.device_type == DeviceType.CUDA and not event.name.startswith('Mem') for event in prof.events())
 
 
-def prepare_step(name, groups, form, size, batch, how):
+def prepare_step(name, groups, form, size, batch, how, args):
     """A function that takes a training step under bfloat16 autocast; it has taken one."""
     torch.manual_seed(0)
-    model = network(name, groups, form, size)
-    x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
-    target = torch.randint(10, (batch,), device=DEVICE)
-    triton = form == 'triton' and DEVICE == 'cuda'
+    model = network(name, groups, form, size, args.device)
+    x = torch.randn(batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
+    target = torch.randint(10, (batch,), device=args.device)
+    triton = form == 'triton' and args.device == 'cuda'
     moment_form.TRITON = triton
-    if how == 'graph' and DEVICE == 'cuda':
+    if how == 'compiled':
+        model.compile(backend='eager' if args.tiny else 'inductor')
+    elif how == 'graph' and args.device == 'cuda':
         captured(model, x, torch.bfloat16)
 
     def run():
@@ -164,27 +205,34 @@ def prepare_step(name, groups, form, size, batch, how):
     return run
 
 
-def bench_steps():
+def bench_step(steps, how, args, rounds):
     """Milliseconds, memory and kernels of the forms' steps, which take turns."""
-    for name, groups, batches in NETWORKS:
-        for size, batch in batches:
-            for how in ('graph', 'eager'):
+    for form, times in in_turns(steps, rounds, device=args.device).items():
+        run, found = steps[form], dict(ms=round(1e3 * median(times), 3))
+        if how != 'graph':  # a graph holds its memory from its capture on
+            found['peak_mb'] = round(peak_bytes(run, args.device) / 2 ** 20, 1)
+        if args.device == 'cuda':
+            found['kernels'] = count_kernels(run)
+        yield form, found
+
+
+def bench_steps(results, args, sizes):
+    for runs, networks in ((('graph', 'eager'), sizes['networks']), (('compiled',), sizes['compiled'])):
+        for name, groups, batches in networks:
+            for (size, batch), how in product(batches, runs):
                 key = dict(kind='step', name=name, size=size, batch=batch, groups=groups, run=how)
                 steps = {}
-                for form in [form for form in FORMS if is_missing(**key, form=form)]:
+                for form in [form for form in FORMS if results.missing(**key, form=form)]:
                     try:
-                        steps[form] = prepare_step(name, groups, form, size, batch, how)
+                        steps[form] = prepare_step(name, groups, form, size, batch, how, args)
                     except Exception as error:  # out of memory, or what the next card will not have
-                        add(**key, form=form, result=first_line(error))
-                for form, times in in_turns(steps, ROUNDS, device=DEVICE).items():
-                    found = dict(ms=round(1e3 * median(times), 3))
-                    if DEVICE == 'cuda':
-                        found['kernels'] = count_kernels(steps[form])
-                    if how == 'eager':  # a graph holds its memory from its capture on
-                        found['peak_mb'] = round(peak_bytes(steps[form], DEVICE) / 2 ** 20, 1)
-                    add(**key, form=form, **found)
+                        results.add(**key, form=form, result=first_line(error))
+                for form, found in bench_step(steps, how, args, sizes['rounds']):
+                    results.add(**key, form=form, **found)
                 steps.clear()
-                torch.cuda.empty_cache()  # nothing where there is no GPU
+                torch.compiler.reset()
+                if args.device == 'cuda':
+                    torch.cuda.empty_cache()
 
 
 def table_of_steps(rows):
@@ -220,12 +268,18 @@ def table_of_passes(rows):
 
 def main():
     parser = command_line(__doc__)
-    parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error('torch finds no GPU here')
-    run_tests()
-    bench_passes()
-    bench_steps()
+    parser.add_argument('--minutes', type=float, default=10, help='start no measurement after so long')
+    parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
+    parser.add_argument('--tiny', action='store_true', help='small sizes, for a rehearsal')
+    parser.add_argument('--file', type=Path, default=RESULTS / 'gpu.csv')
+    args = parser.parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('torch finds no GPU here: rehearse with --device cpu --tiny --file FILE')
+    results, sizes = Results(args), TINY if args.tiny else FULL
+    run_tests(results)
+    bench_copy(results, args, sizes)
+    bench_passes(results, args, sizes)
+    bench_steps(results, args, sizes)
 
 
 if __name__ == '__main__':
