@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from scripts.report import RESULTS, command_line, facts, markdown, merge_rows
 from scripts.timing import in_turns, spread
 from timm_finet import fuse_fbn
-from timm_finet.commands.runtimes import load_executorch, load_onnx, to_executorch, to_onnx
 from timm_finet.commands.flops import create
+from timm_finet.commands.runtimes import load_executorch, load_onnx, to_executorch, to_onnx
 
 # Images a second on a Galaxy S10e with PyTorch Mobile, from the paper's Table 4.
 PAPER = {
