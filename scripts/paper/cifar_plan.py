@@ -1,4 +1,4 @@
-"""What cifar_tables.py trains: networks of FBN and of BN on CIFAR, in sections, in order of worth."""
+"""What cifar_tables.py trains, networks of FBN and of BN on CIFAR, in sections, in order of worth; and `PAPER`."""
 from typing import Dict, NamedTuple, Tuple
 
 from scripts.runs import Setting
@@ -102,5 +102,8 @@ PROTOCOLS = {
         weights('resnet18_fbn', 'cifar10', 50, 256, 0.2, *ON_GPU, module='timm_finet.cuda_graphs'),
     ],
 }
+PAPER = [  # Table 5's own protocol, 200 epochs of all images, for cifar_together.py on a GPU
+    Setting(f'cifar100 {model}', ('--config', 'recipe:cifar100', '--model', model, '--channels-last'))
+    for model in ('finet_large', 'finet_large_g8')]
 RESULTS_OF = {
     'cifar_short': ('placement', 'evidence'), 'cifar_long': ('long',), 'cifar_weights': ('weights',)}

@@ -1,0 +1,293 @@
+"""Table 5's protocol on CIFAR-100 on one GPU, several networks at once in one process: a single one leaves it idle.
+
+    python -m scripts.paper.cifar_together --seeds 0 1 2 --data-dir DATA --output OUT --amp-dtype bfloat16 --minutes 12
+
+Each network's training step, its optimizer's too, is a CUDA graph on a stream of its own; the images lie on the card.
+The networks are those of `PAPER` in cifar_plan.py, each at every seed; results/cifar_paper.csv has the columns of the
+other tables. Once a minute all networks are saved to OUT; the same command goes on from there. Without a GPU they take
+turns, step by step.
+"""
+import argparse
+import sys
+import time
+from argparse import Namespace
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from timm.data import create_dataset, create_loader
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ParseKwargs, random_seed
+
+from scripts.paper.cifar_plan import PAPER
+from scripts.report import RESULTS, command_line, facts, rows_so_far, write_rows
+from scripts.runs import commit, curve_file, missing
+from timm_finet.commands.run import find_recipe
+
+EVAL_BATCH = 500
+
+
+def train_args(setting):
+    """The recipe's values and over them the setting's, by the names of train.py's arguments."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--config')
+    parser.add_argument('--model')
+    parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default=argparse.SUPPRESS)
+    parser.add_argument('--channels-last', action='store_true')
+    args = parser.parse_args(setting.args)
+    return Namespace(**yaml.safe_load(Path(find_recipe(args.config)).read_text()) | vars(args))
+
+
+def build(args):
+    """The network that train.py would build."""
+    return timm.create_model(args.model, num_classes=args.num_classes, drop_rate=args.drop, **args.model_kwargs)
+
+
+def images(args, root, split):
+    """A data set on the device whose `__getitems__` crops, flips and normalises a batch; timm's loader tells it how."""
+    data = create_dataset(args.dataset.replace('_pad2', '_gpu'), root=root, split=split)
+    create_loader(
+        data, tuple(args.input_size), args.batch_size, is_training=split == 'train', use_prefetcher=False,
+        num_workers=0, mean=tuple(args.mean), std=tuple(args.std), crop_pct=args.crop_pct,
+        interpolation=args.interpolation, scale=tuple(args.scale), ratio=tuple(args.ratio), hflip=args.hflip,
+        color_jitter=args.color_jitter, persistent_workers=False)
+    return data
+
+
+class Training:
+    """One network, its optimizer, schedule, random numbers and stream.
+
+    Args:
+        run: A setting of `PAPER` and a seed.
+        updates: Training steps an epoch.
+        device: On a GPU steps are replayed from a graph.
+        dtype: Of autocast, or None.
+    """
+
+    def __init__(self, run, updates, device, dtype=None):
+        self.run, self.updates, self.device, self.dtype = run, updates, device, dtype
+        setting, seed = run
+        self.args = train_args(setting)
+        random_seed(seed, 0)
+        self.model = build(self.args).to(device, memory_format=torch.channels_last).train()
+        self.numbers = torch.get_rng_state()  # of the order and the crops; each network draws from its own
+        on_gpu = device.type == 'cuda'
+        # Only the fused step reads its learning rate from the card, where it can change without another capture.
+        fused = dict(fused=True) if on_gpu else {}
+        self.optimizer = create_optimizer_v2(
+            self.model, **optimizer_kwargs(self.args), **self.args.opt_kwargs, **fused)
+        for parameter in self.model.parameters():  # SGD's first step is the same from zeros as from nothing
+            self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+        self.scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer, **scheduler_kwargs(self.args), updates_per_epoch=updates)
+        self.rate, self.loss = torch.zeros(2, device=device).unbind()
+        self.stream, self.graph = torch.cuda.Stream() if on_gpu else None, None
+        self.epoch, self.seconds, self.rows = 0, 0., []
+        self.set_rate()
+
+    @contextmanager
+    def its_own(self):
+        """Whatever runs inside takes this network's random numbers and, on a GPU, its stream."""
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.numbers)
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            yield
+        self.numbers = torch.get_rng_state()
+        torch.set_rng_state(before)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+
+    def tensors(self):
+        """All that a step changes."""
+        return [*self.model.state_dict().values(), *(s['momentum_buffer'] for s in self.optimizer.state.values())]
+
+    def compute(self):
+        """One step on `self.x` and `self.target`."""
+        with self.autocast():
+            loss = F.cross_entropy(self.model(self.x), self.target)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss += loss.detach()
+
+    def step(self, x, target):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.stream is None:
+            self.x, self.target = x, target
+            self.compute()
+            return
+        if self.graph is None:
+            self.capture(x, target)
+        self.x.copy_(x)
+        self.target.copy_(target)
+        self.graph.replay()
+
+    def capture(self, x, target):
+        """Record a step as a CUDA graph. The steps that warm up for it are undone."""
+        self.x, self.target = x.clone(), target.clone()
+        before = [tensor.clone() for tensor in (*self.tensors(), self.loss)]
+        for _ in range(3):
+            self.compute()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.compute()
+        with torch.no_grad():
+            for tensor, value in zip((*self.tensors(), self.loss), before):
+                tensor.copy_(value)
+
+    def set_rate(self):
+        """On a GPU the schedule's number goes into the tensor that the graph reads."""
+        if self.stream is not None:
+            for group in self.optimizer.param_groups:
+                self.rate.fill_(float(group['lr']))
+                group['lr'] = self.rate
+
+    def order(self, count):
+        """Indices of an epoch's batches, shuffled; the smaller last one is dropped, as by train.py."""
+        size = self.args.batch_size
+        return torch.randperm(count)[:self.updates * size].view(self.updates, size).tolist()
+
+    def end_epoch(self, test):
+        """Note the epoch, test every fifth and the last, and move the schedule."""
+        self.epoch += 1
+        train_loss, rate = self.loss.item() / self.updates, float(self.optimizer.param_groups[0]['lr'])
+        self.loss.zero_()
+        if self.epoch % 5 == 0 or self.epoch == self.epochs:
+            self.rows.append(dict(epoch=self.epoch - 1, train_loss=train_loss, **self.evaluate(test), lr=rate))
+        self.scheduler.step(self.epoch)
+        self.set_rate()
+
+    @torch.no_grad()
+    def evaluate(self, test):
+        self.model.eval()
+        loss = top1 = top5 = 0
+        for start in range(0, len(test), EVAL_BATCH):
+            (x, target), = test.__getitems__(list(range(start, min(start + EVAL_BATCH, len(test)))))
+            with self.autocast():
+                logits = self.model(x.contiguous(memory_format=torch.channels_last)).float()
+            found = logits.topk(5).indices == target[:, None]
+            loss += F.cross_entropy(logits, target, reduction='sum').item()
+            top1, top5 = top1 + found[:, 0].sum().item(), top5 + found.sum().item()
+        self.model.train()
+        return dict(eval_loss=loss / len(test), eval_top1=100 * top1 / len(test), eval_top5=100 * top5 / len(test))
+
+    def state(self):
+        return dict(
+            tensors=self.tensors(), numbers=self.numbers, epoch=self.epoch, seconds=self.seconds, rows=self.rows)
+
+    @torch.no_grad()
+    def load(self, state):
+        for tensor, value in zip(self.tensors(), state['tensors'], strict=True):
+            tensor.copy_(value)
+        self.numbers, self.epoch = state['numbers'].cpu(), state['epoch']
+        self.seconds, self.rows = state['seconds'], state['rows']
+        self.scheduler.step(self.epoch)
+        self.set_rate()
+
+
+def train(trainings, data, test, minutes, save):
+    """An epoch of every network, step by step in turns, until all are done or the time is up.
+
+    Args:
+        save: Called once a minute and at the end, between epochs.
+    """
+    if trainings[0].stream:
+        torch.cuda.synchronize()  # their own streams do not wait for what has been built and loaded on the default one
+    begun = saved = time.monotonic()
+    active = [t for t in trainings if t.epoch < t.epochs]
+    while active and time.monotonic() - begun < 60 * minutes:
+        start = time.monotonic()
+        orders = []
+        for training in active:
+            with training.its_own():
+                orders.append(training.order(len(data)))
+        for step in range(active[0].updates):
+            for training, order in zip(active, orders):
+                with training.its_own():
+                    (x, target), = data.__getitems__(order[step])
+                    training.step(x, target)
+        for training in active:
+            with training.its_own():
+                training.end_epoch(test)
+            training.seconds += time.monotonic() - start
+        print(', '.join(f"{t.args.model} {t.run[1]}: epoch {t.epoch}"
+                        + (f", {t.rows[-1]['eval_top1']:.2f}" if t.rows else '') for t in active), flush=True)
+        active = [t for t in active if t.epoch < t.epochs]
+        if time.monotonic() - saved > 60:
+            save()
+            saved = time.monotonic()
+    save()
+
+
+def line(training, args, together):
+    """The results' line of a finished run, as `collect` of runs.py has it."""
+    setting, seed = training.run
+    top1 = [row['eval_top1'] for row in training.rows]
+    gpu = training.device.type == 'cuda'
+    return dict(
+        setting=setting.name, seed=seed, epochs=training.epochs, top1_last=round(top1[-1], 3),
+        top1_best=round(max(top1), 3), best_epoch=training.rows[top1.index(max(top1))]['epoch'] + 1,
+        seconds=round(training.seconds), seconds_an_epoch=round(training.seconds / training.epochs, 2),
+        peak_mb=round(torch.cuda.max_memory_allocated() / 2 ** 20) if gpu else '', jobs=together, sessions='',
+        precision=args.amp_dtype or 'float32', compiled=False, commit=args.commit,
+        **facts(training.device.type, DATA=args.data_dir, OUT=args.output))
+
+
+def main():
+    parser = command_line(__doc__)
+    parser.add_argument('--seeds', nargs='+', type=int, required=True)
+    parser.add_argument('--data-dir', required=True)
+    parser.add_argument('--output', required=True, help='folder of the checkpoint')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='start no epoch after so long')
+    parser.add_argument('--amp-dtype', choices=('bfloat16',), help='(default: float32, as in the recipe)')
+    parser.add_argument('--epochs', type=int, help="instead of the recipe's: for a rehearsal, which records nothing")
+    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
+    parser.add_argument('--results', type=Path, default=RESULTS / 'cifar_paper.csv')
+    args = parser.parse_args()
+    runs = missing([(setting, seed) for seed in args.seeds for setting in PAPER], args.results)
+    if not runs:
+        sys.exit(f'{args.results} holds all of these runs.')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    dtype = args.amp_dtype and getattr(torch, args.amp_dtype)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True  # as train.py
+    recipe = train_args(runs[0][0])
+    data, test = (images(recipe, args.data_dir, split) for split in ('train', 'validation'))
+    trainings = [Training(run, len(data) // recipe.batch_size, device, dtype) for run in runs]
+    for training in trainings:
+        training.epochs = args.epochs or training.epochs
+    file = Path(args.output, 'together.pt')
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    def key(training):
+        return f'{training.run[0].name} seed {training.run[1]} {args.amp_dtype}'
+
+    if file.exists():
+        states = torch.load(file, map_location=device)
+        for training in trainings:
+            if key(training) in states:
+                training.load(states[key(training)])
+
+    def save():
+        part = file.with_suffix('.part')
+        torch.save({key(training): training.state() for training in trainings}, part)
+        part.replace(file)
+
+    train(trainings, data, test, args.minutes, save)
+    done = [training for training in trainings if training.epoch == training.epochs]
+    print(f'{len(done)} of {len(trainings)} networks are done.')
+    if args.epochs is None:
+        for training in done:
+            curve = curve_file(args.results, training.run)
+            curve.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(curve, training.rows)
+            write_rows(args.results, [*rows_so_far(args.results), line(training, args, len(trainings))])
+
+
+if __name__ == '__main__':
+    main()
