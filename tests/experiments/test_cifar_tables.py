@@ -101,7 +101,8 @@ def test_train_py_reads_the_commands_as_meant(monkeypatch):
         assert args.epochs == int(value_of('--epochs', setting)) if '--epochs' in setting.args else (
             args.epochs == {'cifar_short': 15, 'cifar_long': 50}[recipe])
         assert args.model_kwargs == model_kwargs(setting) and args.channels_last
-        assert args.device_modules == ['timm_finet', 'scripts.train_facts', *filter(None, [setting.module])]
+        on_cpus = ['scripts.several_cpus'] if setting.processes > 1 else []
+        assert args.device_modules == ['timm_finet', 'scripts.train_facts', *on_cpus, *filter(None, [setting.module])]
         assert args.experiment == runs.folder('', run).name
 
 
