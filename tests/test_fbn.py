@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.utils import freeze
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 
-from scripts.bench.bench_training import peak_bytes
+from scripts.timing import peak_bytes
 from timm_finet import FBNConv2d, fuse_fbn
 from timm_finet.fbn import ReferenceFBNConv2d
 
