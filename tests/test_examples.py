@@ -3,6 +3,8 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 
 
@@ -19,6 +21,7 @@ def test_own_network_with_fbn_learns_and_fuses(capsys):
     assert float(re.search(r'largest difference of the outputs: (\S+)', out)[1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_backbone_learns_segmentation_and_fuses(capsys):
     out = run('segmentation.py', capsys)
     before, after, fused = (

@@ -23,7 +23,9 @@ def test_every_name_is_registered():
     assert sorted(found) == sorted(NAMES) == sorted(timm.list_models(module='finet'))
 
 
-@pytest.mark.parametrize('name', NAMES + timm.list_models('*_fbn*'))
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if 'resnet50' in name else name
+    for name in NAMES + timm.list_models('*_fbn*')])
 def test_fused_equals_unfused(name, randomise):
     model = randomise(timm.create_model(name, num_classes=7).double()).eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)

@@ -57,6 +57,7 @@ def test_int8_file_is_small_and_stays_right(to, tmp_path, capsys):
         assert scales and all(scale == weight[:1] for weight, scale in scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('to', RUNTIMES[:1])
 def test_any_number_of_images_at_a_time_in_int8_too(to, tmp_path, capsys):
     file = str(tmp_path / 'model.onnx')

@@ -132,6 +132,7 @@ def gone(pid):
     return not stat.exists() or stat.read_text().split()[2] == 'Z'
 
 
+@pytest.mark.slow
 def test_facts_are_printed_at_the_end(tmp_path):
     (tmp_path / 'train.py').write_text('import scripts.train_facts')
     environment = os.environ | {'PYTHONPATH': str(ROOT)}

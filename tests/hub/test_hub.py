@@ -100,6 +100,7 @@ def test_pushed_checkpoint_is_one_commit_with_all_that_belongs_to_it(hub, push, 
     assert timm.data.resolve_data_config(model=again)['input_size'] == (3, 48, 48)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, epoch, top1', [('model_best.pth.tar', 5, 48.5), ('last.pth.tar', 7, 47.25)])
 def test_a_card_gives_the_accuracy_of_this_checkpoint_and_what_it_began_from(hub, push, checkpoint, name, epoch, top1):
     saved = torch.load(checkpoint, weights_only=False)
@@ -127,6 +128,7 @@ def test_saved_folder_has_safetensors_unless_others_are_asked_for(arguments, fil
     same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
 
 
+@pytest.mark.slow
 def test_fused_push_loads_fused_without_further_arguments(hub, push, model, tmp_path):
     assert push('--fused', '--results', tmp_path / 'results.csv')[0] == 0
     files = hub.repos['me/net'].files()
@@ -140,11 +142,13 @@ def test_fused_push_loads_fused_without_further_arguments(hub, push, model, tmp_
         same(again, fuse_fbn(model))
 
 
+@pytest.mark.slow
 def test_pushing_twice_changes_nothing(hub, push):
     assert push()[0] == push()[0] == 0
     assert len(hub.repos['me/net'].commits) == 2
 
 
+@pytest.mark.slow
 def test_checkpoint_fine_tuned_from_the_hub_is_pushed_as_it_was_built(hub, push, tmp_path, randomise):
     push()
     tuned = randomise(timm.create_model('hf-hub:me/net', pretrained=True, num_classes=7)).eval()
@@ -196,6 +200,7 @@ def test_a_card_without_a_log_says_what_the_checkpoint_knows(metric, epoch, said
     assert status == 0 and said in out and 'summary.csv' not in out and '| world_size |' not in out, err
 
 
+@pytest.mark.slow
 def test_revision_is_a_branch_of_its_own(hub, push, model):
     assert push('--revision', 'v2')[0] == 0
     assert hub.repos['me/net'].files() == {}
@@ -209,6 +214,7 @@ def test_dry_run_prints_card_and_files_and_asks_nobody(hub, push):
     assert hub.log == []
 
 
+@pytest.mark.slow
 def test_cut_upload_is_taken_up_again(hub, push, model):
     hub.interfere['PUT'] = cut_upload
     assert push()[0] == 0
@@ -230,6 +236,7 @@ def test_killed_push_leaves_nothing_half_done(hub, push, checkpoint, model):
     same(timm.create_model('hf-hub:me/net', pretrained=True), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('token, repo, message', [
     ('', 'me/net', 'no token for the Hub: run `hf auth login`, or set HF_TOKEN'),
     ('hf_wrong', 'me/net', 'the token is not valid'),
@@ -374,6 +381,7 @@ def test_state_dict_that_does_not_fit_is_refused(push, tmp_path):
     assert status == 2 and 'does not fit finet_small_g2' in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_cut_download_is_taken_up_again(hub, push, model):
     push()
     timm.create_model('hf-hub:me/net')  # the config alone, so that the next GET is the weights'
@@ -387,6 +395,7 @@ def test_checkpoint_of_train_py_loads_its_ema(checkpoint, model):
         'finet_small_g2', num_classes=10, checkpoint_path=str(checkpoint), **ARGS['model_kwargs']), model)
 
 
+@pytest.mark.slow
 def test_cards_usage_runs_as_it_stands(hub, push, tmp_path, monkeypatch, capsys):
     push()
     monkeypatch.chdir(tmp_path)
@@ -395,6 +404,7 @@ def test_cards_usage_runs_as_it_stands(hub, push, tmp_path, monkeypatch, capsys)
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_commit_can_be_pinned_and_what_was_loaded_loads_offline_in_timms_scripts(
         hub, push, model, checkpoint, tmp_path, cli, monkeypatch, scripts_run_here):
     push()

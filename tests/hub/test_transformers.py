@@ -76,6 +76,7 @@ def test_pushed_network_loads_by_its_name(hub, folder):
     assert torch.equal(logits(wrapped, x), logits(model, x)) and wrapped.config.id2label[3] == 'cat'
 
 
+@pytest.mark.slow
 def test_network_tuned_by_the_trainer_is_fused_and_saved(folder, tmp_path):
     save_for_hf(timm.create_model(NAME, pretrained=True), folder, safe_serialization=True)
     names = {0: 'vehicle', 1: 'animal'}
