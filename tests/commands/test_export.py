@@ -16,9 +16,9 @@ from PIL import Image
 
 from timm_finet import fuse_fbn
 from timm_finet.commands import export, runtimes
-from timm_finet_cli import main
 from timm_finet.data.datasets import CIFAR10
 from timm_finet.images import TRAINING_IMAGES, shipped_images
+from timm_finet_cli import main
 
 NAME = 'finet_small_g4.cifar10'
 RUNTIMES = [

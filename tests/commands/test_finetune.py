@@ -14,8 +14,8 @@ from PIL import Image
 from timm.data import create_dataset
 
 from timm_finet.commands import finetune
-from timm_finet.images import contact_sheet, shipped_images
 from timm_finet.data.datasets import CIFAR10
+from timm_finet.images import contact_sheet, shipped_images
 
 WEIGHTS = 'finet_small_g4.cifar10'
 

@@ -12,8 +12,8 @@ from timm.data import resolve_data_config
 from scripts.report import RESULTS, read_rows
 from scripts.weights import push_to_hub
 from timm_finet import count_flops, fuse_fbn
-from timm_finet.images import shipped_images
 from timm_finet.hub.pretrained import MODULES
+from timm_finet.images import shipped_images
 
 ROOT = Path(__file__).parents[2]
 NAMES = timm.list_models(module=MODULES, pretrained=True)

@@ -19,10 +19,9 @@ from timm.models import push_to_hf_hub
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_finet import fuse_fbn
-from timm_finet.hub import card
 from timm_finet.data.class_names import class_names
+from timm_finet.hub import card, save_for_hf
 from timm_finet.hub.checkpoint import describe, load_checkpoint
-from timm_finet.hub import save_for_hf
 from timm_finet.images import shipped_images
 
 ARGS = dict(

@@ -7,9 +7,9 @@ import torch
 import transformers  # its parts are imported as they are named, and take seconds
 
 from timm_finet import fuse_fbn
-from timm_finet.images import TRAINING_IMAGES, shipped_images
 from timm_finet.data.datasets import CIFAR10
 from timm_finet.hub import push, save_for_hf
+from timm_finet.images import TRAINING_IMAGES, shipped_images
 
 NAME = 'finet_small_g4.cifar10'
 IMAGES = shipped_images()[0][::40]
