@@ -73,7 +73,11 @@ def test_triton_passes_are_the_definition_on_a_gpu(channels, out, groups, ratio,
     assert all(torch.equal(a, b) for a, b in zip(found, again))
 
 
-def test_triton_passes_in_a_graph_and_compiled_are_the_eager_ones(triton_passes):
+@pytest.mark.parametrize('triton', [False, True])
+def test_layers_in_a_graph_and_compiled_are_the_eager_ones(triton, monkeypatch):
+    if triton:
+        pytest.importorskip('triton', reason='triton is missing: it comes with torch for CUDA and ROCm')
+    monkeypatch.setattr(moment_form, 'TRITON', triton)
     torch.manual_seed(0)
     eager = torch.nn.Sequential(FBNConv2d(100, 100, fbn_groups=4), torch.nn.ReLU(), FBNConv2d(100, 72, fbn_groups=2))
     eager = eager.cuda().to(memory_format=torch.channels_last)
@@ -88,3 +92,25 @@ def test_triton_passes_in_a_graph_and_compiled_are_the_eager_ones(triton_passes)
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert (a - b).double().norm() <= 1e-2 * a.double().norm()
+
+
+def test_who_takes_triton_unasked(monkeypatch):
+    monkeypatch.setattr(moment_form, 'TRITON', None)
+    x = torch.randn(2, 8, 4, 4, device='cuda', dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    passes = moment_form.implementation(x, torch.float32)[0].__name__
+    assert passes == ('TritonPasses' if torch.cuda.get_device_capability() == (9, 0) else 'TorchPasses')
+    compiled = torch.compile(lambda x: (x, moment_form.implementation(x, torch.float32)[0].__name__), fullgraph=True)
+    assert compiled(x)[1] == passes
+
+
+def test_a_card_on_which_triton_fails_takes_torchs_passes(monkeypatch):
+    monkeypatch.setattr(moment_form, 'TRITON', None)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: (9, 0))
+    monkeypatch.setattr('timm_finet.ops.triton_passes.launch', lambda *_, **__: 1 / 0)
+    moment_form.try_triton.cache_clear()
+    x = torch.randn(2, 8, 4, 4, device='cuda', dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    try:
+        with pytest.warns(UserWarning, match='ZeroDivisionError'):
+            assert moment_form.implementation(x, torch.float32)[0].__name__ == 'TorchPasses'
+    finally:
+        moment_form.try_triton.cache_clear()

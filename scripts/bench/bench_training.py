@@ -9,7 +9,6 @@ host's time to launch them. Rows are merged into results/bench_training.csv.
 """
 from statistics import median
 
-import matplotlib.pyplot as plt
 import timm
 import torch
 import torch.nn as nn
@@ -148,6 +147,7 @@ def headline(rows):
 
 def plot(rows):
     """Time and memory in channels_last against G, a form a line: a row a dtype, a column a network and its input."""
+    import matplotlib.pyplot as plt  # a machine that only measures does not need it
     rows = [r for r in measured_on(rows, 'CPU') if r['layout'] == 'channels_last' and r['run'] == 'eager']
     panels = sorted({(r['model'], int(r['size']), int(r['batch'])) for r in rows if r['groups'] == '8'})
     dtypes = ('float32', 'bfloat16')

@@ -39,14 +39,14 @@ from timm_finet.ops.torch_passes import TorchPasses
 KEY = ['card', 'kind', 'name', 'size', 'batch', 'groups', 'form', 'run']
 COLUMNS = [*KEY, 'ms', 'gb_per_s', 'peak_mb', 'kernels', 'result', 'torch', 'date']
 BATCHES = ((224, 256), (32, 512), (32, 128))  # px, images
-NETWORKS = [  # and G, and their batches
-    ('finet_large', 4, BATCHES), ('finet_large', 2, BATCHES), ('finet_large', 8, BATCHES), ('finet_small', 4, BATCHES),
-    ('resnet50', 2, BATCHES[:1]), ('mobilenetv3_large_100', 2, BATCHES[:1])]
+RUNS = ('graph', 'eager')
+FULL = dict(images=256, rounds=10, copies=8, times=24, steps=[  # network, G, batches, how they run
+    ('finet_large', 4, BATCHES, RUNS), ('finet_large', 4, BATCHES[:1], ('compiled',)),
+    ('finet_large', 2, BATCHES, RUNS), ('finet_large', 8, BATCHES, RUNS), ('finet_small', 4, BATCHES, RUNS),
+    ('resnet50', 2, BATCHES[:1], RUNS), ('mobilenetv3_large_100', 2, BATCHES[:1], RUNS)])
+TINY = dict(images=1, rounds=1, copies=1, times=1, steps=[
+    ('finet_small', 4, ((32, 8),), RUNS), ('mobilenetv3_small_050', 2, ((32, 8),), (*RUNS, 'compiled'))])
 FORMS = ('bn', 'torch', 'triton')
-FULL = dict(networks=NETWORKS, compiled=NETWORKS[:1], images=256, rounds=10, copies=8, times=24)
-TINY = dict(
-    networks=[('finet_small', 4, ((32, 8),)), ('mobilenetv3_small_050', 2, ((32, 8),))],
-    compiled=[('mobilenetv3_small_050', 2, ((32, 8),))], images=1, rounds=1, copies=1, times=1)
 
 
 class Results:
@@ -100,16 +100,17 @@ def passes_of(form, channels, out, groups, x, grad_y):
     shift, shifted_mean, cov = forward.moments(groups, torch.float32)
     folded, bias, _, _, inv_std, w_cov = algebra.fold(
         weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count)
-    products, sums = passes(x, shift, grad_y).weight_gradient(out, torch.float32)
-    grad_var = algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums)[3]
-    a, b = algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count)
+    sums = passes(x, shift, grad_y).weight_gradient(out, torch.float32)
+    grad_var, grad_bias = algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, sums)[3:]
+    a, b = algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, grad_bias, count)
     return {
         'moments_kernel': lambda: passes(x).moments(groups, torch.float32),
         'fold': lambda: algebra.fold(weight, gamma, beta, shift, shifted_mean, cov, 1e-5, x.dtype, None, count),
         'convolve_kernel': lambda: passes(x, shift).convolve(folded, bias, True),
-        'weight_gradient_kernel': lambda: passes(x, shift, grad_y).weight_gradient(out, torch.float32),
-        'unfold': lambda: algebra.unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, products, sums),
-        'input_terms': lambda: algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, sums, count),
+        'weight_gradient_kernel': lambda: algebra.unfold(
+            weight, gamma, shift, shifted_mean, inv_std, w_cov, passes(x, shift, grad_y).weight_gradient(
+                out, torch.float32)),
+        'input_terms': lambda: algebra.input_terms(weight, folded, shift, shifted_mean, grad_var, grad_bias, count),
         'input_gradient_kernel': lambda: passes(x, shift, grad_y).input_gradient(folded, a, b),
     }
 
@@ -146,7 +147,7 @@ def bench_passes(results, args, sizes, groups=4):
             if form == 'triton' and args.device == 'cpu' and not moment_form.INTERPRETED:
                 continue
             key = dict(kind='pass', size=side, batch=sizes['images'], groups=groups, form=form)
-            names = [name for name in (*FEWEST, 'fold', 'unfold', 'input_terms')
+            names = [name for name in (*FEWEST, 'fold', 'input_terms')
                      if results.missing(**key, name=f'{name} {channels} to {out}')]
             if not names:
                 continue
@@ -217,22 +218,21 @@ def bench_step(steps, how, args, rounds):
 
 
 def bench_steps(results, args, sizes):
-    for runs, networks in ((('graph', 'eager'), sizes['networks']), (('compiled',), sizes['compiled'])):
-        for name, groups, batches in networks:
-            for (size, batch), how in product(batches, runs):
-                key = dict(kind='step', name=name, size=size, batch=batch, groups=groups, run=how)
-                steps = {}
-                for form in [form for form in FORMS if results.missing(**key, form=form)]:
-                    try:
-                        steps[form] = prepare_step(name, groups, form, size, batch, how, args)
-                    except Exception as error:  # out of memory, or what the next card will not have
-                        results.add(**key, form=form, result=first_line(error))
-                for form, found in bench_step(steps, how, args, sizes['rounds']):
-                    results.add(**key, form=form, **found)
-                steps.clear()
-                torch.compiler.reset()
-                if args.device == 'cuda':
-                    torch.cuda.empty_cache()
+    for name, groups, batches, runs in sizes['steps']:
+        for (size, batch), how in product(batches, runs):
+            key = dict(kind='step', name=name, size=size, batch=batch, groups=groups, run=how)
+            steps = {}
+            for form in [form for form in FORMS if results.missing(**key, form=form)]:
+                try:
+                    steps[form] = prepare_step(name, groups, form, size, batch, how, args)
+                except Exception as error:  # out of memory, or what the next card will not have
+                    results.add(**key, form=form, result=first_line(error))
+            for form, found in bench_step(steps, how, args, sizes['rounds']):
+                results.add(**key, form=form, **found)
+            steps.clear()
+            torch.compiler.reset()
+            if args.device == 'cuda':
+                torch.cuda.empty_cache()
 
 
 def table_of_steps(rows):

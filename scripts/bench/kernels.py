@@ -104,7 +104,7 @@ def measure_errors(shape=(50, 40, 2)):
 def on_card(shared_kib=227):
     """The Triton passes choose their tiles for a card of an H100's processors."""
     from timm_finet.ops import triton_passes
-    return patch.object(triton_passes, 'card', lambda device: (132, shared_kib * 1024))
+    return patch.object(triton_passes, 'card', lambda device: triton_passes.Card(132, shared_kib * 1024))
 
 
 def by_passes(passes, algebra):
@@ -114,14 +114,14 @@ def by_passes(passes, algebra):
 
 @contextmanager
 def recorded_launches(run=True):
-    """A list that receives each launch `(kernel, grid, arguments, options)`."""
+    """A list that receives each launch `(kernel, arguments, options)`."""
     from timm_finet.ops import triton_passes
     launches, launch = [], triton_passes.launch
 
-    def record(kernel, grid, *args, **options):
-        launches.append((kernel, grid, args, options))
+    def record(plan, *tensors, floats=()):
+        launches.append((plan.kernel, [*tensors, *plan.integers, *floats], plan.constants | plan.options))
         if run:
-            launch(kernel, grid, *args, **options)
+            launch(plan, *tensors, floats=floats)
     with patch.object(triton_passes, 'launch', record):
         yield launches
 
@@ -150,12 +150,13 @@ def counted_bytes(kernels):
         count(ptrs, mask)
         return original(self, ptrs, value, mask, *args)
 
-    def owned(kernel, grid, *args, **options):
+    def owned(plan, *tensors, floats=()):
+        kernel = plan.kernel
         owners[:] = [
             (v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), (kernel.fn.__name__, name))
-            for v, name in zip(args, kernel.arg_names) if isinstance(v, torch.Tensor)]
+            for v, name in zip(tensors, kernel.arg_names)]
         if kernel.fn.__name__ in kernels:
-            launch(kernel, grid, *args, **options)
+            launch(plan, *tensors, floats=floats)
     with patch.multiple(Builder, create_masked_load=load, create_masked_store=store), \
             patch.object(triton_passes, 'launch', owned):
         yield counts
@@ -172,14 +173,27 @@ FINET_LARGE = {  # channels, out: layers, and positions of an image of 224 px
 
 def run_passes(channels, out, groups, positions):
     """The passes with ReLU inside, whatever values they take."""
-    from timm_finet.ops.triton_passes import TritonPasses
+    from timm_finet.ops.triton_passes import TritonPasses, weight_gradient_parts
     x, weight, _, _, grad_y = inputs(channels, out, 1, torch.float16, shape=(1, 1, positions))
     forward = TritonPasses(x)
     shift, shifted_mean, cov = forward.moments(groups, torch.float32)
     forward.convolve(weight.half(), torch.zeros(groups, out), True)
     backward = TritonPasses(x, shift, grad_y)
-    backward.weight_gradient(out, torch.float32)
+    weight_gradient_parts(grad_y, x)
     backward.input_gradient(weight.half(), cov.half(), shifted_mean)
+
+
+@contextmanager
+def one_split(rows):
+    """Sums over positions are not split; of plans that are kept none is taken, nor left."""
+    from timm_finet.ops import triton_passes
+    kept = triton_passes.plan_moments, triton_passes.plan_weight_gradient
+    for plan in kept:
+        plan.cache_clear()
+    with patch.object(triton_passes, 'split_positions', lambda *args: (1, rows)):
+        yield
+    for plan in kept:
+        plan.cache_clear()
 
 
 def measure_bytes(groups=4, positions=(128, 256)):
@@ -187,12 +201,10 @@ def measure_bytes(groups=4, positions=(128, 256)):
 
     By the difference between two numbers of positions, as sums have one part in both.
     """
-    from timm_finet.ops import triton_passes
     for (channels, out), (layers, image) in FINET_LARGE.items():
         counts = []
         for n in positions:
-            with counted_bytes(FEWEST) as counted, on_card(), \
-                    patch.object(triton_passes, 'split_positions', lambda *args: (1, positions[1])):
+            with counted_bytes(FEWEST) as counted, on_card(), one_split(positions[1]):
                 run_passes(channels, out, groups, n)
             counts.append(counted)
         for kernel, (times_x, times_y) in FEWEST.items():
@@ -263,7 +275,7 @@ def resources(compiled, card):
 def measure_resources(shapes=SHAPES, cards=CARDS):
     for channels, out, groups in shapes:
         for card in cards:
-            for kernel, grid, args, options in layer_launches(channels, out, groups, shared_kib=CARDS[card]):
+            for kernel, args, options in layer_launches(channels, out, groups, shared_kib=CARDS[card]):
                 yield dict(
                     kernel=kernel.fn.__name__, channels=channels, out=out, groups=groups, card=card,
                     **resources(compile_for(card, kernel, args, options), card))

@@ -1,4 +1,4 @@
-"""What cifar_tables.py trains, networks of FBN and of BN on CIFAR, in sections, in order of worth; and `PAPER`."""
+"""What cifar_tables.py trains, networks of FBN and of BN on CIFAR, in sections, in order of worth."""
 from typing import Dict, NamedTuple, Tuple
 
 from scripts.runs import Setting
@@ -102,8 +102,9 @@ PROTOCOLS = {
         weights('resnet18_fbn', 'cifar10', 50, 256, 0.2, *ON_GPU, module='timm_finet.cuda_graphs'),
     ],
 }
-PAPER = [  # Table 5's own protocol, 200 epochs of all images, for cifar_together.py on a GPU
-    Setting(f'cifar100 {model}', ('--config', 'recipe:cifar100', '--model', model, '--channels-last'))
-    for model in ('finet_large', 'finet_large_g8')]
+PAPER = Section('paper', 'finet_large', {  # Table 5's own protocol, 200 epochs of all images
+    f'G = {g}': Setting(f'cifar100 {model}', ('--config', 'recipe:cifar100', '--model', model, '--channels-last'))
+    for g, model in ((1, 'finet_large'), (8, 'finet_large_g8'))})
 RESULTS_OF = {
     'cifar_short': ('placement', 'evidence'), 'cifar_long': ('long',), 'cifar_weights': ('weights',)}
+TOGETHER = {'paper': ('cifar_paper', [PAPER]), 'long': ('cifar_long_gpu', PROTOCOLS['long'])}  # on one GPU

@@ -1,13 +1,18 @@
-"""Table 5's protocol on CIFAR-100 on one GPU, several networks at once in one process: a single one leaves it idle.
+"""Many networks on CIFAR at once, on one GPU, in one process: a single one leaves it idle.
 
-    python -m scripts.paper.cifar_together --seeds 0 1 2 --data-dir DATA --output OUT --amp-dtype bfloat16 --minutes 12
+    python -m scripts.paper.cifar_together long --only small groups --data-dir DATA --output OUT --jobs 30
+    python -m scripts.paper.cifar_together paper --data-dir DATA --output OUT --amp-dtype bfloat16 --minutes 12
 
-Each network's training step, its optimizer's too, is a CUDA graph on a stream of its own; the images lie on the card.
-The networks are those of `PAPER` in cifar_plan.py, each at every seed; results/cifar_paper.csv has the columns of the
-other tables. Once a minute all networks are saved to OUT; the same command goes on from there. Without a GPU they take
-turns, step by step.
+`long` are the networks that cifar_tables.py trains under that name, with the same settings and as many seeds, by
+timm's optimizer and schedule; `paper` is Table 5's own protocol on CIFAR-100. Each network's training step, its
+optimizer's too, is a CUDA graph on a stream of its own; the images lie on the card. Results go to
+results/cifar_long_gpu.csv and cifar_paper.csv, with the columns of the other tables.
+
+The runs that the results lack are trained in order of worth, `--jobs` at a time. Once a minute all networks are saved
+to OUT; the same command goes on from there. Without a GPU they take turns, step by step.
 """
 import argparse
+import importlib
 import sys
 import time
 from argparse import Namespace
@@ -23,20 +28,26 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs, random_seed
 
-from scripts.paper.cifar_plan import PAPER
+from scripts.paper.cifar_plan import TOGETHER
 from scripts.report import RESULTS, command_line, facts, rows_so_far, write_rows
 from scripts.runs import commit, curve_file, missing
 from timm_finet.commands.run import find_recipe
+from timm_finet.data.cifar import PAD
 
-EVAL_BATCH = 500
+EVAL_BATCH = 2000
 
 
 def train_args(setting):
     """The recipe's values and over them the setting's, by the names of train.py's arguments."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--config')
-    parser.add_argument('--model')
-    parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    for name in ('--config', '--model', '--dataset'):
+        parser.add_argument(name)
+    parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs)
+    parser.add_argument('--num-classes', type=int)
+    parser.add_argument('--lr', type=float)
+    parser.add_argument('--mean', nargs=3, type=float)
+    parser.add_argument('--std', nargs=3, type=float)
+    parser.add_argument('--device-modules', nargs='*')
     parser.add_argument('--channels-last', action='store_true')
     args = parser.parse_args(setting.args)
     return Namespace(**yaml.safe_load(Path(find_recipe(args.config)).read_text()) | vars(args))
@@ -44,12 +55,14 @@ def train_args(setting):
 
 def build(args):
     """The network that train.py would build."""
+    for module in args.device_modules:
+        importlib.import_module(module)
     return timm.create_model(args.model, num_classes=args.num_classes, drop_rate=args.drop, **args.model_kwargs)
 
 
 def images(args, root, split):
     """A data set on the device whose `__getitems__` crops, flips and normalises a batch; timm's loader tells it how."""
-    data = create_dataset(args.dataset.replace('_pad2', '_gpu'), root=root, split=split)
+    data = create_dataset(args.dataset.removesuffix('_pad2') + '_gpu', root=root, split=split)
     create_loader(
         data, tuple(args.input_size), args.batch_size, is_training=split == 'train', use_prefetcher=False,
         num_workers=0, mean=tuple(args.mean), std=tuple(args.std), crop_pct=args.crop_pct,
@@ -62,16 +75,18 @@ class Training:
     """One network, its optimizer, schedule, random numbers and stream.
 
     Args:
-        run: A setting of `PAPER` and a seed.
-        updates: Training steps an epoch.
+        run: A setting and a seed.
+        data, test: Images to train and to test on.
         device: On a GPU steps are replayed from a graph.
-        dtype: Of autocast, or None.
+        amp_dtype: Of autocast, in place of the recipe's.
     """
 
-    def __init__(self, run, updates, device, dtype=None):
-        self.run, self.updates, self.device, self.dtype = run, updates, device, dtype
+    def __init__(self, run, data, test, device, amp_dtype=None):
+        self.run, self.data, self.test, self.device = run, data, test, device
         setting, seed = run
         self.args = train_args(setting)
+        self.updates = updates = len(data) // self.args.batch_size
+        self.precision = amp_dtype or (self.args.amp_dtype if vars(self.args).get('amp') else 'float32')
         random_seed(seed, 0)
         self.model = build(self.args).to(device, memory_format=torch.channels_last).train()
         self.numbers = torch.get_rng_state()  # of the order and the crops; each network draws from its own
@@ -100,7 +115,8 @@ class Training:
         torch.set_rng_state(before)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+        dtype = getattr(torch, self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     def tensors(self):
         """All that a step changes."""
@@ -148,34 +164,50 @@ class Training:
                 self.rate.fill_(float(group['lr']))
                 group['lr'] = self.rate
 
-    def order(self, count):
+    def order(self):
         """Indices of an epoch's batches, shuffled; the smaller last one is dropped, as by train.py."""
         size = self.args.batch_size
-        return torch.randperm(count)[:self.updates * size].view(self.updates, size).tolist()
+        return torch.randperm(len(self.data))[:self.updates * size].view(self.updates, size).tolist()
 
-    def end_epoch(self, test):
+    def end_epoch(self):
         """Note the epoch, test every fifth and the last, and move the schedule."""
         self.epoch += 1
         train_loss, rate = self.loss.item() / self.updates, float(self.optimizer.param_groups[0]['lr'])
         self.loss.zero_()
         if self.epoch % 5 == 0 or self.epoch == self.epochs:
-            self.rows.append(dict(epoch=self.epoch - 1, train_loss=train_loss, **self.evaluate(test), lr=rate))
+            with self.autocast():
+                loss, top1, top5 = self.judge(self.test_batches())
+            self.rows.append(dict(
+                epoch=self.epoch - 1, train_loss=train_loss, eval_loss=loss, eval_top1=top1, eval_top5=top5, lr=rate))
         self.scheduler.step(self.epoch)
         self.set_rate()
 
+    def test_batches(self):
+        for start in range(0, len(self.test), EVAL_BATCH):
+            (x, target), = self.test.__getitems__(list(range(start, min(start + EVAL_BATCH, len(self.test)))))
+            yield x, target
+
+    def uncropped_batches(self):
+        """The images that it is trained on, as they are tested."""
+        data = self.data
+        data.__getitems__([0])  # moves the images to the device, if no step has done so
+        for x, target in zip(data.images[:, PAD:-PAD, PAD:-PAD].split(EVAL_BATCH), data.labels.split(EVAL_BATCH)):
+            yield x.permute(0, 3, 1, 2).float().div_(255).sub_(data.mean).div_(data.std), target
+
     @torch.no_grad()
-    def evaluate(self, test):
+    def judge(self, batches):
+        """Mean loss, and top-1 and top-5 in per cent, in eval mode."""
         self.model.eval()
-        loss = top1 = top5 = 0
-        for start in range(0, len(test), EVAL_BATCH):
-            (x, target), = test.__getitems__(list(range(start, min(start + EVAL_BATCH, len(test)))))
-            with self.autocast():
-                logits = self.model(x.contiguous(memory_format=torch.channels_last)).float()
+        sums, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
+        for x, target in batches:
+            logits = self.model(x.contiguous(memory_format=torch.channels_last)).float()
             found = logits.topk(5).indices == target[:, None]
-            loss += F.cross_entropy(logits, target, reduction='sum').item()
-            top1, top5 = top1 + found[:, 0].sum().item(), top5 + found.sum().item()
+            loss = F.cross_entropy(logits, target, reduction='sum')
+            sums += torch.stack([loss.double(), *(found[:, :k].sum().double() for k in (1, 5))])
+            count += len(target)
         self.model.train()
-        return dict(eval_loss=loss / len(test), eval_top1=100 * top1 / len(test), eval_top5=100 * top5 / len(test))
+        loss, top1, top5 = (sums / count).tolist()
+        return loss, 100 * top1, 100 * top5
 
     def state(self):
         return dict(
@@ -191,33 +223,36 @@ class Training:
         self.set_rate()
 
 
-def train(trainings, data, test, minutes, save):
+def train(trainings, end, save):
     """An epoch of every network, step by step in turns, until all are done or the time is up.
 
     Args:
+        end: Time of the monotonic clock after which no epoch is started.
         save: Called once a minute and at the end, between epochs.
     """
     if trainings[0].stream:
         torch.cuda.synchronize()  # their own streams do not wait for what has been built and loaded on the default one
-    begun = saved = time.monotonic()
+    saved = time.monotonic()
     active = [t for t in trainings if t.epoch < t.epochs]
-    while active and time.monotonic() - begun < 60 * minutes:
+    while active and time.monotonic() < end:
         start = time.monotonic()
         orders = []
         for training in active:
             with training.its_own():
-                orders.append(training.order(len(data)))
-        for step in range(active[0].updates):
+                orders.append(training.order())
+        for step in range(max(training.updates for training in active)):
             for training, order in zip(active, orders):
-                with training.its_own():
-                    (x, target), = data.__getitems__(order[step])
-                    training.step(x, target)
+                if step < training.updates:
+                    with training.its_own():
+                        (x, target), = training.data.__getitems__(order[step])
+                        training.step(x, target)
         for training in active:
             with training.its_own():
-                training.end_epoch(test)
+                training.end_epoch()
             training.seconds += time.monotonic() - start
-        print(', '.join(f"{t.args.model} {t.run[1]}: epoch {t.epoch}"
-                        + (f", {t.rows[-1]['eval_top1']:.2f}" if t.rows else '') for t in active), flush=True)
+        print(f'[{time.monotonic():.0f}]', ', '.join(
+            f"{t.args.model} {t.run[1]}: epoch {t.epoch}" + (f", {t.rows[-1]['eval_top1']:.2f}" if t.rows else '')
+            for t in active), flush=True)
         active = [t for t in active if t.epoch < t.epochs]
         if time.monotonic() - saved > 60:
             save()
@@ -226,46 +261,45 @@ def train(trainings, data, test, minutes, save):
 
 
 def line(training, args, together):
-    """The results' line of a finished run, as `collect` of runs.py has it."""
+    """The results' line of a finished run, as `collect` of runs.py and `fit` of cifar_tables.py have it."""
     setting, seed = training.run
     top1 = [row['eval_top1'] for row in training.rows]
     gpu = training.device.type == 'cuda'
+    fit_loss, fit_top1, _ = training.judge(training.uncropped_batches())
     return dict(
         setting=setting.name, seed=seed, epochs=training.epochs, top1_last=round(top1[-1], 3),
         top1_best=round(max(top1), 3), best_epoch=training.rows[top1.index(max(top1))]['epoch'] + 1,
         seconds=round(training.seconds), seconds_an_epoch=round(training.seconds / training.epochs, 2),
         peak_mb=round(torch.cuda.max_memory_allocated() / 2 ** 20) if gpu else '', jobs=together, sessions='',
-        precision=args.amp_dtype or 'float32', compiled=False, commit=args.commit,
-        **facts(training.device.type, DATA=args.data_dir, OUT=args.output))
+        precision=training.precision, compiled=False, commit=args.commit,
+        **facts(training.device.type, DATA=args.data_dir, OUT=args.output),
+        fit_loss=round(fit_loss, 4), fit_top1=round(fit_top1, 3))
 
 
-def main():
-    parser = command_line(__doc__)
-    parser.add_argument('--seeds', nargs='+', type=int, required=True)
-    parser.add_argument('--data-dir', required=True)
-    parser.add_argument('--output', required=True, help='folder of the checkpoint')
-    parser.add_argument('--minutes', type=float, default=float('inf'), help='start no epoch after so long')
-    parser.add_argument('--amp-dtype', choices=('bfloat16',), help='(default: float32, as in the recipe)')
-    parser.add_argument('--epochs', type=int, help="instead of the recipe's: for a rehearsal, which records nothing")
-    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
-    parser.add_argument('--results', type=Path, default=RESULTS / 'cifar_paper.csv')
-    args = parser.parse_args()
-    runs = missing([(setting, seed) for seed in args.seeds for setting in PAPER], args.results)
-    if not runs:
-        sys.exit(f'{args.results} holds all of these runs.')
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    dtype = args.amp_dtype and getattr(torch, args.amp_dtype)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True  # as train.py
-    recipe = train_args(runs[0][0])
-    data, test = (images(recipe, args.data_dir, split) for split in ('train', 'validation'))
-    trainings = [Training(run, len(data) // recipe.batch_size, device, dtype) for run in runs]
+def record(training, args, together):
+    curve = curve_file(args.results, training.run)
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(curve, training.rows)
+    write_rows(args.results, [*rows_so_far(args.results), line(training, args, together)])
+
+
+def train_together(runs, args, device, end):
+    """Train the runs at once and record those that end in time. Returns how many."""
+    sets = {}
+
+    def load(run):
+        recipe = train_args(run[0])
+        if recipe.dataset not in sets:
+            sets[recipe.dataset] = [images(recipe, args.data_dir, split) for split in ('train', 'validation')]
+        return sets[recipe.dataset]
+    trainings = [Training(run, *load(run), device, args.amp_dtype) for run in runs]
     for training in trainings:
         training.epochs = args.epochs or training.epochs
     file = Path(args.output, 'together.pt')
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def key(training):
-        return f'{training.run[0].name} seed {training.run[1]} {args.amp_dtype}'
+        return f'{training.run[0].name} seed {training.run[1]} {training.precision}'
 
     if file.exists():
         states = torch.load(file, map_location=device)
@@ -278,15 +312,40 @@ def main():
         torch.save({key(training): training.state() for training in trainings}, part)
         part.replace(file)
 
-    train(trainings, data, test, args.minutes, save)
+    train(trainings, end, save)
     done = [training for training in trainings if training.epoch == training.epochs]
-    print(f'{len(done)} of {len(trainings)} networks are done.')
     if args.epochs is None:
         for training in done:
-            curve = curve_file(args.results, training.run)
-            curve.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(curve, training.rows)
-            write_rows(args.results, [*rows_so_far(args.results), line(training, args, len(trainings))])
+            record(training, args, len(trainings))
+    return len(done)
+
+
+def main():
+    parser = command_line(__doc__)
+    names = [section.name for _, sections in TOGETHER.values() for section in sections]
+    parser.add_argument('protocol', choices=list(TOGETHER))
+    parser.add_argument('--only', nargs='+', choices=names, metavar='SECTION', default=names, help=', '.join(names))
+    parser.add_argument('--jobs', type=int, default=30, help='networks at once (default: 30)')
+    parser.add_argument('--data-dir', required=True)
+    parser.add_argument('--output', required=True, help='folder of the checkpoint')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='start no epoch after so long')
+    parser.add_argument('--amp-dtype', choices=('bfloat16',), help="(default: the recipe's)")
+    parser.add_argument('--epochs', type=int, help="instead of the recipe's: for a rehearsal, which records nothing")
+    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
+    parser.add_argument('--results', type=Path, help="(default: the documents' own)")
+    args = parser.parse_args()
+    stem, sections = TOGETHER[args.protocol]
+    args.results = args.results or RESULTS / f'{stem}.csv'
+    runs = missing([run for section in sections if section.name in args.only for run in section.runs], args.results)
+    if not runs:
+        sys.exit(f'{args.results} holds all of these runs.')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True  # as train.py
+    end, done = time.monotonic() + 60 * args.minutes, 0
+    for first in range(0, len(runs), args.jobs):
+        if time.monotonic() < end:
+            done += train_together(runs[first:first + args.jobs], args, device, end)
+    print(f'{done} of {len(runs)} networks are done.')
 
 
 if __name__ == '__main__':

@@ -6,18 +6,21 @@ import torch
 
 pytest.importorskip('triton', reason='triton is missing: it comes with torch for CUDA and ROCm')
 
-from timm_finet.ops import triton_passes  # noqa: E402
+from timm_finet.ops import triton_launch, triton_passes  # noqa: E402
 
 
-class Compiled(triton_passes.CompiledKernel):
+class Compiled(triton_launch.CompiledKernel):
+    function, packed_metadata = 'function', 'metadata'
+
     def __init__(self, calls, backend):
         self.calls, self.metadata = calls, SimpleNamespace(target=SimpleNamespace(backend=backend))
 
     def __del__(self):
         pass
 
-    def __getitem__(self, grid):
-        return lambda *args: self.calls.append(('again', grid, args))
+    @property
+    def run(self):
+        return lambda *args: self.calls.append(('again', args))
 
 
 class Kernel:
@@ -25,67 +28,65 @@ class Kernel:
     arg_names = ['x', 'n', 'eps', 'B', 'A']
 
     def __init__(self, backend='cuda'):
-        self.fn, self.calls, self.backend = object(), [], backend
+        self.calls, self.backend = [], backend
 
     def __getitem__(self, grid):
         def run(*args, **options):
-            self.calls.append(('triton', grid, args))
+            self.calls.append(('triton', grid, args, options))
             return Compiled(self.calls, self.backend)
         return run
 
 
 @pytest.fixture(autouse=True)
-def no_launchers(monkeypatch):
-    monkeypatch.setattr(triton_passes, 'LAUNCHERS', {})
+def stream(monkeypatch):
+    monkeypatch.setattr(triton_launch, 'driver', SimpleNamespace(active=SimpleNamespace(
+        get_current_stream=lambda device: f'stream of {device}')))
 
 
 def test_the_second_launch_is_the_compiled_kernels_own():
     kernel, x = Kernel(), torch.zeros(8)
-    for _ in range(2):
-        triton_passes.launch(kernel, (3, 4), x, 5, 0.5, A=1, B=2)
-    triton_passes.launch(kernel, (3, 4), x.clone(), 5, 0.25, A=1, B=2)
-    assert [call[0] for call in kernel.calls] == ['triton', 'again', 'again']
-    _, grid, args = kernel.calls[2]
-    assert grid == (3, 4, 1) and args[1:] == (5, 0.25, 2, 1)  # constants in the kernel's order
+    plan = triton_launch.Plan(kernel, (3, 4), 5, A=1, B=2, num_warps=8)
+    plan.launch([x], (0.5,))
+    plan.launch([other := x.clone()], (0.25,))
+    first, again = kernel.calls
+    assert first == ('triton', (3, 4), (x, 5, 0.5), dict(A=1, B=2, num_warps=8, num_stages=2))
+    assert again == ('again', (  # constants in the kernel's order
+        3, 4, 1, 'stream of -1', 'function', 'metadata', None, None, None, other.data_ptr(), 5, 0.25, 2, 1))
 
 
-@pytest.mark.parametrize('changed', [
-    dict(x=torch.zeros(8).half()), dict(x=torch.zeros(9)[1:]), dict(x=None), dict(n=16), dict(n=1), dict(n=2 ** 40),
-    dict(eps=1), dict(A=3), dict(num_warps=8), dict(num_stages=3), dict(grid=(9,))])
+@pytest.mark.parametrize('changed', [torch.zeros(8).half(), torch.zeros(9)[1:]], ids=['dtype', 'alignment'])
 def test_what_triton_compiles_anew_goes_by_triton(changed):
-    kernel = Kernel()
-    launch = dict(grid=(3,), x=torch.zeros(8), n=5, eps=0.5, A=1, B=2, num_warps=4, num_stages=2)
-    for arguments in (launch, launch, launch | changed):
-        arguments = dict(arguments)
-        grid, args = arguments.pop('grid'), [arguments.pop(name) for name in ('x', 'n', 'eps')]
-        constants = {name: arguments.pop(name) for name in 'AB'}
-        triton_passes.launch_here(kernel, grid, -1, args, constants, **arguments)
-    assert [call[0] for call in kernel.calls] == ['triton', 'again', 'triton']
+    kernel, x = Kernel(), torch.zeros(8)
+    plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
+    for tensor in (x, x, changed, x):
+        plan.launch([tensor], (0.5,))
+    assert [call[0] for call in kernel.calls] == ['triton', 'again', 'triton', 'again']
 
 
 def test_other_backends_keep_to_triton():
     kernel = Kernel('hip')
+    plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
     for _ in range(2):
-        triton_passes.launch(kernel, (3,), torch.zeros(8), 5, 0.5, A=1, B=2)
+        plan.launch([torch.zeros(8)], (0.5,))
     assert [call[0] for call in kernel.calls] == ['triton', 'triton']
 
 
 def test_an_unaligned_pointer_goes_by_triton_each_time():
     kernel = Kernel()
+    plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
     for _ in range(2):
-        triton_passes.launch(kernel, (3,), torch.zeros(9)[1:], 5, 0.5, A=1, B=2)
+        plan.launch([torch.zeros(9)[1:]], (0.5,))
     assert [call[0] for call in kernel.calls] == ['triton', 'triton']
 
 
-def test_no_more_launches_are_kept_than_so_many(monkeypatch):
+def test_a_shape_has_one_plan_and_no_more_are_kept_than_so_many():
     """Training on batches of ever new shapes would fill the memory."""
-    monkeypatch.setattr(triton_passes, 'MAX_LAUNCHERS', 4)
-    kernel, x = Kernel(), torch.zeros(8)
-    for n in range(2, 12):
-        triton_passes.launch(kernel, (3,), x, n, 0.5, A=1, B=2)
-        triton_passes.launch(kernel, (3,), x, n, 0.5, A=1, B=2)
-        assert 1 <= len(triton_passes.LAUNCHERS) <= 4
-    assert [call[0] for call in kernel.calls] == 10 * ['triton', 'again']
+    card, limit = triton_passes.Card(132, 227 * 1024), triton_passes.plan_convolve.cache_info().maxsize
+    assert triton_passes.plan_convolve(128, 24, 8, 2, True, card) is triton_passes.plan_convolve(
+        128, 24, 8, 2, True, card)
+    for positions in range(128, 128 + limit + 10):
+        triton_passes.plan_convolve(positions, 24, 8, 2, True, card)
+    assert triton_passes.plan_convolve.cache_info().currsize == limit
 
 
 def test_blocks_are_tritons():

@@ -26,7 +26,7 @@ def test_the_interpreter_gives_the_definition():
 @pytest.mark.parametrize('card', kernels.CARDS)
 def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(card):
     rows = list(kernels.measure_resources([(100, 100, 4)], [card]))
-    assert len(rows) == 9
+    assert len(rows) == 8
     assert [row for row in rows if row['spilled_bytes'] or row['shared_kib'] > kernels.CARDS[card]] == []
 
 
@@ -49,7 +49,7 @@ def overwritten(ttgir):
 def test_no_copy_overwrites_what_a_product_still_reads(shape):
     """Triton 3.6 gives a load that is used by more than products two buffers, and lets one product wait for the next:
     on an H200 that made gradients which were another each time."""
-    for kernel, _, args, options in kernels.layer_launches(*shape):
+    for kernel, args, options in kernels.layer_launches(*shape):
         if options.get('num_stages') == 3:
             compiled = kernels.compile_for('sm_90', kernel, args, options)
             assert overwritten(compiled.asm['ttgir']) == [], kernel.fn.__name__
@@ -69,7 +69,7 @@ def test_the_committed_table_has_every_class_of_shapes_on_every_card():
 def test_launches_of_a_layer():
     rows = {row['layer']: row for row in kernels.measure_launches()}
     ours = rows['FBN, Triton passes, ReLU inside']
-    assert ours['forward'] <= 4 and ours['backward'] <= 1 + 5  # the first is the ReLU's
+    assert ours['forward'] <= 4 and ours['backward'] <= 1 + 4  # the first is the ReLU's
 
 
 def test_every_pass_moves_about_the_fewest_bytes():

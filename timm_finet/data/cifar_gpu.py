@@ -1,8 +1,8 @@
 """CIFAR held on the GPU whole; crop, flip and normalisation are done there, a batch at a time.
 
 For networks that outrun the host's loader: `--dataset torch/cifar10_gpu --no-prefetcher --workers 0`, or
-`cifar100_gpu`, draws from the same distribution as `--dataset torch/cifar10_pad2`. Importing this module makes the
-names known to timm.
+`cifar100_gpu`, draws from the same distribution as `--dataset torch/cifar10_pad2`; `cifar10_first1000_gpu` and
+`cifar100_first100_gpu` as the names without `_gpu`. Importing this module makes the names known to timm.
 """
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from torch.utils.data import get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 from torchvision.transforms import CenterCrop, ColorJitter, Normalize, RandomHorizontalFlip, Resize
 
-from .cifar import PAD, CIFAR10Pad2, CIFAR100Pad2
+from .cifar import PAD, CIFAR10First1000, CIFAR10Pad2, CIFAR100First100, CIFAR100Pad2
 
-__all__ = ['CIFAR10GPU', 'CIFAR100GPU']
+__all__ = ['CIFAR10First1000GPU', 'CIFAR10GPU', 'CIFAR100First100GPU', 'CIFAR100GPU']
 
 
 class Batch(tuple):
@@ -95,4 +95,14 @@ class CIFAR100GPU(_OnGPU, CIFAR100Pad2):
     pass
 
 
-dataset_factory._TORCH_BASIC_DS.update(cifar10_gpu=CIFAR10GPU, cifar100_gpu=CIFAR100GPU)
+class CIFAR10First1000GPU(_OnGPU, CIFAR10First1000):
+    pass
+
+
+class CIFAR100First100GPU(_OnGPU, CIFAR100First100):
+    pass
+
+
+dataset_factory._TORCH_BASIC_DS.update(
+    cifar10_gpu=CIFAR10GPU, cifar100_gpu=CIFAR100GPU, cifar10_first1000_gpu=CIFAR10First1000GPU,
+    cifar100_first100_gpu=CIFAR100First100GPU)

@@ -15,6 +15,8 @@ Sums of `x_i x_j` would cancel where a channel's mean is large beside its deviat
 `c = x - shift`, where `shift` is near the mean; `shifted_mean = E[c] = m - shift` is small.
 """
 import os
+import warnings
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Optional, Tuple, Union
 
@@ -97,20 +99,21 @@ class TorchAlgebra:
             shifted_mean: torch.Tensor,
             inv_std: torch.Tensor,
             w_cov: torch.Tensor,
-            grad_folded: torch.Tensor,
-            grad_bias: torch.Tensor,
+            sums: Tuple[torch.Tensor, torch.Tensor],
     ) -> Tuple[Optional[torch.Tensor], ...]:
         """The backward pass of `fold`.
 
         Args:
             weight, gamma, shift, shifted_mean, inv_std, w_cov: As `fold` has taken or returned them. (`shift` is not
                 needed here, but for passes whose convolution takes `x` itself.)
-            grad_folded, grad_bias: Gradients `(out, C)` of the folded weight and `(out,)` of the bias that go with `c`.
+            sums: What `weight_gradient` has returned: here the gradients `(out, C)` of the folded weight and `(out,)`
+                of the bias that go with `c`.
 
         Returns:
-            Gradients of weight, gamma and beta, the last two None without gamma; and of var `(G, out)`.
+            Gradients of weight, gamma and beta, the last two None without gamma; of var `(G, out)`; and of the bias.
         """
         groups, out, size = w_cov.shape
+        grad_folded, grad_bias = sums
         w = by_group(weight.to(inv_std.dtype), groups)
         grad_folded = by_group(grad_folded, groups)
         shifted_mean = shifted_mean.view(groups, size, 1)
@@ -124,10 +127,10 @@ class TorchAlgebra:
         grad_weight.addcmul_((grad_bias * scale)[..., None], shifted_mean.mT, value=-1)
         grad_weight = grad_weight.transpose(0, 1).reshape(weight.shape).to(weight.dtype)
         if gamma is None:
-            return grad_weight, None, None, grad_var
+            return grad_weight, None, None, grad_var, grad_bias
         grad_gamma = (grad_scale * inv_std).flatten().to(gamma.dtype)
         grad_beta = grad_bias.repeat(groups).to(gamma.dtype)
-        return grad_weight, grad_gamma, grad_beta, grad_var
+        return grad_weight, grad_gamma, grad_beta, grad_var, grad_bias
 
     @staticmethod
     def input_terms(
@@ -153,9 +156,28 @@ class TorchAlgebra:
         return a, b
 
 
-# Triton is not the default before tests/test_gpu.py has passed on a GPU. Its interpreter runs it on the CPU, for tests.
-TRITON = os.environ.get('TIMM_FINET_TRITON') == '1' and find_spec('triton') is not None
+HAS_TRITON = find_spec('triton') is not None
+# Whether passes run in Triton; None: where they are known to be right. Its interpreter runs them on the CPU, for tests.
+TRITON = {'0': False, '1': HAS_TRITON}.get(os.environ.get('TIMM_FINET_TRITON'))
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+
+
+@lru_cache
+def try_triton(device: torch.device) -> bool:
+    """Whether the card is of the generation on which tests/test_gpu.py has passed, and Triton can compile for it."""
+    if not HAS_TRITON or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    from .triton_passes import adds_up
+    try:
+        return adds_up(device)
+    except Exception as error:  # without a C compiler, say
+        warnings.warn(f"FBN trains by torch's operators: its faster kernels in Triton fail with {error!r}")
+        return False
+
+
+@torch.compiler.assume_constant_result  # which Dynamo does not see on a function that is cached
+def triton_works(device: torch.device) -> bool:
+    return try_triton(device)
 
 
 def implementation(x: torch.Tensor, dtype: torch.dtype):
@@ -163,7 +185,7 @@ def implementation(x: torch.Tensor, dtype: torch.dtype):
     on_gpu = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
     interpreted = INTERPRETED and x.device.type == 'cpu'
     possible = dtype == torch.float32 and x.numel() > 0 and memory_format(x) == torch.channels_last
-    if TRITON and possible and (on_gpu or interpreted):
+    if possible and (on_gpu or interpreted) and (triton_works(x.device) if TRITON is None else TRITON):
         from .triton_passes import TritonAlgebra, TritonPasses
         return TritonPasses, TritonAlgebra
     return TorchPasses, TorchAlgebra
@@ -212,9 +234,9 @@ class MomentForm(torch.autograd.Function):
         if grad_y is None:  # take zeros, as other processes may be waiting for this one's sums
             grad_y = x.new_zeros(len(x), len(weight), *x.shape[2:])
         passes = ctx.passes(x, shift, grad_y, y)
-        grad_folded, grad_bias = passes.weight_gradient(len(weight), inv_std.dtype)
-        grad_weight, grad_gamma, grad_beta, grad_var = ctx.algebra.unfold(
-            weight, gamma, shift, shifted_mean, inv_std, w_cov, grad_folded, grad_bias)
+        sums = passes.weight_gradient(len(weight), inv_std.dtype)
+        grad_weight, grad_gamma, grad_beta, grad_var, grad_bias = ctx.algebra.unfold(
+            weight, gamma, shift, shifted_mean, inv_std, w_cov, sums)
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.process_group is not None:

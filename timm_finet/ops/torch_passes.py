@@ -132,8 +132,10 @@ class TorchPasses:
             shift = x[:, :, ::4, ::4].mean((2, 3)).mean(0) if len(x) else x.new_zeros(x.shape[1])
         self.shift = shift
         self.c = shifted(x, shift)
+        # In a backward pass torch.compile knows the layout of what was saved, not of what is computed from it.
+        self.memory_format = memory_format(x)
         if grad_y is not None:
-            grad_y = grad_y.contiguous(memory_format=memory_format(x))
+            grad_y = grad_y.contiguous(memory_format=self.memory_format)
             self.grad_y = grad_y if y is None else relu_gradient(grad_y, y)
 
     def moments(self, groups: int, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,4 +180,4 @@ class TorchPasses:
         grad_x = torch.addmm(b, rows(self.grad_y), weight.flatten(1)).addmm_(rows(c), torch.block_diag(*a))
         n, _, height, width = c.shape
         grad_x = grad_x.view(n, height, width, -1).permute(0, 3, 1, 2)
-        return grad_x.contiguous(memory_format=memory_format(c))
+        return grad_x.contiguous(memory_format=self.memory_format)

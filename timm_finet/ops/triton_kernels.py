@@ -154,6 +154,7 @@ def weight_gradient_kernel(
         grad_y, x, partial_sums, P, split_rows,
         C: tl.constexpr, OUT: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
     """Over the rows of each split `sum dy x^T` `(OUT, C)`, and behind it `sum dy` `(OUT,)`: a row of `partial_sums`.
+    `unfold_kernel` adds them.
 
     A program takes a tile of output and a tile of input channels, and a split.
     """
@@ -223,14 +224,14 @@ def input_gradient_kernel(
 # Between the passes: adding partial sums, and the algebra of moment_form.py with tensors of the weight's size
 
 @triton.jit
-def add_parts_kernel(partial_sums, total, splits, N: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
-    """The sum of `partial_sums` `(splits, N)` over the splits, BK at a time."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BN,), tl.float32)
+def add_parts(partial_sums, splits, N: tl.constexpr, at, exists, BK: tl.constexpr):
+    """Entries `at`, a matrix, of the sum of `partial_sums` `(splits, N)` over the splits, BK at a time."""
+    acc = tl.zeros(at.shape, tl.float32)
     for k in range(0, splits, BK):
-        split = k + tl.arange(0, BK)
-        acc += tl.sum(load_rows(partial_sums, split, splits, n, n < N, N), 0)
-    tl.store(total + n, acc, n < N)
+        split = k + tl.arange(0, BK)[:, None, None]
+        mask = (split < splits) & exists[None, :, :]
+        acc += tl.sum(tl.load(partial_sums + split.to(tl.int64) * N + at[None, :, :], mask, 0.0), 0)
+    return acc
 
 
 @triton.jit
@@ -319,15 +320,19 @@ def fold_kernel(
 
 @triton.jit
 def unfold_kernel(
-        weight, gamma, shift, shifted_mean, inv_std_ptr, w_cov, grad_folded, grad_bias,
-        grad_weight, grad_gamma, grad_beta, grad_var_ptr,
+        weight, gamma, shift, shifted_mean, inv_std_ptr, w_cov, partial_sums,
+        grad_weight, grad_gamma, grad_beta, grad_var_ptr, grad_bias, splits,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, AFFINE: tl.constexpr,
-        BO: tl.constexpr, BS: tl.constexpr):
-    """The backward pass of `fold_kernel`: gradients of weight, gamma, beta and var. Programs as there."""
+        BK: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr):
+    """The backward pass of `fold_kernel`: gradients of weight, gamma, beta and var, from the parts that
+    `weight_gradient_kernel` has left; and their `sum dy` `(OUT,)`. Programs as there."""
+    N: tl.constexpr = OUT * C + OUT
     g = tl.program_id(1)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     exists = o < OUT
-    grad_b = tl.load(grad_bias + o, exists, 0.0)
+    one = tl.zeros((1,), tl.int32)[None, :]
+    grad_b = tl.sum(add_parts(partial_sums, splits, N, OUT * C + o[:, None] + one, exists[:, None] & (one == 0), BK), 1)
+    grad = tl.zeros((BO, BS), tl.float32)
     grad_scale = tl.zeros((BO,), tl.float32)
     for first_j in range(0, SIZE, BS):
         j = first_j + tl.arange(0, BS)
@@ -335,7 +340,7 @@ def unfold_kernel(
         mask = exists[:, None] & (j[None, :] < SIZE)
         w = tl.load(weight + at, mask, 0.0).to(tl.float32)
         m = load_mean(shift, shifted_mean, g, j, SIZE)
-        grad = tl.load(grad_folded + at, mask, 0.0) - grad_b[:, None] * m[None, :]  # of W' in y = W' (x - m) + beta
+        grad = add_parts(partial_sums, splits, N, at, mask, BK) - grad_b[:, None] * m[None, :]  # of W' in W' (x - m)
         grad_scale += tl.sum(grad * w, 1)
     inv_std = tl.load(inv_std_ptr + g * OUT + o, exists, 0.0)
     scale = inv_std
@@ -345,15 +350,18 @@ def unfold_kernel(
         tl.store(grad_beta + g * OUT + o, grad_b.to(grad_beta.dtype.element_ty), exists)
     grad_var = -0.5 * grad_scale * scale * inv_std * inv_std  # scale = gamma / sqrt(var + eps)
     tl.store(grad_var_ptr + g * OUT + o, grad_var, exists)
+    if g == 0:
+        tl.store(grad_bias + o, grad_b, exists)
     for first_j in range(0, SIZE, BS):
         j = first_j + tl.arange(0, BS)
         at = o[:, None] * C + g * SIZE + j[None, :]
         mask = exists[:, None] & (j[None, :] < SIZE)
-        m = load_mean(shift, shifted_mean, g, j, SIZE)
-        grad = tl.load(grad_folded + at, mask, 0.0) - grad_b[:, None] * m[None, :]
+        if SIZE > BS:  # it was another block's
+            m = load_mean(shift, shifted_mean, g, j, SIZE)
+            grad = add_parts(partial_sums, splits, N, at, mask, BK) - grad_b[:, None] * m[None, :]
         # W' = scale W, and var = diag(W S W^T)
-        grad = grad * scale[:, None] + 2 * grad_var[:, None] * tl.load(w_cov + at, mask, 0.0)
-        tl.store(grad_weight + at, grad.to(grad_weight.dtype.element_ty), mask)
+        grad_w = grad * scale[:, None] + 2 * grad_var[:, None] * tl.load(w_cov + at, mask, 0.0)
+        tl.store(grad_weight + at, grad_w.to(grad_weight.dtype.element_ty), mask)
 
 
 @triton.jit

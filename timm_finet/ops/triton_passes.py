@@ -1,98 +1,51 @@
-"""The moment form in Triton for half precision in channels_last: four launches forward, five backward.
+"""The moment form in Triton for half precision in channels_last: four launches forward, four backward.
 
-triton_kernels.py has the kernels. Here are their grids and block sizes; operators that launch them, into which
-torch.compile does not look; and `TritonPasses` and `TritonAlgebra`, which have the interface of torch's.
+triton_kernels.py has the kernels, triton_launch.py launches them. Here are plans for that, their grids and block sizes,
+made once for each shape; operators that follow them, into which torch.compile does not look; and `TritonPasses` and
+`TritonAlgebra`, which have the interface of torch's.
 
 There is no shifted copy of `x`. What a channel's mean would cost half precision is kept in float32 instead:
 `moments_kernel` subtracts the shift from each value as it is loaded, the products that make `y` and `grad_x` get a
 float32 bias, and the weight's gradient has the mean's part subtracted from its complete sums.
 """
 from functools import lru_cache, partial
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from .moment_form import track
 from .torch_passes import relu_gradient
 from .triton_kernels import (
-    add_parts_kernel, convolve_kernel, covariances_kernel, fold_kernel, input_gradient_kernel, input_terms_kernel,
-    moments_kernel, unfold_kernel, weight_gradient_kernel)
+    convolve_kernel, covariances_kernel, fold_kernel, input_gradient_kernel, input_terms_kernel, moments_kernel,
+    unfold_kernel, weight_gradient_kernel)
+from .triton_launch import Plan
 
 __all__ = ['TritonAlgebra', 'TritonPasses']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launching
-
-# By all that Triton would compile a kernel by: what launches the compiled one, and the constants to call it with.
-LAUNCHERS = {}
-MAX_LAUNCHERS = 4096  # a layer and batch shape takes nine
-
-
-def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constants):
-    """Launch a kernel on the device of its first argument. Tests and scripts replace this to count and to compile."""
-    device = args[0].get_device()
-    if device < 0 or device == torch.cuda.current_device():
-        launch_here(kernel, grid, device, args, constants, num_warps, num_stages)
-    else:
-        with torch.cuda.device(device):
-            launch_here(kernel, grid, device, args, constants, num_warps, num_stages)
-
-
-def launch_here(kernel, grid, device, args, constants, num_warps, num_stages):
-    """Launch on the current device: the first time by Triton, which is slow to find the compiled kernel, then directly.
-
-    On NVIDIA's cards Triton compiles anew for other dtypes and constants, for whether an integer is 1, large, or a
-    multiple of 16, and for whether a pointer is a multiple of 16. Integers are in the key by value. Other pointers,
-    which torch makes only as views, always go by Triton, and so does AMD's backend, which looks at sizes too.
-    """
-    addresses, key = 0, [kernel.fn, grid, device, num_warps, num_stages, *constants.items()]
-    for value in args:
-        if isinstance(value, Tensor):
-            addresses |= value.data_ptr()
-            key.append(value.dtype)
-        else:
-            key.append(float if type(value) is float else (type(value), value))
-    key = tuple(key)
-    aligned = addresses % 16 == 0
-    known = LAUNCHERS.get(key) if aligned else None
-    if known is not None:
-        launcher, constant_args = known
-        launcher(*args, *constant_args)
-        return
-    compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
-    if aligned and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == 'cuda':
-        if len(LAUNCHERS) >= MAX_LAUNCHERS:  # training on ever new shapes
-            LAUNCHERS.clear()
-        # It takes all of the kernel's arguments in order, and three dimensions of a grid.
-        constant_args = [constants[name] for name in kernel.arg_names[len(args):]]
-        LAUNCHERS[key] = compiled[(*grid, 1, 1)[:3]], constant_args
-
-
-def operator(*outputs):
-    """Make a function that launches kernels an operator, opaque to torch.compile; eager code calls it as it is.
-
-    `outputs` are the names of the arguments that it writes to.
-    """
-    def wrap(function):
-        op = torch.library.custom_op(f'timm_finet::{function.__name__}', function, mutates_args=outputs)
-
-        def call(*args):
-            (op if torch.compiler.is_compiling() else function)(*args)
-        return call
-    return wrap
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grids and blocks. Blocks, warps and stages are the fastest of some 5,000 tried on an H200 with finet_large's layers.
+# Plans. Blocks, warps and stages are the fastest of some 5,000 tried on an H200 with finet_large's layers.
 
 MAX_TILE = 128  # columns
+keep = lru_cache(4096)  # of the plans of one kernel; training on ever new shapes would fill the memory
+
+
+class Card(NamedTuple):
+    processors: int
+    shared: int  # bytes of shared memory that a program may take
+
+
+@lru_cache
+def card(device: torch.device) -> Card:
+    if device.type != 'cuda':
+        return Card(2, 2 ** 16)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, 'shared_memory_per_block_optin', properties.shared_memory_per_block)
+    return Card(properties.multi_processor_count, shared)
 
 
 def cdiv(a: int, b: int) -> int:
-    """Triton's, made for kernels too, takes thirty times as long; so does its `next_power_of_2`."""
     return -(-a // b)
 
 
@@ -110,30 +63,132 @@ def tiles(channels: int, groups: int, max_tile: int = MAX_TILE) -> dict:
     return dict(WIDTH=width, BC=power_of_2(width))
 
 
-@lru_cache
-def card(device: torch.device) -> Tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program may take."""
-    if device.type != 'cuda':
-        return 2, 2 ** 16
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, 'shared_memory_per_block_optin', properties.shared_memory_per_block)
-    return properties.multi_processor_count, shared
-
-
-def split_positions(positions: int, n_tiles: int, occupancy: int, block: int, device: torch.device) -> Tuple[int, int]:
+def split_positions(positions: int, n_tiles: int, occupancy: int, block: int, card: Card) -> Tuple[int, int]:
     """Into how many splits a sum over positions goes, for `occupancy` programs a multiprocessor, and rows of each."""
-    splits = max(1, min(cdiv(occupancy * card(device)[0], n_tiles), positions // 128))
+    splits = max(1, min(cdiv(occupancy * card.processors, n_tiles), positions // 128))
     rows = cdiv(cdiv(positions, splits), block) * block
     return cdiv(positions, rows), rows
 
 
-def persistent_grid(
-        positions: int, n_tiles: int, block: int, occupancy: Optional[int], device: torch.device) -> Tuple[int]:
+def persistent_grid(positions: int, n_tiles: int, block: int, occupancy: Optional[int], card: Card) -> Tuple[int]:
     """Of a pass that writes activations: `occupancy` programs a multiprocessor, or, for None, one a block."""
     blocks = cdiv(positions, block)
     if occupancy is not None:
-        blocks = min(blocks, cdiv(occupancy * card(device)[0], n_tiles))
+        blocks = min(blocks, cdiv(occupancy * card.processors, n_tiles))
     return n_tiles * blocks,
+
+
+@keep
+def plan_moments(positions: int, channels: int, groups: int, card: Card) -> Tuple[Plan, Plan, int]:
+    """Two plans, and the splits between them."""
+    size = channels // groups
+    cut = tiles(channels, groups, 64 if size <= 64 else MAX_TILE)
+    n_blocks, n_tiles = cdiv(channels, cut['WIDTH']), cdiv(cut['WIDTH'], cut['BC'])
+    n_pairs = n_tiles * (n_tiles + 1) // 2
+    block, occupancy, warps = (32, 1, 8) if cut['BC'] > 64 else (64, 2, 4)
+    splits, split_rows = split_positions(positions, n_blocks * n_pairs, occupancy, block, card)
+    moments = Plan(moments_kernel, (n_blocks * n_tiles ** 2, splits), positions, split_rows,
+                   C=channels, SIZE=size, **cut, BP=block, num_warps=warps, num_stages=3)
+    block = min(128, power_of_2(size))
+    covariances = Plan(covariances_kernel, (channels, cdiv(size, block)), splits, positions,
+                       C=channels, SIZE=size, BK=64, BS=block)
+    return moments, covariances, splits
+
+
+@keep
+def plan_fold(out: int, groups: int, size: int, affine: bool, track: bool) -> Plan:
+    return Plan(fold_kernel, (cdiv(out, 16), groups), C=groups * size, OUT=out, SIZE=size, AFFINE=affine, TRACK=track,
+                BO=16, BS=min(64, power_of_2(size)), num_warps=8 if 32 < size <= 64 else 4)
+
+
+@keep
+def plan_convolve(positions: int, channels: int, out: int, groups: int, relu: bool, card: Card) -> Plan:
+    stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), power_of_2(channels)
+    occupancy = 2 if channels <= 128 else 1
+    if block_c > 256 or 2 * block_c * (block_o + stages * rows) > card.shared:  # the weight cannot be kept
+        block_c, occupancy = 64, None
+    grid = persistent_grid(positions, cdiv(out, block_o), rows, occupancy, card)
+    return Plan(convolve_kernel, grid, positions, C=channels, OUT=out, G=groups, RELU=relu,
+                BP=rows, BO=block_o, BC=block_c, num_stages=stages)
+
+
+@keep
+def plan_weight_gradient(positions: int, channels: int, out: int, card: Card) -> Tuple[Plan, int]:
+    """The plan, and its splits."""
+    stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), min(128, power_of_2(channels, 32))
+    occupancy = 1
+    if out * channels > 2 ** 16:
+        block_o, occupancy = 64, 3
+    elif max(block_o, block_c) <= 64:
+        occupancy = 2
+    if 2 * stages * rows * (block_o + block_c) > card.shared:
+        rows = 32
+    n_tiles = cdiv(out, block_o) * cdiv(channels, block_c)
+    splits, split_rows = split_positions(positions, n_tiles, occupancy, rows, card)
+    return Plan(weight_gradient_kernel, (n_tiles, splits), positions, split_rows, C=channels, OUT=out,
+                BP=rows, BO=block_o, BC=block_c, num_warps=8 if block_o > 64 else 4, num_stages=stages), splits
+
+
+@keep
+def plan_unfold(splits: int, out: int, groups: int, size: int, affine: bool) -> Plan:
+    block = min(128, power_of_2(size))
+    return Plan(unfold_kernel, (cdiv(out, 4), groups), splits, C=groups * size, OUT=out, SIZE=size, AFFINE=affine,
+                BK=min(64, 1024 // block), BO=4, BS=block)
+
+
+@keep
+def plan_input_terms(out: int, groups: int, size: int, count: Optional[int]) -> Plan:
+    """`count` is None where it is a tensor."""
+    block = min(128, power_of_2(size))
+    return Plan(input_terms_kernel, (cdiv(size, 16), groups), *([] if count is None else [count]),
+                C=groups * size, OUT=out, SIZE=size, COUNT_IS_TENSOR=count is None,
+                BI=16, BO=32 if block > 64 else 64, BS=block, num_warps=8 if block == 64 else 4)
+
+
+@keep
+def plan_input_gradient(positions: int, channels: int, out: int, groups: int, card: Card) -> Plan:
+    stages, rows, block_o, occupancy, warps = 3, 64, power_of_2(out), 1, 4
+    for max_tile in (MAX_TILE, 64):
+        cut = tiles(channels, groups, max_tile)
+        width = cut['BC']
+        shared = 2 * (width * (width + block_o) + stages * rows * (width + block_o))
+        if block_o <= 256 and cut['WIDTH'] <= width and shared <= card.shared:
+            break
+    else:  # weight and A cannot be kept
+        cut = tiles(channels, groups)
+        if cut['WIDTH'] % 2:
+            cut = tiles(channels, groups, 64)
+        occupancy, warps = None, 8 if cut['BC'] > 32 else 4
+        # A group in several tiles takes more shared memory, odd columns and cards before Hopper more registers.
+        small = cut['WIDTH'] > cut['BC'] or cut['WIDTH'] % 2 or card.shared < 200 * 1024
+        stages, rows, block_o = (2, 64, 32) if small else (3, 128, 64)
+    n_tiles = cdiv(channels, cut['WIDTH']) * cdiv(cut['WIDTH'], cut['BC'])
+    grid = persistent_grid(positions, n_tiles, rows, occupancy, card)
+    return Plan(input_gradient_kernel, grid, positions, C=channels, OUT=out, SIZE=channels // groups, **cut,
+                BP=rows, BO=block_o, num_warps=warps, num_stages=stages)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators. Each launches the kernel of its name. Sums over positions take two launches, one for the parts; they are in
+# one operator, as the number of parts is no shape that torch.compile could know.
+
+def launch(plan: Plan, *tensors: Tensor, floats: Tuple[float, ...] = ()) -> None:
+    """Tests and scripts replace this to count and to compile."""
+    plan.launch(tensors, floats)
+
+
+def operator(*outputs):
+    """Make a function that launches kernels an operator, opaque to torch.compile; eager code calls it as it is.
+
+    `outputs` are the names of the arguments that it writes to.
+    """
+    def wrap(function):
+        op = torch.library.custom_op(f'timm_finet::{function.__name__}', function, mutates_args=outputs)
+
+        def call(*args):
+            (op if torch.compiler.is_compiling() else function)(*args)
+        return call
+    return wrap
 
 
 def count_positions(x: Tensor) -> int:
@@ -146,23 +201,13 @@ def empty_activation(x: Tensor, channels: int) -> Tensor:
     return torch.empty_permuted((n, channels, height, width), (0, 2, 3, 1), dtype=x.dtype, device=x.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators. Each launches the kernel of its name; two of them launch another, which adds the partial sums.
-
 @operator('shift', 'shifted_mean', 'cov')
 def triton_moments(x: Tensor, shift: Tensor, shifted_mean: Tensor, cov: Tensor) -> None:
-    positions, channels, (groups, size, _) = count_positions(x), x.shape[1], cov.shape
-    cut = tiles(channels, groups, 64 if size <= 64 else MAX_TILE)
-    n_blocks, n_tiles = cdiv(channels, cut['WIDTH']), cdiv(cut['WIDTH'], cut['BC'])
-    n_pairs = n_tiles * (n_tiles + 1) // 2
-    block, occupancy, warps = (32, 1, 8) if cut['BC'] > 64 else (64, 2, 4)
-    splits, split_rows = split_positions(positions, n_blocks * n_pairs, occupancy, block, x.device)
-    products, sums = cov.new_empty(splits, channels, size), cov.new_empty(splits, channels)
-    launch(moments_kernel, (n_blocks * n_tiles ** 2, splits), x, shift, products, sums, positions, split_rows,
-           C=channels, SIZE=size, **cut, BP=block, num_warps=warps, num_stages=3)
-    block = min(128, power_of_2(size))
-    launch(covariances_kernel, (channels, cdiv(size, block)), products, sums, shifted_mean, cov, splits, positions,
-           C=channels, SIZE=size, BK=64, BS=block)
+    groups, size, _ = cov.shape
+    moments, covariances, splits = plan_moments(count_positions(x), x.shape[1], groups, card(x.device))
+    products, sums = cov.new_empty(splits, x.shape[1], size), cov.new_empty(splits, x.shape[1])
+    launch(moments, x, shift, products, sums)
+    launch(covariances, products, sums, shifted_mean, cov)
 
 
 @operator('running_mean', 'running_var', 'folded', 'bias', 'mean', 'var', 'inv_std', 'w_cov')
@@ -171,54 +216,40 @@ def triton_fold(
         cov: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], folded: Tensor, bias: Tensor,
         mean: Tensor, var: Tensor, inv_std: Tensor, w_cov: Tensor, eps: float, momentum: float, unbiased: float,
 ) -> None:
-    out, groups, size = w_cov.shape
-    launch(fold_kernel, (cdiv(out, 16), groups), weight.contiguous(), gamma, beta, shift, shifted_mean, cov,
-           running_mean, running_var, folded, bias, mean, var, inv_std, w_cov, eps, momentum, unbiased,
-           C=groups * size, OUT=out, SIZE=size, AFFINE=gamma is not None, TRACK=running_mean is not None,
-           BO=16, BS=min(64, power_of_2(size)), num_warps=8 if 32 < size <= 64 else 4)
+    plan = plan_fold(*w_cov.shape, gamma is not None, running_mean is not None)
+    if gamma is None:
+        gamma = beta = shift  # which the kernel does not read
+    if running_mean is None:
+        running_mean = running_var = shift
+    launch(plan, weight.contiguous(), gamma, beta, shift, shifted_mean, cov, running_mean, running_var,
+           folded, bias, mean, var, inv_std, w_cov, floats=(eps, momentum, unbiased))
 
 
 @operator('y')
 def triton_convolve(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, y: Tensor) -> None:
-    positions, channels, out = count_positions(x), x.shape[1], weight.shape[0]
-    stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), power_of_2(channels)
-    occupancy = 2 if channels <= 128 else 1
-    if block_c > 256 or 2 * block_c * (block_o + stages * rows) > card(x.device)[1]:  # the weight cannot be kept
-        block_c, occupancy = 64, None
-    grid = persistent_grid(positions, cdiv(out, block_o), rows, occupancy, x.device)
-    launch(convolve_kernel, grid, x, weight, bias, y, positions, C=channels, OUT=out, G=bias.shape[0], RELU=relu,
-           BP=rows, BO=block_o, BC=block_c, num_stages=stages)
+    out, groups = weight.shape[0], bias.shape[0]
+    launch(plan_convolve(count_positions(x), x.shape[1], out, groups, relu, card(x.device)), x, weight, bias, y)
 
 
-@operator('total')
-def triton_weight_gradient(grad_y: Tensor, x: Tensor, total: Tensor) -> None:
-    positions, channels, out = count_positions(x), x.shape[1], grad_y.shape[1]
-    stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), min(128, power_of_2(channels, 32))
-    occupancy = 1
-    if out * channels > 2 ** 16:
-        block_o, occupancy = 64, 3
-    elif max(block_o, block_c) <= 64:
-        occupancy = 2
-    if 2 * stages * rows * (block_o + block_c) > card(x.device)[1]:
-        rows = 32
-    n_tiles = cdiv(out, block_o) * cdiv(channels, block_c)
-    splits, split_rows = split_positions(positions, n_tiles, occupancy, rows, x.device)
-    n = total.numel()
-    sums = total.new_empty(splits, n)
-    launch(weight_gradient_kernel, (n_tiles, splits), grad_y, x, sums, positions, split_rows,
-           C=channels, OUT=out, BP=rows, BO=block_o, BC=block_c, num_warps=8 if block_o > 64 else 4, num_stages=stages)
-    launch(add_parts_kernel, (cdiv(n, 64),), sums, total, splits, N=n, BK=32, BN=64, num_warps=2)
+def weight_gradient_parts(grad_y: Tensor, x: Tensor) -> Tensor:
+    """`sum dy x^T` `(out, C)` and behind it `sum dy` `(out,)`, a row for each split of the positions."""
+    channels, out = x.shape[1], grad_y.shape[1]
+    plan, splits = plan_weight_gradient(count_positions(x), channels, out, card(x.device))
+    parts = x.new_empty(splits, out * channels + out, dtype=torch.float32)
+    launch(plan, grad_y, x, parts)
+    return parts
 
 
-@operator('grad_weight', 'grad_gamma', 'grad_beta', 'grad_var')
+@operator('grad_weight', 'grad_gamma', 'grad_beta', 'grad_var', 'grad_bias')
 def triton_unfold(
         weight: Tensor, gamma: Optional[Tensor], shift: Tensor, shifted_mean: Tensor, inv_std: Tensor, w_cov: Tensor,
-        grad_folded: Tensor, grad_bias: Tensor, grad_weight: Tensor, grad_gamma: Tensor, grad_beta: Tensor,
-        grad_var: Tensor) -> None:
-    out, groups, size = w_cov.shape
-    launch(unfold_kernel, (cdiv(out, 8), groups), weight.contiguous(), gamma, shift, shifted_mean, inv_std, w_cov,
-           grad_folded, grad_bias, grad_weight, grad_gamma, grad_beta, grad_var,
-           C=groups * size, OUT=out, SIZE=size, AFFINE=gamma is not None, BO=8, BS=min(128, power_of_2(size)))
+        grad_y: Tensor, x: Tensor, grad_weight: Tensor, grad_gamma: Tensor, grad_beta: Tensor, grad_var: Tensor,
+        grad_bias: Tensor) -> None:
+    parts = weight_gradient_parts(grad_y, x)
+    plan = plan_unfold(len(parts), *w_cov.shape, gamma is not None)
+    gamma = shift if gamma is None else gamma  # which the kernel does not read
+    launch(plan, weight.contiguous(), gamma, shift, shifted_mean, inv_std, w_cov, parts,
+           grad_weight, grad_gamma, grad_beta, grad_var, grad_bias)
 
 
 @operator('a', 'b')
@@ -226,35 +257,29 @@ def triton_input_terms(
         weight: Tensor, folded: Tensor, shift: Tensor, shifted_mean: Tensor, grad_var: Tensor, grad_bias: Tensor,
         count_tensor: Optional[Tensor], count: int, a: Tensor, b: Tensor) -> None:
     groups, size, _ = a.shape
-    block = min(128, power_of_2(size))
-    launch(input_terms_kernel, (cdiv(size, 16), groups), weight.contiguous(), folded, shift, shifted_mean, grad_var,
-           grad_bias, a, b, count if count_tensor is None else count_tensor,
-           C=groups * size, OUT=weight.shape[0], SIZE=size, COUNT_IS_TENSOR=count_tensor is not None,
-           BI=16, BO=32 if block > 64 else 64, BS=block, num_warps=8 if block == 64 else 4)
+    tensors = [weight.contiguous(), folded, shift, shifted_mean, grad_var, grad_bias, a, b]
+    if count_tensor is None:
+        launch(plan_input_terms(weight.shape[0], groups, size, count), *tensors)
+    else:
+        launch(plan_input_terms(weight.shape[0], groups, size, None), *tensors, count_tensor)
 
 
 @operator('grad_x')
 def triton_input_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, grad_x: Tensor) -> None:
-    positions, channels, out, (groups, size, _) = count_positions(x), x.shape[1], weight.shape[0], a.shape
-    stages, rows, block_o, occupancy, warps = 3, 64, power_of_2(out), 1, 4
-    for max_tile in (MAX_TILE, 64):
-        cut = tiles(channels, groups, max_tile)
-        width = cut['BC']
-        shared = 2 * (width * (width + block_o) + stages * rows * (width + block_o))
-        if block_o <= 256 and cut['WIDTH'] <= width and shared <= card(x.device)[1]:
-            break
-    else:  # weight and A cannot be kept
-        cut = tiles(channels, groups)
-        if cut['WIDTH'] % 2:
-            cut = tiles(channels, groups, 64)
-        occupancy, warps = None, 8 if cut['BC'] > 32 else 4
-        # A group in several tiles takes more shared memory, odd columns and cards before Hopper more registers.
-        small = cut['WIDTH'] > cut['BC'] or cut['WIDTH'] % 2 or card(x.device)[1] < 200 * 1024
-        stages, rows, block_o = (2, 64, 32) if small else (3, 128, 64)
-    n_tiles = cdiv(channels, cut['WIDTH']) * cdiv(cut['WIDTH'], cut['BC'])
-    grid = persistent_grid(positions, n_tiles, rows, occupancy, x.device)
-    launch(input_gradient_kernel, grid, grad_y, x, weight, a, b, grad_x, positions,
-           C=channels, OUT=out, SIZE=size, **cut, BP=rows, BO=block_o, num_warps=warps, num_stages=stages)
+    plan = plan_input_gradient(count_positions(x), x.shape[1], weight.shape[0], len(a), card(x.device))
+    launch(plan, grad_y, x, weight, a, b, grad_x)
+
+
+def adds_up(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and launched here, by Triton and past it, and is right: of 1 and 3."""
+    products, sums = torch.tensor([[1.], [9.]], device=device), torch.tensor([[1.], [3.]], device=device)
+    mean, cov = torch.empty(2, 4, device=device).unbind()
+    plan = Plan(covariances_kernel, (1, 1), 2, 2, C=1, SIZE=1, BK=16, BS=16)
+    results = []
+    for _ in range(2):
+        launch(plan, products, sums, mean.zero_(), cov.zero_())
+        results.append((mean[0].item(), cov[0].item()))
+    return results == [(2., 1.), (2., 1.)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,12 +316,8 @@ class TritonPasses:
         return y
 
     def weight_gradient(self, out: int, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        """`sum dy x^T` `(out, C)` and `sum dy` `(out,)` in float32."""
-        channels = self.x.shape[1]
-        total = self.x.new_empty(out * channels + out, dtype=torch.float32)
-        triton_weight_gradient(self.grad_y, self.x, total)
-        products, sums = total.split((out * channels, out))
-        return products.view(out, channels), sums
+        """What `TritonAlgebra.unfold` sums up, in the operator that adds the parts."""
+        return self.grad_y, self.x
 
     def input_gradient(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """`W'^T dy + A x + b`."""
@@ -317,22 +338,22 @@ class TritonAlgebra:
         in_kernel = running is not None and not isinstance(count, Tensor)
         running_mean, running_var, momentum = running if in_kernel else (None, None, 0.)
         triton_fold(weight, gamma, beta, shift, shifted_mean, cov, running_mean, running_var, *results,
-                    eps, momentum, count / (count - 1) if in_kernel else 1.)
+                    eps, float(momentum), count / (count - 1) if in_kernel else 1.)
         if running is not None and not in_kernel:
             track(running, mean, var, count)
         return results
 
     @staticmethod
-    def unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, grad_folded, grad_bias):
+    def unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, sums):
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         like = inv_std if gamma is None else gamma
         grad_gamma, grad_beta = like.new_empty(inv_std.numel()), like.new_empty(inv_std.numel())
-        grad_var = torch.empty_like(inv_std)
-        triton_unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, grad_folded, grad_bias,
-                      grad_weight, grad_gamma, grad_beta, grad_var)
+        grad_var, grad_bias = torch.empty_like(inv_std), inv_std.new_empty(len(weight))
+        triton_unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, *sums,
+                      grad_weight, grad_gamma, grad_beta, grad_var, grad_bias)
         if gamma is None:  # the kernel has not written them
             grad_gamma = grad_beta = None
-        return grad_weight, grad_gamma, grad_beta, grad_var
+        return grad_weight, grad_gamma, grad_beta, grad_var, grad_bias
 
     @staticmethod
     def input_terms(weight, folded, shift, shifted_mean, grad_var, grad_bias, count):
