@@ -8,8 +8,8 @@ beside the card's own copy. torch's passes begin with a centred copy, which in a
 steps of whole networks against torch's own modules, in turns, eager, as a CUDA graph and compiled: milliseconds,
 memory, kernels launched.
 
-Each line is written to results/gpu.csv as soon as it is known, with the card's name; the command, started again, goes
-on with what is missing. `--device cpu --tiny` rehearses all of it without a GPU.
+Each line is written to results/gpu.csv as soon as it is known, with the card's name and the commit; the command,
+started again, goes on with what that commit lacks. `--device cpu --tiny` rehearses all of it without a GPU.
 """
 import os
 import re
@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from scripts.bench.bench_training import build, step
 from scripts.bench.kernels import FEWEST, FINET_LARGE
 from scripts.report import RESULTS, ROOT, command_line, device_name, markdown, merge_rows, rows_so_far
+from scripts.runs import commit
 from scripts.timing import in_turns, peak_bytes, seconds
 from timm_finet import convert_fbn
 from timm_finet.cuda_graphs import captured
@@ -36,7 +37,7 @@ from timm_finet.ops import moment_form
 from timm_finet.ops.moment_form import TorchAlgebra
 from timm_finet.ops.torch_passes import TorchPasses
 
-KEY = ['card', 'kind', 'name', 'size', 'batch', 'groups', 'form', 'run']
+KEY = ['card', 'commit', 'kind', 'name', 'size', 'batch', 'groups', 'form', 'run']
 COLUMNS = [*KEY, 'ms', 'gb_per_s', 'peak_mb', 'kernels', 'result', 'torch', 'date']
 BATCHES = ((224, 256), (32, 512), (32, 128))  # px, images
 RUNS = ('graph', 'eager')
@@ -53,10 +54,11 @@ class Results:
     """The results file, a line at a time."""
 
     def __init__(self, args):
-        self.file, self.card, self.end = args.file, device_name(args.device), time.monotonic() + 60 * args.minutes
+        self.file, self.end = args.file, time.monotonic() + 60 * args.minutes
+        self.same = dict(card=device_name(args.device), commit=args.commit)
 
     def complete(self, row):
-        return dict.fromkeys(COLUMNS, '') | row | dict(card=self.card, torch=torch.__version__, date=date.today())
+        return dict.fromkeys(COLUMNS, '') | row | self.same | dict(torch=torch.__version__, date=date.today())
 
     def missing(self, **key):
         """Whether there is a line to measure, and time for it."""
@@ -236,26 +238,30 @@ def bench_steps(results, args, sizes):
 
 
 def table_of_steps(rows):
-    """Of the last card in the file."""
+    """Of the last card in the file. A ratio is of lines of one commit, the last in the file that has both."""
     steps = {}
     for row in rows:
         if row['card'] == rows[-1]['card'] and row['kind'] == 'step' and row['ms']:
-            key = row['name'], row['groups'], row['size'], row['batch']
-            steps.setdefault(key, {})[row['run'], row['form']] = row
+            step = steps.setdefault((row['name'], row['groups'], row['size'], row['batch']), {})
+            step.setdefault(row['run'], {}).setdefault(row['commit'], {})[row['form']] = row
 
     def ratio(of, how, form, column='ms'):
-        found, bn = of.get((how, form)), of.get((how, 'bn'))
-        return f'{float(found[column]) / float(bn[column]):.2f}' if found and bn else '-'
+        both = [lines for lines in of.get(how, {}).values() if form in lines and 'bn' in lines]
+        return f"{float(both[-1][form][column]) / float(both[-1]['bn'][column]):.2f}" if both else '-'
+
+    def ms(of, how):
+        both = [lines for lines in of.get(how, {}).values() if 'triton' in lines and 'bn' in lines]
+        return f"{float(both[-1]['bn']['ms']):.1f}" if both else '-'
+    runs = ('graph', 'eager')
     return markdown(
-        ['training step', 'G', 'BN, ms: graph', 'eager', 'Triton: graph', 'eager', "torch's: graph", 'eager', 'memory'],
-        [[f'{name}, {size} px, batch {batch}', groups,
-          *(f"{float(of[how, 'bn']['ms']):.1f}" if (how, 'bn') in of else '-' for how in ('graph', 'eager')),
-          *(ratio(of, how, form) for form in ('triton', 'torch') for how in ('graph', 'eager')),
-          ratio(of, 'eager', 'triton', 'peak_mb')] for (name, groups, size, batch), of in steps.items()])
+        ['training step', 'G', 'BN, ms: graph', 'eager', 'Triton: graph', 'eager', 'memory', "torch's: graph", 'eager'],
+        [[f'{name}, {size} px, batch {batch}', groups, *(ms(of, how) for how in runs),
+          *(ratio(of, how, 'triton') for how in runs), ratio(of, 'eager', 'triton', 'peak_mb'),
+          *(ratio(of, how, 'torch') for how in runs)] for (name, groups, size, batch), of in steps.items()])
 
 
 def table_of_passes(rows):
-    """Of the last card in the file."""
+    """Of the last card in the file, the last of each."""
     passes = {}
     for row in rows:
         if row['card'] == rows[-1]['card'] and (row['kind'], row['form']) == ('pass', 'triton') and row['gb_per_s']:
@@ -271,6 +277,7 @@ def main():
     parser.add_argument('--minutes', type=float, default=10, help='start no measurement after so long')
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
     parser.add_argument('--tiny', action='store_true', help='small sizes, for a rehearsal')
+    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
     parser.add_argument('--file', type=Path, default=RESULTS / 'gpu.csv')
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():

@@ -105,6 +105,7 @@ PROTOCOLS = {
 PAPER = Section('paper', 'finet_large', {  # Table 5's own protocol, 200 epochs of all images
     f'G = {g}': Setting(f'cifar100 {model}', ('--config', 'recipe:cifar100', '--model', model, '--channels-last'))
     for g, model in ((1, 'finet_large'), (8, 'finet_large_g8'))})
-RESULTS_OF = {
-    'cifar_short': ('placement', 'evidence'), 'cifar_long': ('long',), 'cifar_weights': ('weights',)}
+RESULTS_OF = {  # the first file of a protocol is that of cifar_tables.py
+    'cifar_short': ('placement', 'evidence'), 'cifar_long': ('long',), 'cifar_long_gpu': ('long',),
+    'cifar_weights': ('weights',)}
 TOGETHER = {'paper': ('cifar_paper', [PAPER]), 'long': ('cifar_long_gpu', PROTOCOLS['long'])}  # on one GPU

@@ -175,7 +175,7 @@ def test_finished_runs_are_lines_of_the_results_and_not_trained_again(jobs, root
 
 def test_how_well_a_network_fits_is_judged_on_the_uncropped_images_it_is_trained_on(sets):
     training = Training((SETTINGS[0], 2), *sets, CPU)
-    found = torch.cat([x for x, _ in training.uncropped_batches()]), torch.cat([y for _, y in training.uncropped_batches()])
+    found = [torch.cat(parts) for parts in zip(*training.uncropped_batches())]
     test = images(train_args(SETTINGS[0]), sets[0].root, 'validation')
     test.data, test.targets = sets[0].data[:, 2:-2, 2:-2], sets[0].targets
     (x, target), = test.__getitems__(list(range(len(test))))

@@ -1,7 +1,9 @@
 """The moment form's passes in torch's operators: their precision, and when which is taken."""
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from timm_finet import FBNConv2d
 from timm_finet.ops.torch_passes import TorchPasses, full_precision, memory_format, moments_dtype
 
 
@@ -40,3 +42,12 @@ def test_moments_do_not_cancel(mean, layout):
     assert (cov.double() - exact).norm() < 1e-6 * exact.norm()
     assert (shift.double() + rest - c.mean(1)).norm() < 1e-6 * c.std(1).norm() + 1e-7 * c.mean(1).norm()
     assert TorchPasses(x).c.is_contiguous(memory_format=memory_format(x)) and memory_format(x) == layout
+
+
+def test_torch_compile_traces_the_passes_of_a_gpu_whole():
+    """In a backward pass it does not know the layout of what is computed there: to ask for it would break the graph."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layers = [FBNConv2d(12, 16, fbn_groups=4, device='cuda'), FBNConv2d(16, 12, fbn_groups=4, device='cuda')]
+        model = torch.compile(torch.nn.Sequential(*layers), backend='eager', fullgraph=True)
+        y = model(torch.randn(8, 12, 16, 16, device='cuda').to(memory_format=torch.channels_last))
+    assert y.is_cuda and y.is_contiguous(memory_format=torch.channels_last)
