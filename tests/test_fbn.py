@@ -89,6 +89,25 @@ def test_reference_form_is_equation_4(shape):
     torch.testing.assert_close(layer(x), paper_equation_4(layer, x))
 
 
+@pytest.mark.parametrize('frozen', ['weight', 'bn', 'both', 'input'])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_what_is_frozen_takes_no_gradient_from_the_others(shape, frozen):
+    fast = make(shape)
+    for name, parameter in fast.named_parameters():
+        parameter.requires_grad_(frozen not in ('both', name.split('.')[0]))
+    slow = reference(fast)
+    x = torch.randn(9, shape[0], 7, 6, dtype=torch.float64)
+    gradients = []
+    for layer in (fast, slow):
+        leaf = x.clone().requires_grad_(frozen != 'input')
+        layer(leaf).square().sum().backward()
+        gradients.append([leaf.grad, *(parameter.grad for parameter in layer.parameters())])
+    for found, expected in zip(*gradients):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('affine', [True, False])
 @pytest.mark.parametrize('shape', SHAPES)

@@ -1,9 +1,12 @@
 """The moment form's passes in torch's operators: their precision, and when which is taken."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_finet import FBNConv2d
+from timm_finet.ops import moment_form
 from timm_finet.ops.torch_passes import TorchPasses, full_precision, memory_format, moments_dtype
 
 
@@ -34,8 +37,9 @@ def test_products_keep_full_precision_whatever_is_switched_on(device, backend):
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('mean', [0, 1000])
 def test_moments_do_not_cancel(mean, layout):
-    """A mean of a thousand deviations leaves float32's covariances their precision."""
-    x = (torch.randn(6, 12, 17, 19) * torch.rand(12, 1, 1) + mean).contiguous(memory_format=layout)
+    """A mean of a thousand deviations, another one in each channel, leaves float32's covariances their precision."""
+    means = mean * torch.linspace(-1, 1, 12).view(12, 1, 1)
+    x = (torch.randn(6, 12, 17, 19) * torch.rand(12, 1, 1) + means).contiguous(memory_format=layout)
     shift, rest, cov = TorchPasses(x).moments(3, torch.float32)
     c = x.double().transpose(0, 1).flatten(1)
     exact = torch.stack([torch.cov(group, correction=0) for group in c.chunk(3)])
@@ -44,8 +48,49 @@ def test_moments_do_not_cancel(mean, layout):
     assert TorchPasses(x).c.is_contiguous(memory_format=memory_format(x)) and memory_format(x) == layout
 
 
-def test_torch_compile_traces_the_passes_of_a_gpu_whole():
-    """In a backward pass it does not know the layout of what is computed there: to ask for it would break the graph."""
+def test_triton_is_for_half_precision_in_channels_last_on_a_gpu_where_it_works(monkeypatch):
+    pytest.importorskip('triton', reason='triton is missing: it comes with torch for CUDA and ROCm')
+    asked = []
+    monkeypatch.setattr(moment_form, 'TRITON', None)
+    monkeypatch.setattr(moment_form, 'triton_works', lambda device: asked.append(device) or True)
+
+    def passes(dtype=torch.float16, moments=torch.float32, format=torch.channels_last, shape=(2, 8, 3, 3)):
+        x = torch.empty(shape, dtype=dtype, device='cuda').to(memory_format=format)
+        return moment_form.implementation(x, moments)[0].__name__
+    with FakeTensorMode():
+        assert passes() == passes(torch.bfloat16) == 'TritonPasses'
+        assert asked == [torch.device('cuda', 0)] * 2
+        for others in (dict(dtype=torch.float32), dict(moments=torch.float64), dict(format=torch.contiguous_format),
+                       dict(shape=(0, 8, 3, 3))):
+            assert passes(**others) == 'TorchPasses'
+        monkeypatch.setattr(moment_form, 'triton_works', lambda device: False)
+        assert passes() == 'TorchPasses'
+        for switch in (True, False):
+            monkeypatch.setattr(moment_form, 'TRITON', switch)
+            assert passes() == ('TritonPasses' if switch else 'TorchPasses')
+
+
+@pytest.mark.parametrize('capability, hip, installed, fails, works', [
+    ((9, 0), None, True, False, True), ((8, 0), None, True, False, False), ((9, 0), '6.4', True, False, False),
+    ((9, 0), None, False, False, False), ((9, 0), None, True, True, False)])
+def test_triton_works_on_the_cards_that_it_was_tested_on_if_it_can_compile(
+        capability, hip, installed, fails, works, monkeypatch):
+    triton_passes = pytest.importorskip('timm_finet.ops.triton_passes', reason='triton is missing')
+
+    def adds_up(device):
+        if fails:
+            raise RuntimeError('no C compiler')
+        return True
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    monkeypatch.setattr(moment_form, 'HAS_TRITON', installed)
+    monkeypatch.setattr(triton_passes, 'adds_up', adds_up)
+    with pytest.warns(UserWarning, match='no C compiler') if fails else nullcontext():
+        assert moment_form.try_triton.__wrapped__(torch.device('cuda', 0)) == works
+
+
+def test_the_passes_of_a_gpu_are_compiled_whole():
+    """In a backward pass torch.compile does not know the layout of what is computed there: to ask for it would break the graph."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         layers = [FBNConv2d(12, 16, fbn_groups=4, device='cuda'), FBNConv2d(16, 12, fbn_groups=4, device='cuda')]
         model = torch.compile(torch.nn.Sequential(*layers), backend='eager', fullgraph=True)

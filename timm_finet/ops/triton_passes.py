@@ -132,8 +132,8 @@ def plan_weight_gradient(positions: int, channels: int, out: int, card: Card) ->
 @keep
 def plan_unfold(splits: int, out: int, groups: int, size: int, affine: bool) -> Plan:
     block = min(128, power_of_2(size))
-    return Plan(unfold_kernel, (cdiv(out, 4), groups), splits, C=groups * size, OUT=out, SIZE=size, AFFINE=affine,
-                BK=min(64, 1024 // block), BO=4, BS=block)
+    return Plan(unfold_kernel, (cdiv(out, 2), groups), splits, C=groups * size, OUT=out, SIZE=size, AFFINE=affine,
+                BK=min(64, 1024 // block), BO=2, BS=block)
 
 
 @keep
