@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_finet import FBNConv2d
 from timm_finet.ops import moment_form
-from timm_finet.ops.torch_passes import TorchPasses, full_precision, memory_format, moments_dtype
+from timm_finet.ops.torch_passes import TorchPasses, full_precision, group_products, memory_format, moments_dtype
 
 
 @pytest.mark.parametrize('dtype, wide', [
@@ -46,6 +46,47 @@ def test_moments_do_not_cancel(mean, layout):
     assert (cov.double() - exact).norm() < 1e-6 * exact.norm()
     assert (shift.double() + rest - c.mean(1)).norm() < 1e-6 * c.std(1).norm() + 1e-7 * c.mean(1).norm()
     assert TorchPasses(x).c.is_contiguous(memory_format=memory_format(x)) and memory_format(x) == layout
+
+
+@pytest.fixture
+def factors(monkeypatch):
+    """Shapes of the first factors that go into products, which a CPU can now return in another dtype, as a GPU does."""
+    bmm, shapes = torch.bmm, []
+
+    def wider(a, b, out_dtype=None):
+        shapes.append(tuple(a.shape))
+        return bmm(a, b) if out_dtype is None else bmm(a.to(out_dtype), b.to(out_dtype))
+    monkeypatch.setattr(torch, 'bmm', wider)
+    return shapes
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('groups', [1, 3, 12])
+def test_products_within_the_groups(groups, dtype, factors):
+    c = torch.randn(3, 12, 15, 14).to(dtype)
+    flat = c.double().transpose(0, 1).reshape(groups, 12 // groups, -1)
+    found = group_products(c, groups, torch.float32)
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    torch.testing.assert_close(found.double(), flat @ flat.mT, rtol=1e-5, atol=1e-3)
+    assert len(factors) == (groups if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize('dtype, channels, groups, positions, splits', [
+    (torch.float32, 8, 2, 255, 1), (torch.float32, 8, 2, 4096, 16), (torch.float32, 200, 2, 4000, 10),
+    (torch.float32, 8, 2, 4110, 15), (torch.float32, 8, 2, 4099, 1),
+    (torch.bfloat16, 8, 2, 4096, 16), (torch.bfloat16, 100, 4, 4000, 10), (torch.bfloat16, 8, 2, 64000, 64),
+    (torch.bfloat16, 8, 2, 4110, 15)])
+def test_sums_of_products_are_split_where_rounding_would_grow(dtype, channels, groups, positions, splits, factors):
+    group_products(torch.randn(1, channels, positions, 1).to(dtype), groups, torch.float32)
+    width = channels // groups if dtype == torch.float32 else channels
+    assert set(factors) == {(splits, width, positions // splits)}
+
+
+def test_the_shift_is_each_channels_mean_over_a_sixteenth_of_the_positions():
+    x = torch.randn(3, 5, 9, 11) + torch.arange(5.).view(5, 1, 1)
+    passes = TorchPasses(x)
+    torch.testing.assert_close(passes.shift, x[:, :, [0, 4, 8]][..., [0, 4, 8]].mean((0, 2, 3)))
+    torch.testing.assert_close(passes.c, x - passes.shift.view(5, 1, 1))
 
 
 def test_triton_is_for_half_precision_in_channels_last_on_a_gpu_where_it_works(monkeypatch):
