@@ -15,6 +15,8 @@ SHAPES = [  # in, out, kernel, stride, padding, dilation, G
     (16, 24, 1, 1, 0, 1, 1),
     (16, 24, 1, 1, 0, 1, 2),
     (16, 8, 1, 2, 0, 1, 4),
+    (16, 8, 1, (1, 2), 0, 1, 4),
+    (16, 8, 1, (2, 1), 0, 1, 2),
     (16, 16, 1, 1, 0, 1, 16),
     (12, 10, 1, 1, 1, 1, 3),
     (8, 6, 3, 1, 1, 1, 2),
@@ -32,6 +34,16 @@ def make(shape, **kwargs):
         nn.init.uniform_(layer.bn.weight, 0.5, 1.5)
         nn.init.normal_(layer.bn.bias)
     return layer
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_weights_start_as_a_convolutions(kernel_size):
+    layers = []
+    for build in (FBNConv2d, nn.Conv2d):
+        torch.manual_seed(0)
+        layers.append(build(8, 6, kernel_size, bias=False) if build is nn.Conv2d else build(8, 6, kernel_size))
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    assert layers[0].bn.affine and FBNConv2d(8, 6, affine=False).bn.weight is None
 
 
 def paper_equation_4(layer, x):
@@ -529,14 +541,16 @@ def test_what_the_backward_pass_needs_must_not_change_before_it(kernel, changed)
         loss.backward()
 
 
-def test_squares_that_overflow_take_the_reference_form():
+@pytest.mark.parametrize('relu', [False, True])
+def test_squares_that_overflow_take_the_reference_form(relu):
     """Sums of the input's squares overflow sooner than the variances of its partial sums."""
     layer = FBNConv2d(16, 8, fbn_groups=4)
     x = torch.randn(256, 16, 8, 8) * 1e17
     x[..., ::2] *= 100
     with torch.no_grad():
         layer.weight.mul_(1e-3)
-    y, expected = layer(x), reference(layer)(x)
+    y, expected = layer(x, relu=relu), reference(layer)(x)
+    expected = expected.relu() if relu else expected
     assert y.isfinite().all() and layer.bn.running_var.isfinite().all() and layer.bn.num_batches_tracked == 1
     torch.testing.assert_close(y, expected)
 

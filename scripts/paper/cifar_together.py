@@ -106,7 +106,10 @@ class Training:
 
     @contextmanager
     def its_own(self):
-        """Whatever runs inside takes this network's random numbers and, on a GPU, its stream."""
+        """Whatever runs inside takes this network's random numbers and, on a GPU, its stream.
+
+        They are the host's: order, crops and flips. Dropout on a GPU draws from one generator for all networks.
+        """
         before = torch.get_rng_state()
         torch.set_rng_state(self.numbers)
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
@@ -301,15 +304,14 @@ def train_together(runs, args, device, end):
     def key(training):
         return f'{training.run[0].name} seed {training.run[1]} {training.precision}'
 
-    if file.exists():
-        states = torch.load(file, map_location=device)
-        for training in trainings:
-            if key(training) in states:
-                training.load(states[key(training)])
+    states = torch.load(file, map_location=device) if file.exists() else {}  # of other runs too
+    for training in trainings:
+        if key(training) in states:
+            training.load(states[key(training)])
 
     def save():
         part = file.with_suffix('.part')
-        torch.save({key(training): training.state() for training in trainings}, part)
+        torch.save(states | {key(training): training.state() for training in trainings}, part)
         part.replace(file)
 
     train(trainings, end, save)

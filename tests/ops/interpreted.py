@@ -118,6 +118,17 @@ def test_statistics_of_several_processes(tmp_path):
     torch.testing.assert_close(var, 0.7 + 0.3 * count / (count - 1) * found[2])
 
 
+def test_affine_terms_and_running_statistics_that_are_views_with_gaps():
+    x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
+    mean, var = torch.zeros(160), torch.ones(160)
+    expected = run_layer(x, weight, gamma, beta, grad_y, 4, running=(mean, var, 0.3))
+    gaps = [torch.stack([v, v + 9], 1)[:, 0] for v in (gamma, beta, torch.zeros(160), torch.ones(160))]
+    for found, value in zip(run_layer(x, weight, *gaps[:2], grad_y, 4, running=(*gaps[2:], 0.3)), expected):
+        torch.testing.assert_close(found, value, rtol=0, atol=0)
+    for found, value in zip(gaps[2:], (mean, var)):
+        torch.testing.assert_close(found, value)
+
+
 def test_weight_in_half_precision():
     x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
     layer = x, weight.half(), gamma, beta, grad_y

@@ -96,19 +96,30 @@ def test_triton_is_for_half_precision_in_channels_last_on_a_gpu_where_it_works(m
     monkeypatch.setattr(moment_form, 'triton_works', lambda device: asked.append(device) or True)
 
     def passes(dtype=torch.float16, moments=torch.float32, format=torch.channels_last, shape=(2, 8, 3, 3)):
-        x = torch.empty(shape, dtype=dtype, device='cuda').to(memory_format=format)
+        x = torch.empty(shape, dtype=dtype).to(memory_format=format)
         return moment_form.implementation(x, moments)[0].__name__
+    assert passes() == 'TorchPasses' and asked == []
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    assert passes() == passes(torch.bfloat16) == 'TritonPasses'
+    assert asked == [torch.device('cpu')] * 2
+    for others in (dict(dtype=torch.float32), dict(moments=torch.float64), dict(format=torch.contiguous_format),
+                   dict(shape=(0, 8, 3, 3))):
+        assert passes(**others) == 'TorchPasses'
+    monkeypatch.setattr(moment_form, 'triton_works', lambda device: False)
+    assert passes() == 'TorchPasses'
+    for switch in (True, False):
+        monkeypatch.setattr(moment_form, 'TRITON', switch)
+        assert passes() == ('TritonPasses' if switch else 'TorchPasses')
+
+
+@pytest.mark.parametrize('switch', [True, None])
+def test_tensors_without_memory_take_torchs_passes(switch, monkeypatch):
+    monkeypatch.setattr(moment_form, 'TRITON', switch)
     with FakeTensorMode():
-        assert passes() == passes(torch.bfloat16) == 'TritonPasses'
-        assert asked == [torch.device('cuda', 0)] * 2
-        for others in (dict(dtype=torch.float32), dict(moments=torch.float64), dict(format=torch.contiguous_format),
-                       dict(shape=(0, 8, 3, 3))):
-            assert passes(**others) == 'TorchPasses'
-        monkeypatch.setattr(moment_form, 'triton_works', lambda device: False)
-        assert passes() == 'TorchPasses'
-        for switch in (True, False):
-            monkeypatch.setattr(moment_form, 'TRITON', switch)
-            assert passes() == ('TritonPasses' if switch else 'TorchPasses')
+        layer = FBNConv2d(16, 24, fbn_groups=4, device='cuda', dtype=torch.bfloat16)
+        x = torch.empty(8, 16, 16, 16, device='cuda', dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        y = layer(x)
+    assert y.shape == (8, 24, 16, 16) and y.is_cuda
 
 
 @pytest.mark.parametrize('capability, hip, installed, fails, works', [
@@ -131,7 +142,7 @@ def test_triton_works_on_the_cards_that_it_was_tested_on_if_it_can_compile(
 
 
 def test_the_passes_of_a_gpu_are_compiled_whole():
-    """In a backward pass torch.compile does not know the layout of what is computed there: to ask for it would break the graph."""
+    """In a backward pass torch.compile does not know the layout of what is computed there: to ask for it breaks off."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         layers = [FBNConv2d(12, 16, fbn_groups=4, device='cuda'), FBNConv2d(16, 12, fbn_groups=4, device='cuda')]
         model = torch.compile(torch.nn.Sequential(*layers), backend='eager', fullgraph=True)

@@ -47,11 +47,12 @@ def test_the_second_launch_is_the_compiled_kernels_own():
     kernel, x = Kernel(), torch.zeros(8)
     plan = triton_launch.Plan(kernel, (3, 4), 5, A=1, B=2, num_warps=8)
     plan.launch([x], (0.5,))
-    plan.launch([other := x.clone()], (0.25,))
+    plan.launch([other := x.clone()], (1,))
     first, again = kernel.calls
     assert first == ('triton', (3, 4), (x, 5, 0.5), dict(A=1, B=2, num_warps=8, num_stages=2))
     assert again == ('again', (  # constants in the kernel's order
-        3, 4, 1, 'stream of -1', 'function', 'metadata', None, None, None, other.data_ptr(), 5, 0.25, 2, 1))
+        3, 4, 1, 'stream of -1', 'function', 'metadata', None, None, None, other.data_ptr(), 5, 1., 2, 1))
+    assert type(again[1][-3]) is float
 
 
 @pytest.mark.parametrize('changed', [torch.zeros(8).half(), torch.zeros(9)[1:]], ids=['dtype', 'alignment'])

@@ -184,7 +184,9 @@ def implementation(x: torch.Tensor, dtype: torch.dtype):
     """The passes over `x` and the algebra between them, for moments in `dtype`."""
     on_gpu = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
     interpreted = INTERPRETED and x.device.type == 'cpu'
-    possible = dtype == torch.float32 and x.numel() > 0 and memory_format(x) == torch.channels_last
+    # A kernel needs the memory itself, which fake tensors and other subclasses do not have.
+    possible = type(x) in (torch.Tensor, torch.nn.Parameter) and dtype == torch.float32 and x.numel() > 0
+    possible = possible and memory_format(x) == torch.channels_last
     if possible and (on_gpu or interpreted) and (triton_works(x.device) if TRITON is None else TRITON):
         from .triton_passes import TritonAlgebra, TritonPasses
         return TritonPasses, TritonAlgebra

@@ -30,28 +30,28 @@ class Plan:
         self.options, self.three = dict(num_warps=num_warps, num_stages=num_stages), (*grid, 1, 1)[:3]
         self.launchers = {}  # by device and dtypes
 
-    def launch(self, tensors: Sequence[Tensor], floats: Tuple[float, ...] = ()) -> None:
+    def launch(self, tensors: Sequence[Tensor], floats: Sequence[float] = ()) -> None:
         """Launch it on the current stream of the tensors' device."""
-        device = tensors[0].get_device()
+        device, floats = tensors[0].get_device(), [*map(float, floats)]  # of an integer Triton would compile anew
         if device < 0 or device == torch.cuda.current_device():
             self.launch_here(device, tensors, floats)
         else:
             with torch.cuda.device(device):
                 self.launch_here(device, tensors, floats)
 
-    def launch_here(self, device: int, tensors: Sequence[Tensor], floats: Tuple[float, ...]) -> None:
+    def launch_here(self, device: int, tensors: Sequence[Tensor], floats: Sequence[float]) -> None:
         addresses = [tensor.data_ptr() for tensor in tensors]
         aligned = not any([address % 16 for address in addresses])
-        key = device, *[tensor.dtype for tensor in tensors]
+        # All devices, as it is Triton that notices a tensor of another one.
+        key = *[tensor.dtype for tensor in tensors], *[tensor.get_device() for tensor in tensors]
         launcher = self.launchers.get(key) if aligned else None
         if launcher is not None:
-            run, function, metadata, constants = launcher
+            compiled, run, constants = launcher
             # Of a number Triton's launcher does not ask the driver, as it does of each tensor, whether it is a pointer.
-            run(*self.three, driver.active.get_current_stream(device), function, metadata, None, None, None,
-                *addresses, *self.integers, *floats, *constants)
+            run(*self.three, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
+                None, None, None, *addresses, *self.integers, *floats, *constants)
             return
         compiled = self.kernel[self.grid](*tensors, *self.integers, *floats, **self.constants, **self.options)
         if aligned and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == 'cuda':
             names = self.kernel.arg_names[len(tensors) + len(self.integers) + len(floats):]
-            self.launchers[key] = (
-                compiled.run, compiled.function, compiled.packed_metadata, [self.constants[name] for name in names])
+            self.launchers[key] = compiled, compiled.run, [self.constants[name] for name in names]

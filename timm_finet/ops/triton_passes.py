@@ -132,8 +132,8 @@ def plan_weight_gradient(positions: int, channels: int, out: int, card: Card) ->
 @keep
 def plan_unfold(splits: int, out: int, groups: int, size: int, affine: bool) -> Plan:
     block = min(128, power_of_2(size))
-    return Plan(unfold_kernel, (cdiv(out, 2), groups), splits, C=groups * size, OUT=out, SIZE=size, AFFINE=affine,
-                BK=min(64, 1024 // block), BO=2, BS=block)
+    return Plan(unfold_kernel, (cdiv(out, 4), groups), splits, C=groups * size, OUT=out, SIZE=size, AFFINE=affine,
+                BK=min(64, 1024 // block), BO=4, BS=block)
 
 
 @keep
@@ -221,8 +221,8 @@ def triton_fold(
         gamma = beta = shift  # which the kernel does not read
     if running_mean is None:
         running_mean = running_var = shift
-    launch(plan, weight.contiguous(), gamma, beta, shift, shifted_mean, cov, running_mean, running_var,
-           folded, bias, mean, var, inv_std, w_cov, floats=(eps, momentum, unbiased))
+    launch(plan, weight.contiguous(), gamma.contiguous(), beta.contiguous(), shift, shifted_mean, cov, running_mean,
+           running_var, folded, bias, mean, var, inv_std, w_cov, floats=(eps, momentum, unbiased))
 
 
 @operator('y')
@@ -247,7 +247,7 @@ def triton_unfold(
         grad_bias: Tensor) -> None:
     parts = weight_gradient_parts(grad_y, x)
     plan = plan_unfold(len(parts), *w_cov.shape, gamma is not None)
-    gamma = shift if gamma is None else gamma  # which the kernel does not read
+    gamma = shift if gamma is None else gamma.contiguous()  # or what the kernel does not read
     launch(plan, weight.contiguous(), gamma, shift, shifted_mean, inv_std, w_cov, parts,
            grad_weight, grad_gamma, grad_beta, grad_var, grad_bias)
 
@@ -335,10 +335,12 @@ class TritonAlgebra:
         folded = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         bias, mean, var, inv_std = [cov.new_empty(groups, out) for _ in range(4)]
         results = folded, bias, mean, var, inv_std, cov.new_empty(out, groups, size)
-        in_kernel = running is not None and not isinstance(count, Tensor)
+        in_kernel = (
+            running is not None and running[0].is_contiguous() and running[1].is_contiguous()
+            and not isinstance(count, Tensor))
         running_mean, running_var, momentum = running if in_kernel else (None, None, 0.)
         triton_fold(weight, gamma, beta, shift, shifted_mean, cov, running_mean, running_var, *results,
-                    eps, float(momentum), count / (count - 1) if in_kernel else 1.)
+                    eps, momentum, count / (count - 1) if in_kernel else 1.)
         if running is not None and not in_kernel:
             track(running, mean, var, count)
         return results
