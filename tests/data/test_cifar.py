@@ -9,6 +9,8 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.utils import random_seed
 
+import timm_finet  # noqa: F401  names the data sets
+
 IMAGES = np.random.default_rng(0).integers(1, 256, (20, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
 LABELS = np.arange(20, dtype=np.uint8) % 10
 TEST_IMAGES, TEST_LABELS = 255 - IMAGES // 2, (LABELS[:12] + 3) % 10  # other ones, and fewer

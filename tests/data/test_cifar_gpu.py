@@ -5,6 +5,8 @@ import torch
 from timm.data import create_dataset, create_loader
 from timm.utils import random_seed
 
+import timm_finet  # noqa: F401  names the data sets
+
 IMAGES = np.random.default_rng(0).integers(1, 256, (60, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
 LABELS = np.arange(60) % 10
 
