@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.utils import random_seed
 
-import timm_finet  # noqa: F401  names the data sets
+import timm_finet  # names the data sets
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (20, 32, 32, 3), dtype=np.uint8)  # no zeros: those are padding
 LABELS = np.arange(20, dtype=np.uint8) % 10
@@ -174,3 +174,11 @@ def test_loader_workers_draw_crops_of_their_own(monkeypatch):
 def test_several_processes_leave_the_epoch_to_the_sampler(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert not hasattr(create_dataset('torch/cifar10_sample', split='train'), 'set_epoch')
+
+
+def test_the_training_images_are_the_default_and_nothing_is_downloaded(tmp_path):
+    np.savez(tmp_path / 'cifar10.npz', train=np.zeros((3, 32, 32, 3), np.uint8), train_labels=[1, 2, 3],
+             test=np.zeros((1, 32, 32, 3), np.uint8), test_labels=[0])
+    assert timm_finet.data.CIFAR10Pad2(tmp_path).targets == [1, 2, 3]
+    with pytest.raises(FileNotFoundError, match='cifar10.npz'):
+        timm_finet.data.CIFAR10Pad2(tmp_path / 'elsewhere')
