@@ -173,3 +173,10 @@ def test_what_is_converted_in_a_wrapper_is_converted_as_asked():
     model = convert_fbn(nn.DataParallel(timm.create_model('test_resnet')), 1, affine=False, save_memory=True)
     layers = [m for m in model.modules() if isinstance(m, FBNConv2d)]
     assert layers and all(m.save_memory and not m.bn.affine for m in layers)
+
+
+def test_one_group_saves_memory_where_that_is_asked_for_alone():
+    model = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6))
+    for asked in ({}, dict(save_memory=True)):
+        layer, = (m for m in convert_fbn(model, 1, **asked).modules() if isinstance(m, FBNConv2d))
+        assert layer.save_memory == bool(asked)
