@@ -79,7 +79,9 @@ class _OnGPU:
         if self.train:
             draws[1:3].random_(2 * PAD + 1)
             draws[3] = torch.rand(len(indices)) < self.flip
-        index, top, left, flip = draws.to(self.side.device)[:, :, None]
+        if self.side.is_cuda:
+            draws = draws.pin_memory()  # from other memory a copy waits for all that the GPU has still to do
+        index, top, left, flip = draws.to(self.side.device, non_blocking=True)[:, :, None]
         rows = top + self.side
         columns = left + torch.where(flip == 1, 31 - self.side, self.side)
         batch = self.images[index[:, :, None], rows[:, :, None], columns[:, None]]
