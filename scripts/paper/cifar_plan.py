@@ -94,6 +94,8 @@ PROTOCOLS = {
             f'G = {g}': long('mobilenetv2_035_converted', f'fbn_groups={g}', module='scripts.paper.converted')
             for g in (1, 8)}, FIVE),
     ],
+    'paper': [Section('paper', 'finet_large', {  # Table 5's own protocol, 200 epochs of all images
+        f'G = {g}': setting('cifar100', model) for g, model in ((1, 'finet_large'), (8, 'finet_large_g8'))})],
     'weights': [  # that the package embeds
         weights('finet_large_se_g4', 'cifar10', 72, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
                 module='timm_finet.cuda_graphs'),
@@ -102,10 +104,7 @@ PROTOCOLS = {
         weights('resnet18_fbn', 'cifar10', 50, 256, 0.2, *ON_GPU, module='timm_finet.cuda_graphs'),
     ],
 }
-PAPER = Section('paper', 'finet_large', {  # Table 5's own protocol, 200 epochs of all images
-    f'G = {g}': Setting(f'cifar100 {model}', ('--config', 'recipe:cifar100', '--model', model, '--channels-last'))
-    for g, model in ((1, 'finet_large'), (8, 'finet_large_g8'))})
 RESULTS_OF = {  # the first file of a protocol is that of cifar_tables.py
     'cifar_short': ('placement', 'evidence'), 'cifar_long': ('long',), 'cifar_long_gpu': ('long',),
-    'cifar_weights': ('weights',)}
-TOGETHER = {'paper': ('cifar_paper', [PAPER]), 'long': ('cifar_long_gpu', PROTOCOLS['long'])}  # on one GPU
+    'cifar_paper': ('paper',), 'cifar_weights': ('weights',)}
+TOGETHER = {'paper': 'cifar_paper', 'long': 'cifar_long_gpu'}  # what cifar_together.py trains on one GPU

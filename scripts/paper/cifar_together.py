@@ -28,7 +28,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs, random_seed
 
-from scripts.paper.cifar_plan import TOGETHER
+from scripts.paper.cifar_plan import PROTOCOLS, TOGETHER
 from scripts.report import RESULTS, command_line, facts, rows_so_far, write_rows
 from scripts.runs import commit, curve_file, missing
 from timm_finet.commands.run import find_recipe
@@ -324,7 +324,7 @@ def train_together(runs, args, device, end):
 
 def main():
     parser = command_line(__doc__)
-    names = [section.name for _, sections in TOGETHER.values() for section in sections]
+    names = [section.name for protocol in TOGETHER for section in PROTOCOLS[protocol]]
     parser.add_argument('protocol', choices=list(TOGETHER))
     parser.add_argument('--only', nargs='+', choices=names, metavar='SECTION', default=names, help=', '.join(names))
     parser.add_argument('--jobs', type=int, default=30, help='networks at once (default: 30)')
@@ -336,9 +336,9 @@ def main():
     parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
     parser.add_argument('--results', type=Path, help="(default: the documents' own)")
     args = parser.parse_args()
-    stem, sections = TOGETHER[args.protocol]
-    args.results = args.results or RESULTS / f'{stem}.csv'
-    runs = missing([run for section in sections if section.name in args.only for run in section.runs], args.results)
+    args.results = args.results or RESULTS / f'{TOGETHER[args.protocol]}.csv'
+    sections = [section for section in PROTOCOLS[args.protocol] if section.name in args.only]
+    runs = missing([run for section in sections for run in section.runs], args.results)
     if not runs:
         sys.exit(f'{args.results} holds all of these runs.')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -99,7 +99,7 @@ def test_train_py_reads_the_commands_as_meant(monkeypatch):
         assert args.dataset.removeprefix(f'torch/{dataset}') == (parts[dataset] if recipe == 'cifar_long' else '_pad2')
         assert args.mean[0] == (0.4914 if dataset == 'cifar10' else 0.5071)
         assert args.epochs == int(value_of('--epochs', setting)) if '--epochs' in setting.args else (
-            args.epochs == {'cifar_short': 15, 'cifar_long': 50}[recipe])
+            args.epochs == {'cifar_short': 15, 'cifar_long': 50, 'cifar100': 200}[recipe])
         assert args.model_kwargs == model_kwargs(setting) and args.channels_last
         on_cpus = ['scripts.several_cpus'] if setting.processes > 1 else []
         assert args.device_modules == ['timm_finet', 'scripts.train_facts', *on_cpus, *filter(None, [setting.module])]

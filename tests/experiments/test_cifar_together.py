@@ -13,7 +13,7 @@ from timm.task import ClassificationTask
 from timm.utils import random_seed
 
 from scripts.paper import cifar_together
-from scripts.paper.cifar_plan import PAPER, PROTOCOLS
+from scripts.paper.cifar_plan import PROTOCOLS
 from scripts.paper.cifar_together import Training, build, images, train, train_args
 from scripts.report import RESULTS, read_rows
 from scripts.runs import run_args
@@ -21,6 +21,7 @@ from timm_finet.commands import run as launch
 
 CPU = torch.device('cpu')
 TINY = ('--model-kwargs', 'small_input=True', 'channels=(8,8,8)', 'depths=(1,1,1)', 'num_features=16')
+(PAPER,) = PROTOCOLS['paper']
 SETTINGS = [setting._replace(args=(*setting.args, *TINY)) for setting in PAPER.rows.values()]
 
 
@@ -135,8 +136,7 @@ def test_networks_do_not_disturb_each_other_and_resuming_repeats_an_unbroken_run
 
 def start(monkeypatch, root, *options):
     rows = dict(zip(PAPER.rows, SETTINGS))
-    monkeypatch.setattr(
-        cifar_together, 'TOGETHER', {'paper': ('cifar_paper', [PAPER._replace(rows=rows, seeds=(0,))])})
+    monkeypatch.setitem(PROTOCOLS, 'paper', [PAPER._replace(rows=rows, seeds=(0,))])
     monkeypatch.setattr(sys, 'argv', [
         'cifar_together.py', 'paper', '--data-dir', str(root), '--output', str(root / 'out'),
         '--results', str(root / 'results.csv'), '--commit', 'abc', *options])
@@ -165,7 +165,8 @@ def test_finished_runs_are_lines_of_the_results_and_not_trained_again(jobs, root
     rows = read_rows(root / 'results.csv')
     assert [*rows[0]] == [*read_rows(RESULTS / 'cifar_long.csv')[0]]
     assert [(row['setting'], row['seed'], row['jobs'], row['commit']) for row in rows] == [
-        ('cifar100 finet_large', '0', jobs, 'abc'), ('cifar100 finet_large_g8', '0', jobs, 'abc')]
+
+        (f'cifar100 cifar100 {model}', '0', jobs, 'abc') for model in ('finet_large', 'finet_large_g8')]
     for row in rows:
         epoch, = read_rows(root / 'results' / f"{row['setting'].replace(' ', '-')}-seed0.csv")
         assert round(float(epoch['eval_top1']), 3) == float(row['top1_last']) and row['epochs'] == '1'
