@@ -111,7 +111,7 @@ def test_who_takes_triton_unasked(monkeypatch):
 def test_a_card_on_which_triton_fails_takes_torchs_passes(monkeypatch):
     monkeypatch.setattr(moment_form, 'TRITON', None)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: (9, 0))
-    monkeypatch.setattr('timm_finet.ops.triton_passes.launch', lambda *_, **__: 1 / 0)
+    monkeypatch.setattr('timm_finet.ops.triton_launch.Plan.launch', lambda *_, **__: 1 / 0)
     moment_form.try_triton.cache_clear()
     x = torch.randn(2, 8, 4, 4, device='cuda', dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     try:

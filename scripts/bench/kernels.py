@@ -115,14 +115,14 @@ def by_passes(passes, algebra):
 @contextmanager
 def recorded_launches(run=True):
     """A list that receives each launch `(kernel, arguments, options)`."""
-    from timm_finet.ops import triton_passes
-    launches, launch = [], triton_passes.launch
+    from timm_finet.ops.triton_launch import Plan
+    launches, launch = [], Plan.launch
 
     def record(plan, *tensors, floats=()):
         launches.append((plan.kernel, [*tensors, *plan.integers, *floats], plan.constants | plan.options))
         if run:
             launch(plan, *tensors, floats=floats)
-    with patch.object(triton_passes, 'launch', record):
+    with patch.object(Plan, 'launch', record):
         yield launches
 
 
@@ -132,9 +132,9 @@ def recorded_launches(run=True):
 @contextmanager
 def counted_bytes(kernels):
     """A dict of `(kernel, argument)` to the bytes that the interpreter loads and stores there; others do not run."""
-    from timm_finet.ops import triton_passes
+    from timm_finet.ops.triton_launch import Plan
     from triton.runtime.interpreter import InterpreterBuilder as Builder
-    counts, owners, launch = {}, [], triton_passes.launch
+    counts, owners, launch = {}, [], Plan.launch
 
     def count(ptrs, mask):
         addresses = ptrs.data[mask.data] if mask.data.shape else ptrs.data[None]
@@ -158,7 +158,7 @@ def counted_bytes(kernels):
         if kernel.fn.__name__ in kernels:
             launch(plan, *tensors, floats=floats)
     with patch.multiple(Builder, create_masked_load=load, create_masked_store=store), \
-            patch.object(triton_passes, 'launch', owned):
+            patch.object(Plan, 'launch', owned):
         yield counts
 
 

@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip('triton', reason='triton is missing: it comes with torch for CUDA and ROCm')
 
+from scripts.bench.kernels import by_passes, inputs, on_card, run_layer  # noqa: E402
 from timm_finet.ops import triton_launch, triton_passes  # noqa: E402
 
 
@@ -46,21 +47,19 @@ def stream(monkeypatch):
 def test_the_second_launch_is_the_compiled_kernels_own():
     kernel, x = Kernel(), torch.zeros(8)
     plan = triton_launch.Plan(kernel, (3, 4), 5, A=1, B=2, num_warps=8)
-    plan.launch([x], (0.5,))
-    plan.launch([other := x.clone()], (1,))
+    plan.launch(x, floats=(0.5,))
+    plan.launch(other := x.clone(), floats=(1.,))
     first, again = kernel.calls
     assert first == ('triton', (3, 4), (x, 5, 0.5), dict(A=1, B=2, num_warps=8, num_stages=2))
     assert again == ('again', (  # constants in the kernel's order
         3, 4, 1, 'stream of -1', 'function', 'metadata', None, None, None, other.data_ptr(), 5, 1., 2, 1))
-    assert type(again[1][-3]) is float
 
 
-@pytest.mark.parametrize('changed', [torch.zeros(8).half(), torch.zeros(9)[1:]], ids=['dtype', 'alignment'])
-def test_what_triton_compiles_anew_goes_by_triton(changed):
+def test_unaligned_pointers_for_which_triton_compiles_anew_go_by_triton():
     kernel, x = Kernel(), torch.zeros(8)
     plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
-    for tensor in (x, x, changed, x):
-        plan.launch([tensor], (0.5,))
+    for tensor in (x, x, torch.zeros(9)[1:], x):
+        plan.launch(tensor, floats=(0.5,))
     assert [call[0] for call in kernel.calls] == ['triton', 'again', 'triton', 'again']
 
 
@@ -68,7 +67,7 @@ def test_other_backends_keep_to_triton():
     kernel = Kernel('hip')
     plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
     for _ in range(2):
-        plan.launch([torch.zeros(8)], (0.5,))
+        plan.launch(torch.zeros(8), floats=(0.5,))
     assert [call[0] for call in kernel.calls] == ['triton', 'triton']
 
 
@@ -76,8 +75,24 @@ def test_an_unaligned_pointer_goes_by_triton_each_time():
     kernel = Kernel()
     plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
     for _ in range(2):
-        plan.launch([torch.zeros(9)[1:]], (0.5,))
+        plan.launch(torch.zeros(9)[1:], floats=(0.5,))
     assert [call[0] for call in kernel.calls] == ['triton', 'triton']
+
+
+def test_a_plan_is_for_tensors_of_the_same_dtypes_and_devices(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(triton_launch.Plan, 'launch', lambda plan, *tensors, floats=(): seen.setdefault(
+        plan, set()).add(tuple((tensor.dtype, tensor.device) for tensor in tensors)))
+    plain = inputs(24, 40, 4, torch.bfloat16, device='meta')
+    with by_passes(triton_passes.TritonPasses, triton_passes.TritonAlgebra), on_card():
+        for changed in (None, 0, 1, 2, 3, 5, 6):  # x and grad_y, weight, gamma, beta, running statistics
+            tensors = [*plain, *torch.empty(2, 160, device='meta')]
+            if changed is not None:
+                tensors[changed] = tensors[changed].half()
+            *layer, mean, var = tensors
+            layer[4] = layer[4].to(layer[0].dtype)
+            run_layer(*layer, 4, running=(mean, var, 0.1))
+    assert len(seen) > 8 and [len(tensors) for tensors in seen.values()] == [1] * len(seen)
 
 
 def test_a_shape_has_one_plan_and_no_more_are_kept_than_so_many():

@@ -9,6 +9,7 @@ There is no shifted copy of `x`. What a channel's mean would cost half precision
 float32 bias, and the weight's gradient has the mean's part subtracted from its complete sums.
 """
 from functools import lru_cache, partial
+from operator import attrgetter
 from typing import NamedTuple, Optional, Tuple
 
 import torch
@@ -28,7 +29,9 @@ __all__ = ['TritonAlgebra', 'TritonPasses']
 # Plans. Blocks, warps and stages are the fastest of some 5,000 tried on an H200 with finet_large's layers.
 
 MAX_TILE = 128  # columns
-keep = lru_cache(4096)  # of the plans of one kernel; training on ever new shapes would fill the memory
+# Of the plans of one kernel; training on ever new shapes would fill the memory. Their last arguments, `kinds`, are the
+# dtypes and devices of the tensors that a plan is for.
+keep = lru_cache(4096)
 
 
 class Card(NamedTuple):
@@ -79,7 +82,7 @@ def persistent_grid(positions: int, n_tiles: int, block: int, occupancy: Optiona
 
 
 @keep
-def plan_moments(positions: int, channels: int, groups: int, card: Card) -> Tuple[Plan, Plan, int]:
+def plan_moments(positions: int, channels: int, groups: int, card: Card, *kinds) -> Tuple[Plan, Plan, int]:
     """Two plans, and the splits between them."""
     size = channels // groups
     cut = tiles(channels, groups, 64 if size <= 64 else MAX_TILE)
@@ -96,13 +99,13 @@ def plan_moments(positions: int, channels: int, groups: int, card: Card) -> Tupl
 
 
 @keep
-def plan_fold(out: int, groups: int, size: int, affine: bool, track: bool) -> Plan:
+def plan_fold(out: int, groups: int, size: int, affine: bool, track: bool, *kinds) -> Plan:
     return Plan(fold_kernel, (cdiv(out, 16), groups), C=groups * size, OUT=out, SIZE=size, AFFINE=affine, TRACK=track,
                 BO=16, BS=min(64, power_of_2(size)), num_warps=8 if 32 < size <= 64 else 4)
 
 
 @keep
-def plan_convolve(positions: int, channels: int, out: int, groups: int, relu: bool, card: Card) -> Plan:
+def plan_convolve(positions: int, channels: int, out: int, groups: int, relu: bool, card: Card, *kinds) -> Plan:
     stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), power_of_2(channels)
     occupancy = 2 if channels <= 128 else 1
     if block_c > 256 or 2 * block_c * (block_o + stages * rows) > card.shared:  # the weight cannot be kept
@@ -113,7 +116,7 @@ def plan_convolve(positions: int, channels: int, out: int, groups: int, relu: bo
 
 
 @keep
-def plan_weight_gradient(positions: int, channels: int, out: int, card: Card) -> Tuple[Plan, int]:
+def plan_weight_gradient(positions: int, channels: int, out: int, card: Card, *kinds) -> Tuple[Plan, int]:
     """The plan, and its splits."""
     stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), min(128, power_of_2(channels, 32))
     occupancy = 1
@@ -130,14 +133,14 @@ def plan_weight_gradient(positions: int, channels: int, out: int, card: Card) ->
 
 
 @keep
-def plan_unfold(splits: int, out: int, groups: int, size: int, affine: bool) -> Plan:
+def plan_unfold(splits: int, out: int, groups: int, size: int, affine: bool, *kinds) -> Plan:
     block = min(128, power_of_2(size))
     return Plan(unfold_kernel, (cdiv(out, 4), groups), splits, C=groups * size, OUT=out, SIZE=size, AFFINE=affine,
                 BK=min(64, 1024 // block), BO=4, BS=block)
 
 
 @keep
-def plan_input_terms(out: int, groups: int, size: int, count: Optional[int]) -> Plan:
+def plan_input_terms(out: int, groups: int, size: int, count: Optional[int], *kinds) -> Plan:
     """`count` is None where it is a tensor."""
     block = min(128, power_of_2(size))
     return Plan(input_terms_kernel, (cdiv(size, 16), groups), *([] if count is None else [count]),
@@ -146,7 +149,7 @@ def plan_input_terms(out: int, groups: int, size: int, count: Optional[int]) -> 
 
 
 @keep
-def plan_input_gradient(positions: int, channels: int, out: int, groups: int, card: Card) -> Plan:
+def plan_input_gradient(positions: int, channels: int, out: int, groups: int, card: Card, *kinds) -> Plan:
     stages, rows, block_o, occupancy, warps = 3, 64, power_of_2(out), 1, 4
     for max_tile in (MAX_TILE, 64):
         cut = tiles(channels, groups, max_tile)
@@ -172,9 +175,9 @@ def plan_input_gradient(positions: int, channels: int, out: int, groups: int, ca
 # Operators. Each launches the kernel of its name. Sums over positions take two launches, one for the parts; they are in
 # one operator, as the number of parts is no shape that torch.compile could know.
 
-def launch(plan: Plan, *tensors: Tensor, floats: Tuple[float, ...] = ()) -> None:
-    """Tests and scripts replace this to count and to compile."""
-    plan.launch(tensors, floats)
+def kinds(*tensors: Tensor) -> list:
+    """What a plan has to be for: of tensors that a user may have made, and of `x` for those that follow from it."""
+    return [*map(attrgetter('dtype'), tensors), *map(Tensor.get_device, tensors)]
 
 
 def operator(*outputs):
@@ -191,8 +194,10 @@ def operator(*outputs):
     return wrap
 
 
-def count_positions(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
+def sizes(x: Tensor) -> Tuple[int, int]:
+    """Positions and channels."""
+    n, channels, height, width = x.shape
+    return n * height * width, channels
 
 
 def empty_activation(x: Tensor, channels: int) -> Tensor:
@@ -204,10 +209,10 @@ def empty_activation(x: Tensor, channels: int) -> Tensor:
 @operator('shift', 'shifted_mean', 'cov')
 def triton_moments(x: Tensor, shift: Tensor, shifted_mean: Tensor, cov: Tensor) -> None:
     groups, size, _ = cov.shape
-    moments, covariances, splits = plan_moments(count_positions(x), x.shape[1], groups, card(x.device))
+    moments, covariances, splits = plan_moments(*sizes(x), groups, card(x.device), *kinds(x))
     products, sums = cov.new_empty(splits, x.shape[1], size), cov.new_empty(splits, x.shape[1])
-    launch(moments, x, shift, products, sums)
-    launch(covariances, products, sums, shifted_mean, cov)
+    moments.launch(x, shift, products, sums)
+    covariances.launch(products, sums, shifted_mean, cov)
 
 
 @operator('running_mean', 'running_var', 'folded', 'bias', 'mean', 'var', 'inv_std', 'w_cov')
@@ -216,27 +221,30 @@ def triton_fold(
         cov: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], folded: Tensor, bias: Tensor,
         mean: Tensor, var: Tensor, inv_std: Tensor, w_cov: Tensor, eps: float, momentum: float, unbiased: float,
 ) -> None:
-    plan = plan_fold(*w_cov.shape, gamma is not None, running_mean is not None)
-    if gamma is None:
+    affine, track = gamma is not None, running_mean is not None
+    if not affine:
         gamma = beta = shift  # which the kernel does not read
-    if running_mean is None:
+    if not track:
         running_mean = running_var = shift
-    launch(plan, weight.contiguous(), gamma.contiguous(), beta.contiguous(), shift, shifted_mean, cov, running_mean,
-           running_var, folded, bias, mean, var, inv_std, w_cov, floats=(eps, momentum, unbiased))
+    plan = plan_fold(
+        *w_cov.shape, affine, track, *kinds(weight, gamma, beta, running_mean, running_var, folded))
+    plan.launch(
+        weight.contiguous(), gamma.contiguous(), beta.contiguous(), shift, shifted_mean, cov, running_mean, running_var,
+        folded, bias, mean, var, inv_std, w_cov, floats=(float(eps), float(momentum), unbiased))
 
 
 @operator('y')
 def triton_convolve(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, y: Tensor) -> None:
     out, groups = weight.shape[0], bias.shape[0]
-    launch(plan_convolve(count_positions(x), x.shape[1], out, groups, relu, card(x.device)), x, weight, bias, y)
+    plan_convolve(*sizes(x), out, groups, relu, card(x.device), *kinds(x)).launch(x, weight, bias, y)
 
 
 def weight_gradient_parts(grad_y: Tensor, x: Tensor) -> Tensor:
     """`sum dy x^T` `(out, C)` and behind it `sum dy` `(out,)`, a row for each split of the positions."""
-    channels, out = x.shape[1], grad_y.shape[1]
-    plan, splits = plan_weight_gradient(count_positions(x), channels, out, card(x.device))
+    (positions, channels), out = sizes(x), grad_y.shape[1]
+    plan, splits = plan_weight_gradient(positions, channels, out, card(x.device), *kinds(grad_y, x))
     parts = x.new_empty(splits, out * channels + out, dtype=torch.float32)
-    launch(plan, grad_y, x, parts)
+    plan.launch(grad_y, x, parts)
     return parts
 
 
@@ -246,10 +254,10 @@ def triton_unfold(
         grad_y: Tensor, x: Tensor, grad_weight: Tensor, grad_gamma: Tensor, grad_beta: Tensor, grad_var: Tensor,
         grad_bias: Tensor) -> None:
     parts = weight_gradient_parts(grad_y, x)
-    plan = plan_unfold(len(parts), *w_cov.shape, gamma is not None)
-    gamma = shift if gamma is None else gamma.contiguous()  # or what the kernel does not read
-    launch(plan, weight.contiguous(), gamma, shift, shifted_mean, inv_std, w_cov, parts,
-           grad_weight, grad_gamma, grad_beta, grad_var, grad_bias)
+    affine, gamma = gamma is not None, shift if gamma is None else gamma.contiguous()  # shift is not read
+    plan_unfold(parts.shape[0], *w_cov.shape, affine, *kinds(weight, gamma)).launch(
+        weight.contiguous(), gamma, shift, shifted_mean, inv_std, w_cov, parts,
+        grad_weight, grad_gamma, grad_beta, grad_var, grad_bias)
 
 
 @operator('a', 'b')
@@ -257,17 +265,15 @@ def triton_input_terms(
         weight: Tensor, folded: Tensor, shift: Tensor, shifted_mean: Tensor, grad_var: Tensor, grad_bias: Tensor,
         count_tensor: Optional[Tensor], count: int, a: Tensor, b: Tensor) -> None:
     groups, size, _ = a.shape
-    tensors = [weight.contiguous(), folded, shift, shifted_mean, grad_var, grad_bias, a, b]
-    if count_tensor is None:
-        launch(plan_input_terms(weight.shape[0], groups, size, count), *tensors)
-    else:
-        launch(plan_input_terms(weight.shape[0], groups, size, None), *tensors, count_tensor)
+    counts, count = ([], count) if count_tensor is None else ([count_tensor], None)
+    plan_input_terms(weight.shape[0], groups, size, count, *kinds(weight, folded, *counts)).launch(
+        weight.contiguous(), folded, shift, shifted_mean, grad_var, grad_bias, a, b, *counts)
 
 
 @operator('grad_x')
 def triton_input_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, grad_x: Tensor) -> None:
-    plan = plan_input_gradient(count_positions(x), x.shape[1], weight.shape[0], len(a), card(x.device))
-    launch(plan, grad_y, x, weight, a, b, grad_x)
+    plan = plan_input_gradient(*sizes(x), weight.shape[0], a.shape[0], card(x.device), *kinds(grad_y, x))
+    plan.launch(grad_y, x, weight, a, b, grad_x)
 
 
 def adds_up(device: torch.device) -> bool:
@@ -277,7 +283,7 @@ def adds_up(device: torch.device) -> bool:
     plan = Plan(covariances_kernel, (1, 1), 2, 2, C=1, SIZE=1, BK=16, BS=16)
     results = []
     for _ in range(2):
-        launch(plan, products, sums, mean.zero_(), cov.zero_())
+        plan.launch(products, sums, mean.zero_(), cov.zero_())
         results.append((mean[0].item(), cov[0].item()))
     return results == [(2., 1.), (2., 1.)]
 
