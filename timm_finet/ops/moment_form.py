@@ -225,11 +225,17 @@ class MomentForm(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *_):
+        # The error at second derivatives takes the host time, so it is made only where a graph for them is.
+        return (MomentForm.once if torch.is_grad_enabled() else MomentForm.all_gradients)(ctx, grad_y)
+
+    @staticmethod
+    def all_gradients(ctx, grad_y):
         saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them at each access
         with without_autocast(saved[0]):
             return MomentForm.gradients(ctx, grad_y, *saved)
+
+    once = staticmethod(torch.autograd.function.once_differentiable(all_gradients))
 
     @staticmethod
     def gradients(ctx, grad_y, x, weight, gamma, shift, shifted_mean, w_cov, inv_std, folded, y):
