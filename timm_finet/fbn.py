@@ -27,7 +27,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from timm.layers import register_notrace_module, to_2tuple
 
-from .ops.moment_form import MomentForm
+from .ops.moment_form import MomentForm, Running, track
 from .ops.recomputed import RecomputedNorm
 from .ops.torch_passes import has_autocast, memory_format
 from .ops.tracing import operators_alone
@@ -310,9 +310,7 @@ class FBNConv2d(nn.Module):
         on_cpu = x.device.type == 'cpu'
         if not on_cpu and not torch.compiler.is_compiling():
             # MomentForm moves the statistics, which its Triton kernels do without another launch.
-            momentum = self._count_batch()
-            running = None if momentum is None else (bn.running_mean, bn.running_var, momentum)
-            return MomentForm.apply(*arguments, running)[0]
+            return MomentForm.apply(*arguments, self._running())[0]
         y, mean, var, count = MomentForm.apply(*arguments)
         if on_cpu and process_group is None and not torch.compiler.is_compiling():
             # The input's squares may overflow where the variances of its partial sums do not.
@@ -348,22 +346,24 @@ class FBNConv2d(nn.Module):
         self._track(torch.cat(means), torch.cat(variances))
         return y.relu_() if relu else y
 
-    def _count_batch(self) -> Optional[float]:
-        """Count a batch as BatchNorm does, and return the momentum for its statistics, or None where they stay."""
+    def _running(self) -> Optional[Running]:
+        """What a batch is to move, as BatchNorm does, for `track`; or None where the statistics stay."""
         bn = self.bn
         if not (bn.training and bn.track_running_stats):
             return None
-        if bn.num_batches_tracked is None:
-            return bn.momentum
-        bn.num_batches_tracked.add_(1)
-        return 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+        momentum, batches = bn.momentum, bn.num_batches_tracked
+        if momentum is None:  # the mean of all batches
+            if batches is None:
+                return None
+            batches.add_(1)
+            momentum, batches = 1 / float(batches), None
+        return bn.running_mean, bn.running_var, momentum, batches
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
-        bn, momentum = self.bn, self._count_batch()
-        if momentum is not None:
-            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
-            bn.running_var.lerp_(unbiased_var.to(bn.running_var.dtype), momentum)
+        running = self._running()
+        if running is not None:
+            track(running, mean, unbiased_var)
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:

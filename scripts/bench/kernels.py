@@ -221,14 +221,14 @@ def measure_bytes(groups=4, positions=(128, 256)):
 # ---------------------------------------------------------------------------------------------------------------------
 # Resources
 
-TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
+TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32', torch.int64: '*i64'}
 
 
 def layer_launches(channels, out, groups, relu=True, shared_kib=227):
     """The launches of a step of a layer of bfloat16 with ReLU and running statistics, none of them run."""
     from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
     layer = inputs(channels, out, groups, torch.bfloat16, shape=(256, 28, 28), device='meta')
-    running = *torch.empty(2, groups * out, device='meta'), 0.1
+    running = *torch.empty(2, groups * out, device='meta'), 0.1, torch.empty((), dtype=torch.int64, device='meta')
     with recorded_launches(run=False) as launches, by_passes(TritonPasses, TritonAlgebra), on_card(shared_kib):
         run_layer(*layer, groups, relu=relu, running=running)
     return launches
@@ -314,10 +314,10 @@ def measure_launches(channels=100, out=100, groups=4):
         return F.relu(F.batch_norm(y, *running, gamma, beta, True))
 
     def fbn(x, weight, gamma, beta, running):
-        return F.relu(MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, False, (*running, 0.1))[0])
+        return F.relu(MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, False, (*running, 0.1, batches))[0])
 
     def fbn_relu(x, weight, gamma, beta, running):
-        return MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, True, (*running, 0.1))[0]
+        return MomentForm.apply(x, weight, gamma, beta, groups, 1e-5, None, True, (*running, 0.1, batches))[0]
 
     torchs, tritons = (TorchPasses, TorchAlgebra), (TritonPasses, TritonAlgebra)
     for name, layer, passes in (
@@ -327,6 +327,7 @@ def measure_launches(channels=100, out=100, groups=4):
         x, weight, gamma, beta, grad_y = inputs(channels, out, layer_groups, torch.bfloat16, device='meta')
         leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
         running = torch.empty(2, layer_groups * out, device='meta').unbind()
+        batches = torch.empty((), dtype=torch.int64, device='meta')
         with patch.object(torch.Tensor, 'is_cuda', True), by_passes(*passes), on_card(), \
                 recorded_launches(run=False) as launches:
             with Operators() as forward:

@@ -90,10 +90,10 @@ def test_not_a_number_stays_one():
 
 def test_running_statistics_move_in_the_same_launches():
     x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
-    mean, var = torch.zeros(160), torch.ones(160)
+    mean, var, batches = torch.zeros(160), torch.ones(160), torch.tensor(6)
     with recorded_launches() as launches:
-        found = run_layer(x, weight, gamma, beta, grad_y, 4, running=(mean, var, 0.3))
-    assert len(launches) == 8
+        found = run_layer(x, weight, gamma, beta, grad_y, 4, running=(mean, var, 0.3, batches))
+    assert len(launches) == 8 and batches == 7
     count = x.numel() / 24
     torch.testing.assert_close(mean, 0.3 * found[1])
     torch.testing.assert_close(var, 0.7 + 0.3 * count / (count - 1) * found[2])
@@ -103,15 +103,16 @@ def test_statistics_of_several_processes(tmp_path):
     """One process that shares them with itself goes the same way: counts and sums come back as tensors."""
     x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
     leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
-    mean, var = torch.zeros(160), torch.ones(160)
+    mean, var, batches = torch.zeros(160), torch.ones(160), torch.tensor(6)
+    running = mean, var, 0.3, batches
     dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
     try:
         with recorded_launches() as launches:
-            y, *statistics, count = MomentForm.apply(*leaves, 4, 1e-5, dist.group.WORLD, False, (mean, var, 0.3))
+            y, *statistics, count = MomentForm.apply(*leaves, 4, 1e-5, dist.group.WORLD, False, running)
             found = [y.detach(), *statistics, *torch.autograd.grad(y, leaves, grad_y)]
     finally:
         dist.destroy_process_group()
-    assert len(launches) == 8 and count == x.numel() / 24
+    assert len(launches) == 8 and count == x.numel() / 24 and batches == 7
     y, *statistics, grad_x, a, b, c = errors(found, exact_layer(x, weight, gamma, beta, grad_y, 4))
     assert max(y, grad_x) < ROUNDING[torch.float16] and max(*statistics, a, b, c) < STATISTICS
     torch.testing.assert_close(mean, 0.3 * found[1])
@@ -120,11 +121,12 @@ def test_statistics_of_several_processes(tmp_path):
 
 def test_affine_terms_and_running_statistics_that_are_views_with_gaps():
     x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
-    mean, var = torch.zeros(160), torch.ones(160)
-    expected = run_layer(x, weight, gamma, beta, grad_y, 4, running=(mean, var, 0.3))
+    mean, var, batches = torch.zeros(160), torch.ones(160), torch.tensor(6)
+    expected = run_layer(x, weight, gamma, beta, grad_y, 4, running=(mean, var, 0.3, batches))
     gaps = [torch.stack([v, v + 9], 1)[:, 0] for v in (gamma, beta, torch.zeros(160), torch.ones(160))]
-    for found, value in zip(run_layer(x, weight, *gaps[:2], grad_y, 4, running=(*gaps[2:], 0.3)), expected):
+    for found, value in zip(run_layer(x, weight, *gaps[:2], grad_y, 4, running=(*gaps[2:], 0.3, batches)), expected):
         torch.testing.assert_close(found, value, rtol=0, atol=0)
+    assert batches == 8
     for found, value in zip(gaps[2:], (mean, var)):
         torch.testing.assert_close(found, value)
 

@@ -87,11 +87,12 @@ def test_a_plan_is_for_tensors_of_the_same_dtypes_and_devices(monkeypatch):
     with by_passes(triton_passes.TritonPasses, triton_passes.TritonAlgebra), on_card():
         for changed in (None, 0, 1, 2, 3, 5, 6):  # x and grad_y, weight, gamma, beta, running statistics
             tensors = [*plain, *torch.empty(2, 160, device='meta')]
+            batches = torch.empty((), dtype=torch.int64, device='meta')
             if changed is not None:
                 tensors[changed] = tensors[changed].half()
             *layer, mean, var = tensors
             layer[4] = layer[4].to(layer[0].dtype)
-            run_layer(*layer, 4, running=(mean, var, 0.1))
+            run_layer(*layer, 4, running=(mean, var, 0.1, batches))
     assert len(seen) > 8 and [len(tensors) for tensors in seen.values()] == [1] * len(seen)
 
 

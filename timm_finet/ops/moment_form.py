@@ -25,16 +25,18 @@ import torch
 from .sync import all_reduce, pool_moments
 from .torch_passes import TorchPasses, memory_format, moments_dtype, without_autocast
 
-__all__ = ['MomentForm']
+__all__ = ['MomentForm', 'Running', 'track']
 
 
-def track(running: Tuple[torch.Tensor, torch.Tensor, float], mean: torch.Tensor, var: torch.Tensor, count) -> None:
-    """Move `running = (running_mean, running_var, momentum)` towards a batch's statistics, as BatchNorm does.
+# running_mean, running_var, momentum, and num_batches_tracked or None
+Running = Tuple[torch.Tensor, torch.Tensor, float, Optional[torch.Tensor]]
 
-    `var` is biased; `count` is the batch's number of positions, an int or a scalar tensor.
-    """
-    running_mean, running_var, momentum = running
-    unbiased_var = var * (count / (count - 1))
+
+def track(running: Running, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
+    """Count a batch, and move `running` towards its statistics, as BatchNorm does."""
+    running_mean, running_var, momentum, batches = running
+    if batches is not None:
+        batches.add_(1)
     running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
     running_var.lerp_(unbiased_var.flatten().to(running_var.dtype), momentum)
 
@@ -57,7 +59,7 @@ class TorchAlgebra:
             cov: torch.Tensor,
             eps: float,
             dtype: torch.dtype,
-            running: Optional[Tuple[torch.Tensor, torch.Tensor, float]],
+            running: Optional[Running],
             count: Union[int, torch.Tensor],
     ) -> Tuple[torch.Tensor, ...]:
         """The folded convolution, from the input's moments.
@@ -88,7 +90,7 @@ class TorchAlgebra:
         if beta is not None:
             bias = bias + beta.view_as(inv_std).sum(0)
         if running is not None:
-            track(running, mean, var, count)
+            track(running, mean, var * (count / (count - 1)))
         return folded, bias, mean, var, inv_std, w_cov
 
     @staticmethod
@@ -197,9 +199,9 @@ class MomentForm(torch.autograd.Function):
     """`(y, mean, var, count)` of `x` `(N, C, H, W)`, `weight` `(out, C, 1, 1)`, `gamma`, `beta` `(G * out,)` or None.
 
     With `relu`, `y` is its ReLU, and what goes into it is never stored. `mean` and biased `var` `(G * out,)` are those
-    of all partial sums over `count` positions, without a gradient. `running`, `(running_mean, running_var, momentum)`,
-    is moved by them; not while torch.compile traces. With a process group, statistics and `count`, then a tensor, are
-    those of all its processes. Saved for backward are `x`, with `relu` also `y`, and tensors of the weight's size.
+    of all partial sums over `count` positions, without a gradient. `running`, as for `track`, is moved by them; not
+    while torch.compile traces. With a process group, statistics and `count`, then a tensor, are those of all its
+    processes. Saved for backward are `x`, with `relu` also `y`, and tensors of the weight's size.
     """
 
     @staticmethod

@@ -262,7 +262,7 @@ def load_mean(shift, shifted_mean, g, j, SIZE: tl.constexpr):
 
 @triton.jit
 def fold_kernel(
-        weight, gamma, beta, shift, shifted_mean, cov, running_mean, running_var,
+        weight, gamma, beta, shift, shifted_mean, cov, running_mean, running_var, batches,
         folded, bias, mean_ptr, var_ptr, inv_std_ptr, w_cov, eps, momentum, unbiased,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, AFFINE: tl.constexpr, TRACK: tl.constexpr,
         BO: tl.constexpr, BS: tl.constexpr):
@@ -316,6 +316,8 @@ def fold_kernel(
         tl.store(running_mean + at, (old + momentum * (mean - old)).to(running_mean.dtype.element_ty), exists)
         old = tl.load(running_var + at, exists, 0.0).to(tl.float32)
         tl.store(running_var + at, (old + momentum * (var * unbiased - old)).to(running_var.dtype.element_ty), exists)
+        if (g == 0) & (tl.program_id(0) == 0):
+            tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit
