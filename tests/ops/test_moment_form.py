@@ -56,7 +56,8 @@ def test_agrees_with_the_definition(layout, affine, relu):
 def test_running_statistics_move_in_their_own_dtype(dtype):
     x, *rest = layer(12, 10, 3, 4)
     running = torch.zeros(30, dtype=dtype), torch.ones(30, dtype=dtype)
-    _, mean, var, _ = MomentForm.apply(x, *rest, 3, 1e-5, None, False, (*running, 0.3, batches := torch.tensor(6)))
+    _, mean, var, _ = MomentForm.apply(x, *rest, 3, 1e-5, None)
+    MomentForm.apply(x, *rest, 3, 1e-5, None, False, (*running, 0.3, batches := torch.tensor(6)))
     assert batches == 7
     torch.testing.assert_close(running, ((0.3 * mean).to(dtype), (0.7 + 0.3 * var * 80 / 79).to(dtype)))
 

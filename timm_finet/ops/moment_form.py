@@ -72,7 +72,8 @@ class TorchAlgebra:
 
         Returns:
             The folded weight `W'` `(out, C, 1, 1)` and the bias `(out,)` that goes with `c`; mean and biased var
-            `(G, out)`; and for `unfold` `1 / sqrt(var + eps)` `(G, out)` and `W_g S_g` `(G, out, C/G)`.
+            `(G, out)`, to be read only where `running` is None; and for `unfold` `1 / sqrt(var + eps)` `(G, out)` and
+            `W_g S_g` `(G, out, C/G)`.
         """
         groups, size, _ = cov.shape
         w = by_group(weight.to(cov.dtype), groups)
@@ -199,9 +200,10 @@ class MomentForm(torch.autograd.Function):
     """`(y, mean, var, count)` of `x` `(N, C, H, W)`, `weight` `(out, C, 1, 1)`, `gamma`, `beta` `(G * out,)` or None.
 
     With `relu`, `y` is its ReLU, and what goes into it is never stored. `mean` and biased `var` `(G * out,)` are those
-    of all partial sums over `count` positions, without a gradient. `running`, as for `track`, is moved by them; not
-    while torch.compile traces. With a process group, statistics and `count`, then a tensor, are those of all its
-    processes. Saved for backward are `x`, with `relu` also `y`, and tensors of the weight's size.
+    of all partial sums over `count` positions, without a gradient; they are None if `running`, as for `track`, is given
+    to be moved by them, which it is not while torch.compile traces. With a process group, statistics and `count`, then
+    a tensor, are those of all its processes. Saved for backward are `x`, with `relu` also `y`, and tensors of the
+    weight's size.
     """
 
     @staticmethod
@@ -221,9 +223,11 @@ class MomentForm(torch.autograd.Function):
 
         ctx.save_for_backward(x, weight, gamma, shift, shifted_mean, w_cov, inv_std, folded, y if relu else None)
         ctx.count, ctx.process_group = count, process_group
+        ctx.set_materialize_grads(False)  # those of statistics would be filled with zeros, a launch each
+        if running is not None:
+            return y, None, None, count
         mean, var = mean.flatten(), var.flatten()
         ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)  # their gradients would be filled with zeros, a launch each
         return y, mean, var, count
 
     @staticmethod

@@ -262,12 +262,15 @@ def load_mean(shift, shifted_mean, g, j, SIZE: tl.constexpr):
 
 @triton.jit
 def fold_kernel(
-        weight, gamma, beta, shift, shifted_mean, cov, running_mean, running_var, batches,
-        folded, bias, mean_ptr, var_ptr, inv_std_ptr, w_cov, eps, momentum, unbiased,
+        weight, gamma, beta, shift, shifted_mean, cov, folded, bias, mean_ptr, var_ptr, batches, inv_std_ptr, w_cov,
+        eps, momentum, unbiased,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, AFFINE: tl.constexpr, TRACK: tl.constexpr,
         BO: tl.constexpr, BS: tl.constexpr):
     """The folded weight, and of group g its part `(OUT,)` of the bias, its mean and var, and `W_g S_g`, where `S_g` is
-    `cov`. A program takes a block of output channels of one group. `unbiased` is what makes var unbiased."""
+    `cov`. A program takes a block of output channels of one group.
+
+    With TRACK, `mean_ptr` and `var_ptr` are running statistics, which mean and var move. `unbiased` is what makes var
+    unbiased."""
     g = tl.program_id(1)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     exists = o < OUT
@@ -308,16 +311,16 @@ def fold_kernel(
         tl.store(folded + o[:, None] * C + j[None, :], rounded, mask)
     at = g * OUT + o
     tl.store(bias + at, b, exists)
-    tl.store(mean_ptr + at, mean, exists)
-    tl.store(var_ptr + at, var, exists)
     tl.store(inv_std_ptr + at, inv_std, exists)
     if TRACK:
-        old = tl.load(running_mean + at, exists, 0.0).to(tl.float32)
-        tl.store(running_mean + at, (old + momentum * (mean - old)).to(running_mean.dtype.element_ty), exists)
-        old = tl.load(running_var + at, exists, 0.0).to(tl.float32)
-        tl.store(running_var + at, (old + momentum * (var * unbiased - old)).to(running_var.dtype.element_ty), exists)
+        old = tl.load(mean_ptr + at, exists, 0.0).to(tl.float32)
+        mean = old + momentum * (mean - old)
+        old = tl.load(var_ptr + at, exists, 0.0).to(tl.float32)
+        var = old + momentum * (var * unbiased - old)
         if (g == 0) & (tl.program_id(0) == 0):
             tl.store(batches, tl.load(batches) + 1)
+    tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), exists)
+    tl.store(var_ptr + at, var.to(var_ptr.dtype.element_ty), exists)
 
 
 @triton.jit

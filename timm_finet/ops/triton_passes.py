@@ -215,23 +215,20 @@ def triton_moments(x: Tensor, shift: Tensor, shifted_mean: Tensor, cov: Tensor) 
     covariances.launch(products, sums, shifted_mean, cov)
 
 
-@operator('running_mean', 'running_var', 'batches', 'folded', 'bias', 'mean', 'var', 'inv_std', 'w_cov')
+@operator('folded', 'bias', 'mean', 'var', 'batches', 'inv_std', 'w_cov')
 def triton_fold(
         weight: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor], shift: Tensor, shifted_mean: Tensor,
-        cov: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor],
-        folded: Tensor, bias: Tensor, mean: Tensor, var: Tensor, inv_std: Tensor, w_cov: Tensor,
-        eps: float, momentum: float, unbiased: float,
+        cov: Tensor, folded: Tensor, bias: Tensor, mean: Tensor, var: Tensor, batches: Optional[Tensor],
+        inv_std: Tensor, w_cov: Tensor, eps: float, momentum: float, unbiased: float,
 ) -> None:
-    affine, track = gamma is not None, running_mean is not None
+    affine, track = gamma is not None, batches is not None
     if not affine:
         gamma = beta = shift  # which the kernel does not read
     if not track:
-        running_mean = running_var = batches = shift
-    plan = plan_fold(
-        *w_cov.shape, affine, track, *kinds(weight, gamma, beta, running_mean, running_var, batches, folded))
-    plan.launch(
-        weight.contiguous(), gamma.contiguous(), beta.contiguous(), shift, shifted_mean, cov, running_mean, running_var,
-        batches, folded, bias, mean, var, inv_std, w_cov, floats=(float(eps), float(momentum), unbiased))
+        batches = shift
+    plan_fold(*w_cov.shape, affine, track, *kinds(weight, gamma, beta, folded, mean, var, batches)).launch(
+        weight.contiguous(), gamma.contiguous(), beta.contiguous(), shift, shifted_mean, cov, folded, bias, mean, var,
+        batches, inv_std, w_cov, floats=(float(eps), float(momentum), unbiased))
 
 
 @operator('y')
@@ -340,19 +337,19 @@ class TritonAlgebra:
     def fold(weight, gamma, beta, shift, shifted_mean, cov, eps, dtype, running, count):
         out, (groups, size, _) = weight.shape[0], cov.shape
         folded = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        bias, mean, var, inv_std = [cov.new_empty(groups, out) for _ in range(4)]
-        results = folded, bias, mean, var, inv_std, cov.new_empty(out, groups, size)
-        running_mean, running_var, momentum, batches = running or (None, None, 0., None)
+        bias, inv_std, w_cov = cov.new_empty(groups, out), cov.new_empty(groups, out), cov.new_empty(out, groups, size)
+        mean, var, momentum, batches = running or (None, None, 0., None)
         in_kernel = (
             batches is not None and batches.device == cov.device and not isinstance(count, Tensor)
-            and running_mean.is_contiguous() and running_var.is_contiguous())
-        unbiased, tracked = 1., [None] * 3
-        if in_kernel:
-            unbiased, tracked = count / (count - 1), [running_mean, running_var, batches]
-        triton_fold(weight, gamma, beta, shift, shifted_mean, cov, *tracked, *results, eps, momentum, unbiased)
+            and mean.is_contiguous() and var.is_contiguous())
+        unbiased = count / (count - 1) if in_kernel else 1.
+        if not in_kernel:
+            mean, var, batches = torch.empty_like(bias), torch.empty_like(bias), None
+        triton_fold(weight, gamma, beta, shift, shifted_mean, cov, folded, bias, mean, var, batches, inv_std, w_cov,
+                    eps, momentum, unbiased)
         if running is not None and not in_kernel:
             track(running, mean, var * (count / (count - 1)))
-        return results
+        return folded, bias, mean, var, inv_std, w_cov
 
     @staticmethod
     def unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, sums):
