@@ -238,9 +238,15 @@ class FBNConv2d(nn.Module):
         weight = self.weight  # read once, as a parametrisation may compute another one at each access
         device = x.device.type
         if has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            with torch.autocast(device, enabled=False):
-                return form(x.to(dtype), weight, process_group, relu)
+            x = x.to(torch.get_autocast_dtype(device))
+            if torch.compiler.is_compiling():
+                with torch.autocast(device, enabled=False):
+                    return form(x, weight, process_group, relu)
+            torch.set_autocast_enabled(device, False)  # as `torch.autocast` does, in less of the host's time
+            try:
+                return form(x, weight, process_group, relu)
+            finally:
+                torch.set_autocast_enabled(device, True)
         if x.dtype != weight.dtype:
             raise RuntimeError(f'Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same.')
         return form(x, weight, process_group, relu)

@@ -248,7 +248,7 @@ class MomentForm(torch.autograd.Function):
         if grad_y is None:  # take zeros, as other processes may be waiting for this one's sums
             grad_y = x.new_zeros(len(x), len(weight), *x.shape[2:])
         passes = ctx.passes(x, shift, grad_y, y)
-        sums = passes.weight_gradient(len(weight), inv_std.dtype)
+        sums = passes.weight_gradient(weight.shape[0], inv_std.dtype)
         grad_weight, grad_gamma, grad_beta, grad_var, grad_bias = ctx.algebra.unfold(
             weight, gamma, shift, shifted_mean, inv_std, w_cov, sums)
         grad_x = None

@@ -356,7 +356,7 @@ class TritonAlgebra:
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         like = inv_std if gamma is None else gamma
         grad_gamma, grad_beta = like.new_empty(inv_std.numel()), like.new_empty(inv_std.numel())
-        grad_var, grad_bias = torch.empty_like(inv_std), inv_std.new_empty(len(weight))
+        grad_var, grad_bias = torch.empty_like(inv_std), inv_std.new_empty(weight.shape[0])
         triton_unfold(weight, gamma, shift, shifted_mean, inv_std, w_cov, *sums,
                       grad_weight, grad_gamma, grad_beta, grad_var, grad_bias)
         if gamma is None:  # the kernel has not written them
