@@ -176,7 +176,7 @@ def plan_input_gradient(positions: int, channels: int, out: int, groups: int, ca
 # one operator, as the number of parts is no shape that torch.compile could know.
 
 def kinds(*tensors: Tensor) -> list:
-    """What a plan has to be for: of tensors that a user may have made, and of `x` for those that follow from it."""
+    """Dtypes and devices of tensors that a user has made; those of others follow from `x`, as autograd sees to."""
     return [*map(attrgetter('dtype'), tensors), *map(Tensor.get_device, tensors)]
 
 
@@ -209,7 +209,7 @@ def empty_activation(x: Tensor, channels: int) -> Tensor:
 @operator('shift', 'shifted_mean', 'cov')
 def triton_moments(x: Tensor, shift: Tensor, shifted_mean: Tensor, cov: Tensor) -> None:
     groups, size, _ = cov.shape
-    moments, covariances, splits = plan_moments(*sizes(x), groups, card(x.device), *kinds(x))
+    moments, covariances, splits = plan_moments(*sizes(x), groups, card(x.device), x.dtype, x.device)
     products, sums = cov.new_empty(splits, x.shape[1], size), cov.new_empty(splits, x.shape[1])
     moments.launch(x, shift, products, sums)
     covariances.launch(products, sums, shifted_mean, cov)
@@ -234,13 +234,13 @@ def triton_fold(
 @operator('y')
 def triton_convolve(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, y: Tensor) -> None:
     out, groups = weight.shape[0], bias.shape[0]
-    plan_convolve(*sizes(x), out, groups, relu, card(x.device), *kinds(x)).launch(x, weight, bias, y)
+    plan_convolve(*sizes(x), out, groups, relu, card(x.device), x.dtype, x.device).launch(x, weight, bias, y)
 
 
 def weight_gradient_parts(grad_y: Tensor, x: Tensor) -> Tensor:
     """`sum dy x^T` `(out, C)` and behind it `sum dy` `(out,)`, a row for each split of the positions."""
     (positions, channels), out = sizes(x), grad_y.shape[1]
-    plan, splits = plan_weight_gradient(positions, channels, out, card(x.device), *kinds(grad_y, x))
+    plan, splits = plan_weight_gradient(positions, channels, out, card(x.device), x.dtype, x.device)
     parts = x.new_empty(splits, out * channels + out, dtype=torch.float32)
     plan.launch(grad_y, x, parts)
     return parts
@@ -270,7 +270,7 @@ def triton_input_terms(
 
 @operator('grad_x')
 def triton_input_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, grad_x: Tensor) -> None:
-    plan = plan_input_gradient(*sizes(x), weight.shape[0], a.shape[0], card(x.device), *kinds(grad_y, x))
+    plan = plan_input_gradient(*sizes(x), weight.shape[0], a.shape[0], card(x.device), x.dtype, x.device)
     plan.launch(grad_y, x, weight, a, b, grad_x)
 
 
