@@ -55,7 +55,12 @@ def test_act_place_moves_one_relu(act_place):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(act_place='end'), "act_place='end'.*depthwise, pointwise, output"),
     (dict(fbn_groups=0), 'fbn_groups=0'),
+    (dict(fbn_groups='4'), "fbn_groups='4' must be an integer"),
     (dict(fbn_group_size=0), 'fbn_group_size=0'),
+    (dict(fbn_group_size=2.5), 'fbn_group_size=2.5 must be an integer'),
+    (dict(affine='false'), "affine='false' must be True or False"),
+    (dict(small_input='False'), "small_input='False'"),
+    (dict(fused='no'), "fused='no'"),
     (dict(fbn_groups=2, fbn_group_size=20), 'exclude each other'),
 ])
 def test_bad_arguments_name_themselves(kwargs, message):

@@ -67,3 +67,15 @@ def test_the_deploy_form_takes_what_fuse_fbn_gives(kwargs, randomise):
     deploy.load_state_dict(fuse_fbn(model, x.float()).state_dict())
     with torch.no_grad():
         torch.testing.assert_close(deploy.eval().double()(x), model.double()(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(fbn_groups=3), 'fbn_groups=3 does not divide the 64 channels of layer'),
+    (dict(fbn_groups=128), 'fbn_groups=128 does not divide'),
+    (dict(fbn_groups=0), 'fbn_groups=0 must be an integer of at least 1'),
+    (dict(fbn_groups='4'), "fbn_groups='4' must be an integer"),
+    (dict(affine='false'), "affine='false' must be True or False"),
+])
+def test_groups_that_would_leave_plain_batchnorm_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('resnet18_fbn', **kwargs)

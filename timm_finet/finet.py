@@ -34,6 +34,13 @@ from .ops.depthwise import DepthwiseConv2d
 __all__ = ['Finet']
 
 
+def check_flags(**flags: bool) -> None:
+    """Raise ValueError for a flag that is no bool: `--model-kwargs affine=false` gives the string 'false'."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name}={value!r} must be True or False.')
+
+
 def set_bn_args(model: nn.Module, eps: Optional[float], momentum: Optional[float]) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -169,7 +176,8 @@ class Finet(nn.Module):
     goes into them, and so traces eval mode alone.
 
     Raises:
-        ValueError: FBN groups below 1, both kinds of groups at once, or an unknown `act_place`.
+        ValueError: FBN groups that are no integer of at least 1, both kinds of groups at once, an unknown `act_place`,
+            or a flag that is neither True nor False.
     """
 
     def __init__(
@@ -199,11 +207,13 @@ class Finet(nn.Module):
         super().__init__()
         assert output_stride == 32
         for name, value in (('fbn_groups', fbn_groups), ('fbn_group_size', fbn_group_size)):
-            if value is not None and value < 1:
-                raise ValueError(f'{name}={value} must be at least 1.')
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f'{name}={value!r} must be an integer of at least 1.')
         if fbn_group_size is not None and fbn_groups != 1:
             raise ValueError(
-                f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one.')
+                f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one, and '
+                'fbn_group_size only to a name without _g2 to _g8.')
+        check_flags(affine=affine, small_input=small_input, fused=fused)
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans

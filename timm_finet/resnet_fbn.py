@@ -9,7 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data.datasets import CIFAR10
-from .finet import set_bn_args
+from .finet import check_flags, set_bn_args
 from .fusion.conversion import convert_named, fits_fbn
 from .fusion.folding import check_form, fuse_named
 from .fusion.layers import neighbours
@@ -40,12 +40,18 @@ class ResNetFBN(ResNet):
         small_input: Stem for 32 px images: 3x3, stride 1 and no max-pool (section 5.3).
         bn_eps, bn_momentum: Of every BatchNorm, FBN's own included; None is torch's 1e-5 and 0.1.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
+
+    Raises:
+        ValueError: `fbn_groups` does not divide the channels of every convolution, or a flag is neither True nor False.
     """
 
     def __init__(
             self, block, layers, fbn_groups: int = 2, affine: bool = True, small_input: bool = False,
             bn_eps: Optional[float] = None, bn_momentum: Optional[float] = None, fused: bool = False,
             in_chans: int = 3, device=None, dtype=None, **kwargs):
+        if type(fbn_groups) is not int or fbn_groups < 1:
+            raise ValueError(f'fbn_groups={fbn_groups!r} must be an integer of at least 1.')
+        check_flags(affine=affine, small_input=small_input, fused=fused)
         super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         self.fbn_groups = fbn_groups
         if small_input:
@@ -57,7 +63,12 @@ class ResNetFBN(ResNet):
         modules = dict(self.named_modules())
         pairs = _pairs(modules)
         in_stages = [names for names in pairs if names[0].startswith('layer')]
-        converted = [names for names in in_stages if fits_fbn(*map(modules.get, names), fbn_groups)]
+        converted = [names for names in in_stages if fits_fbn(*map(modules.get, names), 1)]
+        for conv, _ in converted:
+            if modules[conv].in_channels % fbn_groups:
+                raise ValueError(
+                    f'fbn_groups={fbn_groups} does not divide the {modules[conv].in_channels} channels of {conv}: '
+                    'give a power of two, at most 64.')
         convert_named(self, converted, fbn_groups, affine)
         self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # in checkpoints of timm, and here
         if fused:
