@@ -17,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser('demo', help='classify images with embedded weights, before and after fusion')
     sub.add_argument(
-        'paths', nargs='*', metavar='PATH', help='own images or folders of them, instead of the shipped ones')
+        'paths', nargs='*', metavar='PATH', help='your own images or folders of them, instead of the shipped ones')
     sub.add_argument('--output', default='finet_demo.png', help='contact sheet to write (default: %(default)s)')
 
     sub = commands.add_parser('flops', help='count multiply-adds and parameters of any network of timm or torchvision')
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='images for --int8, of the training set, or folders of them')
     sub.add_argument(
         '--img-size', type=int, metavar='PX', help='height and width (default: those that the weights are tested at)')
-    sub.add_argument('--dynamic-batch', action='store_true', help='take any number of images at a time (onnx alone)')
+    sub.add_argument('--dynamic-batch', action='store_true', help='take any number of images at a time (onnx only)')
     sub.add_argument('--output', metavar='FILE', help='default: NAME.onnx, NAME.pte, NAME.int8.onnx or NAME.int8.pte')
 
     sub = commands.add_parser(
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('--repo-id', required=True, metavar='ORG/NAME', help='created where it does not exist')
     sub.add_argument('--private', action='store_true', help='create it as a private repository')
     sub.add_argument('--revision', metavar='BRANCH', help='push to this branch, created where it does not exist')
-    sub.add_argument('--fused', action='store_true', help='push the fused form: for inference alone')
+    sub.add_argument('--fused', action='store_true', help='push the fused form, which is for inference only')
     sub.add_argument(
         '--results', metavar='CSV', help="accuracies for the card, as timm's validate.py --results-file writes them")
     sub.add_argument(

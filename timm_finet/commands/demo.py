@@ -102,7 +102,7 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
             named = [f'{classes[c]} {p:.0%}' for p, c in zip(ps, cs)]
             print(f"{file}: {', '.join(named)}")
             titles.append(named[0])
-        print(f'It knows {len(classes)} classes alone: of anything else a percentage means little.')
+        print(f'It knows only {len(classes)} classes: for an image of anything else the percentages mean little.')
         contact_sheet(images, titles, [True] * len(images), output, size=128)
     else:
         pairs = list(zip(guesses[:, 0].tolist(), labels))
