@@ -76,7 +76,8 @@ def print_table(rows: Sequence[Dict[str, Any]], form: str) -> None:
         padded = [cell.ljust(width) for cell, width in zip(line[:2], widths)]
         padded += [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
         print('  '.join(padded))
-    print("\nOne multiply-add is one FLOP; `both` is the paper's. Not counted, as fvcore does not know them (calls):")
+    print("\nOne multiply-add is one FLOP; `both` is the paper's figure.")
+    print('Not counted, since fvcore does not know them (calls):')
     alike = {}
     for row in rows:
         alike.setdefault(row['uncounted'], []).append(row['model'])
