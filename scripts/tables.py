@@ -46,7 +46,7 @@ def make(name):
 def plot():
     for script, name in ((table2, 'table2'), (table4, 'table4'), (bench_training, 'bench_training')):
         script.plot(read_rows(RESULTS / f'{name}.csv'))
-    for stem in ('cifar_short', 'cifar_long'):
+    for stem in ('cifar_short', 'cifar_long', 'cifar_paper'):
         cifar_tables.plot(read_rows(RESULTS / f'{stem}.csv'), stem, RESULTS / f'{stem}.csv')
     train_photos.plot(read_rows(train_photos.CSV), train_photos.CSV)
     curves = [f'{name}:{RESULTS}/{name}.csv' for name in validate_weights.NAMES]

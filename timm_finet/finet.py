@@ -35,9 +35,9 @@ __all__ = ['Finet']
 
 
 def check_flags(**flags: bool) -> None:
-    """Raise ValueError for a flag that is no bool: `--model-kwargs affine=false` gives the string 'false'."""
+    """Raise ValueError for a flag that is neither true nor false, like the string of `--model-kwargs affine=false`."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if value not in (True, False):
             raise ValueError(f'{name}={value!r} must be True or False.')
 
 

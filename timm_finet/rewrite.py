@@ -115,7 +115,7 @@ def convert_fbn(
         RuntimeError, TypeError: As from `fuse_fbn`, but train mode is allowed.
     """
     if type(fbn_groups) is not int or fbn_groups < 1:
-        given = fbn_groups if isinstance(fbn_groups, (int, float, str)) else f'a {type(fbn_groups).__name__}'
+        given = repr(fbn_groups) if isinstance(fbn_groups, (int, float, str)) else f'a {type(fbn_groups).__name__}'
         raise ValueError(f'fbn_groups={given} must be an integer of at least 1.')
     _check_model(model, 'convert')
     if wrapped_name(model):
@@ -169,9 +169,9 @@ def _say_what_stays(model: nn.Module, plan: Plan) -> None:
         by_reason[reason].append(name or type(model).__name__)
     if NO_LAYER in by_reason:  # as is usual in many networks
         names = by_reason.pop(NO_LAYER)
-        _logger.info(f"{len(names)} {stay}, {NO_LAYER}: {', '.join(names)}")
+        _logger.info(f"{stay}, {NO_LAYER}: {', '.join(names)}")
     if by_reason:
         reasons = '; '.join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
-        _logger.warning(f'{sum(map(len, by_reason.values()))} {stay}. {reasons}')
+        _logger.warning(f'{stay}, {reasons}')
     if plan.example is not None and plan.stays and not plan.pairs and not plan.fbn:
         _logger.warning(f'Nothing of {type(model).__name__} can be folded: {len(plan.stays)} BatchNorm layers stay.')

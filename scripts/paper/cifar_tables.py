@@ -173,6 +173,8 @@ def plot(rows, stem, results):
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
     for name, figure in (('groups', figure_of_groups), ('epochs', figure_of_epochs)):
+        if name == 'groups' and all(len(lines) == 1 for *_, points in families for lines in points.values()):
+            continue  # against G a single seed shows nothing
         figure.savefig(results.with_name(f'{results.stem}_{name}.png'), dpi=130, facecolor='white')
         plt.close(figure)
 
