@@ -340,3 +340,26 @@ def test_relu_inside_the_convolution_changes_nothing_and_hides_nothing(monkeypat
     block.conv1.register_forward_hook(lambda module, args, y: seen.append(y.min().item()))
     torch.testing.assert_close(step(models[2]), expected)
     assert seen[0] < 0 and block.act1 in calls
+
+
+class Leaky(nn.ReLU):
+    def forward(self, x):
+        return nn.functional.leaky_relu(x)
+
+
+CHANGES = dict(
+    replaced=lambda block: setattr(block, 'act1', nn.GELU()), subclass=lambda block: setattr(block, 'act1', Leaky()),
+    hooked=lambda block: block.act1.register_forward_hook(lambda module, args, y: y + 1),
+    patched=lambda block: setattr(block.conv1, 'forward', lambda x: FBNConv2d.forward(block.conv1, x) + 1))
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_what_was_changed_about_an_activation_or_its_convolution_stays_in_force(change, monkeypatch):
+    block = timm.create_model('finet_small_g4').stages[0][0].double()
+    x = torch.randn(2, block.conv1.in_channels, 8, 8, dtype=torch.float64)
+    before = block(x)
+    change(block)
+    expected = block(x)
+    assert not torch.allclose(expected, before)
+    monkeypatch.setattr(finet, 'RELU_INSIDE', ('cpu',))
+    torch.testing.assert_close(block(x), expected)

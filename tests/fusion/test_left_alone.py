@@ -94,6 +94,14 @@ def test_what_a_wrapper_wraps_is_rewritten(wrap, name, process_group, randomise)
             assert change(wrapped, example_inputs=x, inplace=True) is wrapped
 
 
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('change', [fuse_fbn, convert_fbn])
+def test_a_network_in_a_wrapper_runs_on_the_example_and_is_copied_or_not(change, inplace, randomise):
+    network = randomise(Net(lambda net, x: net.bn(net.conv(x)), **pair()).double()).eval()
+    rewritten = change(nn.DataParallel(network), example_inputs=SMALL, inplace=inplace).module
+    assert isinstance(rewritten.bn, nn.Identity) and (rewritten is network) == inplace
+
+
 def test_root_layer_fuses(randomise):
     layer = randomise(FBNConv2d(8, 4)).eval()
     assert type(fuse_fbn(layer)) is nn.Conv2d
