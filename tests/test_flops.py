@@ -9,7 +9,7 @@ import torch.nn as nn
 import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_finet import count_flops, fuse_fbn
+from timm_finet import FBNConv2d, count_flops, fuse_fbn
 from timm_finet_cli import main
 from timm_finet.commands.names import find_names
 
@@ -52,6 +52,36 @@ def test_forms_differ_in_batchnorm_alone(capsys):
 
 def test_timms_own_reparameterisation_is_the_deploy_form(capsys):
     assert int(rows(capsys, 'mobileone_s0')['mobileone_s0']['params_fused']) == 2_078_504
+
+
+def test_each_operator_is_counted_once_and_frozen_parameters_too():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    assert count_flops(net.requires_grad_(False), (3, 8, 8)) == dict(
+        conv=3 * 4 * 64, linear=20, other=4 * 64 + 4 * 64, params=16 + 8 + 25, uncounted={})
+    assert count_flops(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2)) == dict(
+        conv=0, linear=60, other=0, params=65, uncounted={})
+
+
+def test_the_size_is_that_of_the_network_unless_another_is_given():
+    model = timm.create_model('finet_small_g4.cifar10')
+    assert count_flops(model) == count_flops(model, (3, 32, 32))
+    count_flops(timm.create_model('finet_small'), (3, 32, 32))  # the least that it takes
+    with pytest.raises(ValueError, match='input_size=None needs a model with a pretrained_cfg'):
+        count_flops(nn.Conv2d(3, 4, 1))
+
+
+@pytest.mark.filterwarnings('error')
+def test_counting_says_nothing(caplog):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fbn, self.unused = FBNConv2d(4, 4, 1, fbn_groups=2), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.fbn(x).sigmoid()
+
+    assert count_flops(Net(), (4, 8, 8))['uncounted'] and not caplog.records
 
 
 def test_unknown_operators_are_listed():
@@ -104,6 +134,8 @@ def test_wildcards_reach_torchvision():
     (['finet_small', '--input-size', '3', '31', '224'],
      r'finet_small: input_size=\(3, 31, 224\) is too small.*at least 32 px'),
     (['torchvision:vgg11', '--input-size', '3', '8', '8'], r'input_size=\(3, 8, 8\) does not fit VGG'),
+    (['vit_tiny_patch16_224', '--input-size', '3', '240', '240'],
+     r'input_size=\(3, 240, 240\) does not fit VisionTransformer'),
     (['finet_small', '--input-size', '1', '64', '64'], r'input_size=\(1, 64, 64\) does not fit Finet'),
 ])
 def test_bad_input_gives_one_line(args, message, refused):

@@ -99,17 +99,34 @@ def judge(folder):
 
 
 def test_confusion_has_a_row_a_class_and_a_column_a_guess_blue_where_right(tmp_path):
-    counts = [[3, 1, 0], [0, 0, 2], [0, 0, 0]]
-    finetune.draw_confusion(counts, ['ant', 'bee', 'a name that is longer than others'], str(tmp_path / 'sheet.png'))
+    counts, names = [[3, 1, 0], [0, 0, 2], [0, 0, 0]], ['ant', 'bee', 'a name that is longer than others']
+    finetune.draw_confusion(counts, names, str(tmp_path / 'sheet.png'))
+    finetune.draw_confusion([[2 * n for n in row] for row in counts], names, str(tmp_path / 'doubled.png'))
+    assert (tmp_path / 'sheet.png').read_bytes() != (tmp_path / 'doubled.png').read_bytes()  # the numbers
     with Image.open(tmp_path / 'sheet.png') as sheet:
         margin = sheet.width - 3 * 32 - 8
         cells = [[sheet.getpixel((margin + j * 32 + 3, 8 + i * 32 + 3)) for j in range(3)] for i in range(3)]
         assert margin > 100 and sheet.height == sheet.width
-        assert sheet.crop((0, 8, margin, 104)).getcolors(1 << 16)[0][0] < margin * 96  # the names
+        ink = sheet.convert('L').point(lambda level: 255 * (level < 80))
+    rows = [ink.crop((0, 8 + i * 32, margin, 40 + i * 32)).getbbox() for i in range(3)]
+    columns = [ink.crop((margin + i * 32, 104, margin + 32 + i * 32, 104 + margin)).getbbox() for i in range(3)]
+    assert rows[2][0] < 20 < 80 < min(rows[0][0], rows[1][0])  # the long name is the last one, and all end at the cells
+    assert columns[2][3] > margin - 20 and max(columns[0][3], columns[1][3]) < margin - 80
+    numbers = [[ink.crop((margin + j * 32, 8 + i * 32, margin + j * 32 + 32, 40 + i * 32)) for j in range(3)]
+               for i in range(3)]
+    assert [[number.getbbox() is not None for number in row] for row in numbers] == [
+        [count > 0 for count in row] for row in counts]
     white = (255, 255, 255)
     pale = [round(255 - 155 * share) for share in (3 / 4, 1 / 4, 1)]  # of the class's images
     assert cells == [
         [(pale[0], pale[0], 255), (255, pale[1], pale[1]), white], [white, white, (255, pale[2], pale[2])], [white] * 3]
+
+
+def test_confusion_of_many_classes_has_cells_that_can_be_seen(tmp_path):
+    counts = [[0] * 410 for _ in range(410)]
+    finetune.draw_confusion(counts, ['name'] * 410, str(tmp_path / 'sheet.png'))
+    with Image.open(tmp_path / 'sheet.png') as sheet:
+        assert sheet.width > 6 * 410
 
 
 def test_of_many_mistakes_sixty_are_drawn(stand_in, cli, tmp_path):

@@ -56,6 +56,22 @@ def test_frozen_norms_fuse(randomise):
     torch.testing.assert_close(fused(X), model(X))
 
 
+def test_what_a_norm_does_besides_stays_in_its_order(randomise):
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), BatchNormAct2d(4, drop_layer=nn.Tanh)).double()).eval()
+    fused = fuse_fbn(model, SMALL)
+    assert [type(m) for m in fused[1]] == [nn.Tanh, nn.ReLU] and not fused[1].training
+    torch.testing.assert_close(fused(SMALL), model(SMALL))
+
+
+def test_a_pair_of_two_names_is_rewritten_under_both(randomise):
+    model = Net(lambda net, x: net.bn(net.conv(x)), **pair())
+    model.other_conv, model.other_bn = model.conv, model.bn
+    for rewritten in rewrites(randomise(model.double()).eval(), SMALL):
+        assert rewritten.other_conv is rewritten.conv and rewritten.other_bn is rewritten.bn
+        assert isinstance(rewritten.bn, nn.Identity)
+        torch.testing.assert_close(rewritten(SMALL), model(SMALL))
+
+
 def test_a_convolution_of_another_class_fuses_in_place_where_that_is_right(randomise):
     model = randomise(sequence(SelfPadding).double()).eval()
     fused = fuse_fbn(model, SMALL)
@@ -66,6 +82,11 @@ def test_a_convolution_of_another_class_fuses_in_place_where_that_is_right(rando
 def checks_its_input(net, x):
     assert x.dim() == 4 and x.shape[1] == net.conv.weight.shape[1]
     return torch.cat(list(net.bn(net.conv(x.to(net.conv.weight.dtype))).chunk(2, 1)), 1)
+
+
+def asks_the_norm(net, x):
+    y, bn = net.bn(net.conv(x)), net.bn
+    return y * bn.num_features * bn.affine * bn.track_running_stats + bn.eps + bn.momentum
 
 
 class Adds(nn.Module):
@@ -111,8 +132,7 @@ def with_an_attribute_named_as_a_method():
 
 FOLDED = {
     'checks its input': lambda: Net(checks_its_input, **pair()),
-    'asks the norm for its width': lambda: Net(
-        lambda net, x: net.bn(net.conv(x)) * net.bn.num_features + net.bn.eps, **pair()),
+    'asks the norm for its arguments': lambda: Net(asks_the_norm, **pair()),
     'has a history and control flow': with_a_history,
     'has a method fuse with arguments': Adds,
     'has an attribute named as a method': with_an_attribute_named_as_a_method,
