@@ -4,8 +4,10 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from nets import X, norms
+import torch.nn as nn
+from nets import SMALL, X, norms
 from timm.models import reparameterize_model
+from torch.nn.utils import fuse_conv_bn_eval
 
 from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
 
@@ -100,6 +102,30 @@ def test_networks_that_fold_themselves_do_so_before_and_after(name, randomise):
         assert norms(before) <= norms(fused) < norms(model)
         for other in (before, reparameterize_model(fused), fuse_fbn(reparameterize_model(fused), x)):
             torch.testing.assert_close(other(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+def fold(self):
+    self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+    return self
+
+
+@pytest.mark.parametrize('name', ['fuse', 'reparameterize', 'switch_to_deploy'])
+def test_what_folds_itself_by_a_method_of_any_name_is_folded_once(name, randomise):
+    folds_itself = type('FoldsItself', (Pair,), {name: fold})
+    model = randomise(nn.Sequential(folds_itself()).double()).eval()
+    fused = fuse_fbn(model, SMALL)
+    assert norms(fused) == 0
+    for other in (fused, reparameterize_model(fused)):
+        torch.testing.assert_close(other(SMALL), model(SMALL))
 
 
 def test_timms_reparameterize_model_fuses_all_of_finet(randomise):
