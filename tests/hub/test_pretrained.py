@@ -63,6 +63,12 @@ def test_untrained_default_is_the_papers_network():
     assert isinstance(model.pool, torch.nn.MaxPool2d)
 
 
+@pytest.mark.parametrize('size, is_small', [((32, 32), True), ((24, 32), True), ((33, 33), False), ((32, 64), False)])
+def test_the_small_stem_is_for_images_up_to_32_px(size, is_small):
+    model = timm.create_model('finet_small_g4', pretrained_cfg_overlay=dict(input_size=(3, *size)))
+    assert isinstance(model.pool, torch.nn.Identity) == is_small
+
+
 @pytest.mark.parametrize('by_script', [False, True])
 def test_without_a_tag_the_best_weights_come_with_one_warning(by_script):
     with pytest.warns(UserWarning) as caught:
@@ -76,6 +82,12 @@ def test_without_a_tag_the_best_weights_come_with_one_warning(by_script):
         warnings.simplefilter('error')
         same(model, timm.create_model('finet_small_g4.cifar10', pretrained=True))
     assert isinstance(model.pool, torch.nn.Identity)
+
+
+def test_a_tag_that_timms_scripts_look_up_is_the_one_that_is_loaded():
+    name = 'finet_large_se_g4.cifar100'  # not the best
+    by_script = timm.create_model(**resolve_model_input_args(name), pretrained=True)
+    same(by_script, timm.create_model(name, pretrained=True))
 
 
 def test_without_a_tag_photographs_come_before_cifar():
@@ -157,12 +169,14 @@ def test_pickled_weights_on_the_hub_are_not_loaded(hub, register, trained):
         timm.create_model('finet_large_se_g2.toys', pretrained=True)
 
 
-@pytest.mark.parametrize('damage', ['missing', 'truncated', 'altered'])
+@pytest.mark.parametrize('damage', ['missing', 'truncated', 'altered', 'unrecorded'])
 def test_damaged_embedded_weights_are_refused(damage, register, trained, tmp_path):
     register('finet_large_se_g2.toys', trained, file='embedded')
     weights = tmp_path / 'finet_large_se_g2.toys.safetensors'
     if damage == 'missing':
         weights.unlink()
+    elif damage == 'unrecorded':
+        (tmp_path / 'SHA256SUMS').write_text('')
     else:
         content = weights.read_bytes()
         weights.write_bytes(content[:1000] if damage == 'truncated' else content[:-1] + bytes([content[-1] ^ 1]))
