@@ -20,7 +20,9 @@ class Outputs(dict):
 
 OF_ANY_KIND = [
     lambda y: Outputs(y=y), lambda y: types.SimpleNamespace(y=y), lambda y: collections.deque([y.numpy()]),
-    lambda y: y * 1j]
+    lambda y: y * 1j, lambda y: y.to_sparse(), lambda y: torch.quantize_per_tensor(y.float(), 1e-4, 0, torch.qint32),
+    lambda y: (1e4 * y).long(), lambda y: torch.cat((torch.full_like(y, math.inf), (1e4 * y).round())),
+    lambda y: 1e8 * y]
 BESIDE_WHAT_PROVES_NOTHING = [
     lambda y: (y.flatten()[:8].softmax(0).sum() - 1, y),  # rounding alone
     lambda y: dict(seconds=time.perf_counter(), y=y),
@@ -32,7 +34,8 @@ GENERATOR = torch.Generator()
 
 
 @pytest.mark.parametrize('pack', OF_ANY_KIND + BESIDE_WHAT_PROVES_NOTHING, ids=[
-    'dict', 'object', 'numpy', 'complex', 'rounding', 'time', 'noise', 'filled', 'infinite', 'set'])
+    'dict', 'object', 'numpy', 'complex', 'sparse', 'quantised', 'whole', 'whole or infinite', 'large', 'rounding',
+    'time', 'noise', 'filled', 'infinite', 'set'])
 def test_outputs_are_compared_of_any_kind_and_beside_what_proves_nothing(pack, randomise, monkeypatch):
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
@@ -75,6 +78,14 @@ def test_other_outputs_are_an_error_that_says_by_how_much_and_nothing_changes(dt
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_outputs_that_become_nan_are_an_error(randomise, monkeypatch):
+    model = randomise(Net(lambda net, x: net.bn(net.conv(x)), **pair()).double()).eval()
+    give = folding.set_folded
+    monkeypatch.setattr(folding, 'set_folded', lambda layer, weight, bias: give(layer, weight, bias * math.nan))
+    with pytest.raises(RuntimeError, match='values that differ by inf of the largest'):
+        fuse_fbn(model, SMALL)
+
+
 def test_outputs_of_another_structure_are_an_error(randomise):
     def forward(net, x):
         y = net.bn(net.conv(x))
@@ -99,11 +110,12 @@ def test_a_network_that_no_longer_runs_is_an_error(randomise):
     assert isinstance(model.bn, nn.BatchNorm2d)
 
 
-def test_networks_that_multiply_rounding_are_not_refused(randomise):
+@pytest.mark.parametrize('scale', [1, 1e-4])
+def test_networks_that_multiply_rounding_are_not_refused(scale, randomise):
     """Here float32's rounding becomes a difference of a percent."""
     def forward(net, x):
         y = net.bn(net.conv(x))
-        return (y * 1e4).sin()
+        return (y * 1e4).sin() * scale
 
     model = randomise(Net(forward, **pair())).eval()
     assert isinstance(fuse_fbn(model, SMALL.float()).bn, nn.Identity)
@@ -121,3 +133,9 @@ def test_that_nothing_is_proven_is_said(pack, example, parts, randomise, caplog)
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, example).bn, nn.Identity)
     assert f'{parts} outputs of Net prove nothing' in caplog.text
+
+
+@pytest.mark.parametrize('pack', [lambda y: y, lambda y: (y, torch.ones(3))], ids=['weights', 'and a constant'])
+def test_a_proof_is_not_talked_about(pack, randomise, caplog):
+    model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
+    assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity) and not caplog.records
