@@ -1,4 +1,4 @@
-"""The committed cards: generated, traceable figure by figure, and with a usage that runs."""
+"""Cards: what they say of a network; the committed ones are generated, traceable by figures, and their usage runs."""
 import json
 import re
 from pathlib import Path
@@ -12,6 +12,9 @@ from timm.data import resolve_data_config
 from scripts.report import RESULTS, read_rows
 from scripts.weights import push_to_hub
 from timm_finet import count_flops, fuse_fbn
+from timm_finet.data.datasets import CIFAR10, UNKNOWN
+from timm_finet.hub.card import dataset_of, licence_section, make_card, metadata, speed_section, training_section
+from timm_finet.hub.checkpoint import Run
 from timm_finet.hub.pretrained import MODULES
 from timm_finet.images import shipped_images
 
@@ -103,3 +106,70 @@ def test_usage_runs_as_it_stands(name, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     first = 'airplane' if name.endswith('.cifar10') else r'[\w -]+'
     assert len(lines) == 5 and re.fullmatch(rf'{first} \d+\.\d%', lines[0])
+
+
+def test_card_of_a_fused_network_tells_its_form_and_the_counts_of_both():
+    model = timm.create_model('finet_small_g2', num_classes=3, small_input=True, channels=(16, 16, 16)).eval()
+    model.pretrained_cfg.update(input_size=(3, 24, 24), test_input_size=(3, 32, 32))
+    train, macs = sum(p.numel() for p in model.parameters()), count_flops(model, (3, 32, 32))
+    model = fuse_fbn(model)
+    rows = [dict(model='net', form=form, top1=top1, top5=top5) for form, top1, top5 in (
+        ('train', '51.25', '90.5'), ('fused', '51.5', '90.75'))]
+    made = make_card(model, 'net', 'hf-hub:me/net', results=rows)
+    text = made.content
+    assert 'These weights are in fused form' in text and 'fuse_fbn(model)' not in text and 'G = 2.' in text
+    assert f'\n| parameters | {train:,} | {sum(p.numel() for p in model.parameters()):,} |\n' in text
+    macs = f'{macs["conv"] + macs["linear"]:,}'
+    assert f'\n| multiply-adds at 3x32x32 | {macs} | {macs} |\n' in text
+    assert '.topk(3)' in text and 'at 3x24x24: it knows these 3 classes' in text
+    assert [result.metric_value for result in made.data.eval_results] == [51.5, 90.75]
+    assert '| train |  | 51.25 | 90.5 |' in text and '| fused |  | 51.5 | 90.75 |' in text
+
+
+def test_rows_of_a_form_that_are_several_are_refused():
+    with pytest.raises(ValueError, match='results has 2 rows for net in fused form'):
+        metadata('net', {}, CIFAR10, 'fused', [dict(form=form) for form in ('fused', 'train', 'fused')])
+
+
+@pytest.mark.parametrize('cfg, args, title', [
+    (dict(tag='cifar100'), dict(dataset='torch/cifar10'), 'CIFAR-100'), ({}, dict(dataset='torch/cifar10'), 'CIFAR-10'),
+    (dict(tag='cifar10', description='trained on toys'), {}, 'CIFAR-10'),
+    (dict(description='trained on toys'), {}, 'toys'), ({}, {}, "the owner's images")])
+def test_data_are_those_of_the_tag_before_those_of_the_arguments(cfg, args, title):
+    dataset = dataset_of(cfg, args)
+    data = metadata('net', dict(license=None), dataset, 'train', [])
+    assert dataset.title == title and (data.datasets is not None) == ('CIFAR' in title)
+
+
+@pytest.mark.parametrize('licence, said', [
+    (None, ' The owner has not stated a licence of these weights.'), ('mit', ' These weights are under mit.'),
+    ('other', '')])
+@pytest.mark.parametrize('dataset, terms', [(CIFAR10, ' The photographs of CIFAR-10 were'), (UNKNOWN, ' Please')])
+def test_licence_of_the_weights_and_terms_of_the_photographs_are_told(licence, said, dataset, terms):
+    text = licence_section(dict(license=licence), dataset, '')
+    assert text.startswith(f'The code, timm-finet, is under Apache-2.0.{said}{terms}')
+    assert metadata('net', dict(license=licence), dataset, 'train', []).license_name == (
+        'research-and-teaching' if licence == 'other' else None)
+
+
+def test_training_is_told_by_what_is_not_usual_and_by_this_checkpoints_figures():
+    cfg = dict(architecture='net', notes=['Noted.'])
+    args = dict(epochs=3, world_size=2, grad_accum_steps=1, mixup=0., amp=True, amp_dtype='bfloat16')
+    first, settings, weights, log, notes = training_section(
+        cfg, Run(args, 'summary.csv', epochs=3, top1=48.256), CIFAR10)
+    assert 'CIFAR-10' in first and 'args.yaml' in first and 'summary.csv' in log and notes == 'Noted.'
+    assert settings == '| epochs | world_size | amp |\n|---|---|---|\n| 3 | 2 | True |'
+    assert weights == 'These weights are those after 3 epochs, with 48.26% top-1 as train.py measured it in bfloat16.'
+    first, settings, weights = training_section(
+        dict(architecture='net'), Run(dict(epochs=1, grad_accum_steps=4), epochs=1, top1=48.), CIFAR10)
+    assert settings.startswith('| epochs | grad_accum_steps |\n')
+    assert weights == 'These weights are those after 1 epoch, with 48.0% top-1 as train.py measured it.'
+    assert training_section(cfg, Run(), CIFAR10) == [
+        'Data set: CIFAR-10. The training arguments were not recorded.', 'Noted.']
+
+
+def test_times_are_told_by_their_quartiles():
+    row = dict(form='train', images_per_second='200', ms_low='4.9', ms_high='5.2', img_size='32', threads='1',
+               device='a CPU', runtime='PyTorch')
+    text = speed_section([row])
+    assert '| train | 200 | 4.9 to 5.2 |' in text and 'Batch 1, 32 px, 1 thread of a CPU, PyTorch' in text
