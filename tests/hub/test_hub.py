@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torch
 import yaml
 from hub_stand_in import cut_download, cut_upload
 from huggingface_hub import constants
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import push_to_hf_hub
@@ -22,6 +23,7 @@ from timm_finet import fuse_fbn
 from timm_finet.data.class_names import class_names
 from timm_finet.hub import card, save_for_hf
 from timm_finet.hub.checkpoint import describe, load_checkpoint
+from timm_finet.hub.repository import why_refused
 from timm_finet.images import shipped_images
 
 ARGS = dict(
@@ -127,6 +129,14 @@ def test_saved_folder_has_safetensors_unless_others_are_asked_for(arguments, fil
     same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
 
 
+@pytest.mark.parametrize('given, size', [
+    ({}, [3, 64, 64]), (dict(data_config=dict(input_size=(3, 40, 40))), [3, 40, 40])])
+def test_saved_size_is_the_one_for_testing_unless_another_is_given(given, size, model, tmp_path):
+    model.pretrained_cfg['test_input_size'] = (3, 64, 64)
+    save_for_hf(model, str(tmp_path), **given)
+    assert json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']['input_size'] == size
+
+
 @pytest.mark.slow
 def test_fused_push_loads_fused_without_further_arguments(hub, push, model, tmp_path):
     assert push('--fused', '--results', tmp_path / 'results.csv')[0] == 0
@@ -201,7 +211,7 @@ def test_a_card_without_a_log_says_what_the_checkpoint_knows(metric, epoch, said
 
 @pytest.mark.slow
 def test_revision_is_a_branch_of_its_own(hub, push, model):
-    assert push('--revision', 'v2')[0] == 0
+    assert push('--revision', 'v2')[0] == push('--revision', 'v2')[0] == 0
     assert hub.repos['me/net'].files() == {}
     same(timm.create_model('hf-hub:me/net@v2', pretrained=True), model)
     assert "hf-hub:me/net@v2'" in hub.repos['me/net'].files('v2')['README.md'].decode()
@@ -247,6 +257,13 @@ def test_refused_push_says_why_in_one_line(hub, push, checkpoint, monkeypatch, t
     status, out, err = push(repo=repo)
     assert status == 2 and out == '' and message in err and len(err.splitlines()) == 1, err
     assert hub.repos == {} and checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize('status, said', [
+    (401, 'the token is not valid'), (403, 'no right to write'), (404, 'no right to write'), (429, 'Too many')])
+def test_an_answer_of_the_hub_is_told_in_words(status, said):
+    response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+    assert said in why_refused(HfHubHTTPError('Too many requests', response=response))
 
 
 def test_push_without_a_network_says_so_in_one_line(push, monkeypatch):
@@ -369,9 +386,10 @@ def test_known_data_sets_name_their_classes(dataset, number, third):
 def test_class_names_that_are_not_known_are_asked_for(hub, push, own, tmp_path):
     status, _, err = push(path=own(data_dir=str(tmp_path / 'gone')))
     assert status == 0 and '--class-names FILE' in err and names_of(hub) is None
-    (tmp_path / 'names.txt').write_text('bee\ncat\n')
-    status, _, err = push('--class-names', tmp_path / 'names.txt', path=own())
-    assert status == 2 and "--class-names '" in err and 'has 2 names, the network 3 classes' in err
+    for number in (2, 4):
+        (tmp_path / 'names.txt').write_text('name\n' * number)
+        status, _, err = push('--class-names', tmp_path / 'names.txt', path=own())
+        assert status == 2 and "--class-names '" in err and f'has {number} names, the network 3 classes' in err
 
 
 def test_state_dict_that_does_not_fit_is_refused(push, tmp_path):

@@ -1,5 +1,7 @@
 """Networks saved for timm in transformers: loaded, fine-tuned by its Trainer, fused and saved again."""
+import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import timm
@@ -50,7 +52,10 @@ def test_saved_network_is_the_same_in_transformers_and_in_timm(make, folder, ran
     wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder)
     processed = transformers.AutoImageProcessor.from_pretrained(folder)(IMAGES)['pixel_values']
     assert torch.equal(processed, x) and torch.equal(logits(wrapped, processed), expected)
-    assert wrapped.config.id2label == dict(enumerate(names or [f'LABEL_{i}' for i in range(7)]))
+    names_by_index = dict(enumerate(names or [f'LABEL_{i}' for i in range(7)]))
+    assert wrapped.config.id2label == names_by_index
+    assert json.loads((Path(folder) / 'config.json').read_text()).get('label2id', {}) == {
+        name: i for i, name in enumerate(names)}
 
     again = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert torch.equal(logits(again, x), expected)
