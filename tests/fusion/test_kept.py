@@ -129,6 +129,17 @@ class Clamped(nn.Conv2d):
         return super().forward(x).clamp(-100, 100)
 
 
+class Biasless(nn.Conv2d):
+    """Refuses the bias that folding would give it."""
+
+    def __init__(self, *args):
+        super().__init__(*args, bias=False)
+
+    def forward(self, x):
+        assert self.bias is None
+        return F.conv2d(x, self.weight)
+
+
 class Scaled(nn.Conv2d):
     def forward(self, x, scale=1.):
         return super().forward(x) * scale
@@ -168,7 +179,7 @@ def asks(question):
 BEHIND = 'behind a layer that is '
 UNREACHED, CHANGED = 'called where no replacement reaches: layer', 'changed by the forward: bn'
 ELSEWHERE = f'{BEHIND}read elsewhere: bn'
-OTHERWISE = [StdConv2d, Squared, Masked, MaskedFarAway, Clamped]
+OTHERWISE = [StdConv2d, Squared, Masked, MaskedFarAway, Clamped, Biasless]
 KEPT = {  # the network, and the reason that is told
     'called by a list': (lambda: Steps(*sequence()), UNREACHED),
     'FBN called by a list': (lambda: Steps(FBNConv2d(4, 4, 1, fbn_groups=2), nn.BatchNorm2d(4)), UNREACHED),
@@ -228,6 +239,19 @@ def test_batchnorm_of_another_dimension_stays(layer, norm, shape, randomise, cap
     torch.testing.assert_close(fused(x), model(x))
 
 
+def test_a_norm_behind_an_fbn_layer_without_statistics_stays(randomise, caplog):
+    model = randomise(nn.Sequential(FBNConv2d(4, 4, 1, fbn_groups=2), nn.BatchNorm2d(4)).double()).eval()
+    model[0].bn.running_mean = model[0].bn.running_var = None
+    fused = fuse_fbn(model, SMALL)
+    assert norms(fused) == norms(model) and 'has no fixed statistics to fuse.: 0' in caplog.text
+    assert 'behind an FBN layer that stays: 1' in caplog.text
+    torch.testing.assert_close(fused(SMALL), model(SMALL))
+
+
+def test_a_convolution_of_another_class_stays_where_no_values_can_be_tried():
+    assert norms(fuse_fbn(sequence(Squared).double().to('meta').eval(), SMALL.to('meta'))) == 1
+
+
 def test_a_norm_that_changes_the_dtype_stays(caplog):
     model = nn.Sequential(nn.Conv2d(4, 4, 1).bfloat16(), FrozenBatchNorm2d(4)).eval()
     assert isinstance(fuse_fbn(model, SMALL.bfloat16())[1], FrozenBatchNorm2d)
@@ -272,7 +296,14 @@ def test_without_an_example_neighbours_fuse_and_the_rest_is_counted(randomise, c
     assert norms(fused) == 1 and isinstance(fused.bn, nn.BatchNorm2d)
     torch.testing.assert_close(fused(SMALL), model(SMALL))
     assert len(caplog.records) == 1 and 'BatchNorm layers of Net stay, ' in caplog.text
-    assert 'give example_inputs' in caplog.text
+    assert 'give example_inputs: bn' in caplog.text
+
+
+def test_a_network_that_does_not_run_on_images_of_its_cfg_is_fused_as_without_any(caplog):
+    model = sequence().eval()
+    model.pretrained_cfg = dict(input_size=(5, 8, 8))
+    assert norms(fuse_fbn(model)) == 0
+    assert 'Sequential does not run on images as its pretrained_cfg says: RuntimeError' in caplog.text
 
 
 def test_neighbours_of_other_widths_are_no_pair():

@@ -135,6 +135,14 @@ def test_that_nothing_is_proven_is_said(pack, example, parts, randomise, caplog)
     assert f'{parts} outputs of Net prove nothing' in caplog.text
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_where_precision_is_too_low_to_prove_anything_the_way_out_is_told(dtype, randomise, caplog):
+    model = randomise(Net(lambda net, x: (1e10 * net.bn(net.conv(x))).sin(), **pair())).to(dtype).eval()
+    fuse_fbn(model, SMALL.to(dtype))
+    assert 'prove nothing' in caplog.text
+    assert ('Fuse in float32, then cast.' in caplog.text) == (dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize('pack', [lambda y: y, lambda y: (y, torch.ones(3))], ids=['weights', 'and a constant'])
 def test_a_proof_is_not_talked_about(pack, randomise, caplog):
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
