@@ -224,6 +224,11 @@ def test_what_others_reach_stays_and_the_reason_is_told(case, randomise, caplog)
         convert_fbn(model, 2, example_inputs=example)
 
 
+def test_an_fbn_layer_that_a_list_calls_stays(randomise, caplog):
+    model = randomise(Steps(FBNConv2d(4, 4, 1, fbn_groups=2)).double()).eval()
+    assert norms(fuse_fbn(model, SMALL)) == norms(model) and f'{UNREACHED}0' in caplog.text
+
+
 @pytest.mark.parametrize('layer, norm, shape', [
     (nn.Linear(4, 6), nn.BatchNorm1d(6), (2, 6, 4)),  # the channels of the norm are the rows of the linear layer
     (nn.Linear(4, 6), nn.BatchNorm2d(6), (2, 6, 3, 4)),
