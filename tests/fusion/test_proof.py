@@ -18,11 +18,17 @@ class Outputs(dict):
     """A container that torch's pytree does not know."""
 
 
+def cyclic(y):
+    outputs = dict(y=y)
+    outputs['outputs'] = outputs
+    return outputs
+
+
 OF_ANY_KIND = [
     lambda y: Outputs(y=y), lambda y: types.SimpleNamespace(y=y), lambda y: collections.deque([y.numpy()]),
     lambda y: y * 1j, lambda y: y.to_sparse(), lambda y: torch.quantize_per_tensor(y.float(), 1e-4, 0, torch.qint32),
     lambda y: (1e4 * y).long(), lambda y: torch.cat((torch.full_like(y, math.inf), (1e4 * y).round())),
-    lambda y: 1e8 * y]
+    lambda y: 1e8 * y, cyclic]
 BESIDE_WHAT_PROVES_NOTHING = [
     lambda y: (y.flatten()[:8].softmax(0).sum() - 1, y),  # rounding alone
     lambda y: dict(seconds=time.perf_counter(), y=y),
@@ -34,8 +40,8 @@ GENERATOR = torch.Generator()
 
 
 @pytest.mark.parametrize('pack', OF_ANY_KIND + BESIDE_WHAT_PROVES_NOTHING, ids=[
-    'dict', 'object', 'numpy', 'complex', 'sparse', 'quantised', 'whole', 'whole or infinite', 'large', 'rounding',
-    'time', 'noise', 'filled', 'infinite', 'set'])
+    'dict', 'object', 'numpy', 'complex', 'sparse', 'quantised', 'whole', 'whole or infinite', 'large', 'cyclic',
+    'rounding', 'time', 'noise', 'filled', 'infinite', 'set'])
 def test_outputs_are_compared_of_any_kind_and_beside_what_proves_nothing(pack, randomise, monkeypatch):
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
