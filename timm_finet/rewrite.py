@@ -139,9 +139,10 @@ def convert_fbn(
 
     prove(model, plan, convert, keeps_outputs=affine)
     if not plan.pairs:
+        unwatched = example_inputs is None and plan.example is None
         raise ValueError(
             f'model={type(model).__name__} has no convolution + BatchNorm pair that fbn_groups={fbn_groups} fits'
-            f"{'.' if plan.example is not None else ', as far as is known without example_inputs.'}")
+            + (', as far as is known without example_inputs.' if unwatched else '.'))
     _say_what_stays(model, plan)
     model = model if inplace else copy_model(model)
     convert(model)

@@ -103,6 +103,11 @@ def test_norms_that_share_their_parameters_are_not_converted():
         convert_fbn(model, 2)
 
 
+def test_with_an_example_a_network_without_norms_is_known_to_have_no_pair():
+    with pytest.raises(ValueError, match=r'no convolution.* fits\.$'):
+        convert_fbn(nn.Sequential(nn.Conv2d(4, 4, 1)), 2, example_inputs=torch.zeros(1, 4, 2, 2))
+
+
 PAIRS = dict(
     dilation=(dict(kernel_size=3, padding=2, dilation=2), {}),
     sides=(dict(kernel_size=(3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), {}),

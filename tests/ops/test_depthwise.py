@@ -34,13 +34,11 @@ def test_gradients_equal_conv2ds_in_float64(kernel, stride, size):
         torch.autograd.grad(fast, (x, weight), grad), torch.autograd.grad(slow, (x, weight), grad))
 
 
-def test_second_derivatives_are_refused():
-    x = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    y = _Strided.apply(x, weight, (2, 2), (1, 1))
-    grad, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
+@pytest.mark.parametrize('stride', [(2, 2), (2, 3)])
+def test_second_derivatives_are_right(stride):
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, weight: _Strided.apply(x, weight, stride, (1, 1)), (x, weight))
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])

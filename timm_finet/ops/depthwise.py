@@ -23,7 +23,6 @@ class _Strided(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, padding, 1, x.shape[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = None
