@@ -7,6 +7,7 @@ from .flops import count_flops
 from .ops import moment_form, sync
 from .rewrite import convert_fbn, fuse_fbn
 
+__version__ = '0.1.0'
 __all__ = ['FBNConv2d', 'convert_fbn', 'count_flops', 'fuse_fbn']
 
 # Where these two stood before there was a folder for the arithmetic.
