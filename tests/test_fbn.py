@@ -265,11 +265,13 @@ def test_fuse_keeps_dtype_layout_and_requires_grad(dtype, memory_format):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_fuse_rounds_low_precision_once(dtype, randomise):
+def test_what_is_folded_is_rounded_to_low_precision_once(dtype, randomise):
     layer = randomise(FBNConv2d(32, 16, dtype=dtype)).eval()
     fused, exact = layer.fuse(), deepcopy(layer).double().fuse()
     for found, expected in zip(fused.parameters(), exact.parameters()):
         assert (found == expected.to(dtype)).double().mean() > 0.98
+    x = torch.randn(2, 32, 4, 4, dtype=dtype)
+    torch.testing.assert_close(layer(x), fused(x), rtol=0, atol=0)
 
 
 def test_fuse_folds_running_statistics_in_train_mode_and_fuse_fbn_refuses_it(randomise):
@@ -517,6 +519,12 @@ def test_torchscript_without_running_statistics():
 def test_unfit_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         FBNConv2d(8, 4, **arguments)
+
+
+def test_repr_tells_the_arguments():
+    shown = '8, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), fbn_groups=2'
+    assert FBNConv2d(8, 4, 3, padding=1, fbn_groups=2).extra_repr() == shown
+    assert FBNConv2d(8, 4, 3, padding=1, fbn_groups=2, save_memory=True).extra_repr() == f'{shown}, save_memory=True'
 
 
 @pytest.mark.parametrize('training', [True, False])
