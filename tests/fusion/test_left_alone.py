@@ -92,6 +92,7 @@ def test_what_a_wrapper_wraps_is_rewritten(wrap, name, process_group, randomise)
                 change(wrapped, example_inputs=x, inplace=True)
         else:
             assert change(wrapped, example_inputs=x, inplace=True) is wrapped
+            assert any(isinstance(m, nn.Identity) for m in getattr(wrapped, name).layer1.modules())
 
 
 @pytest.mark.parametrize('inplace', [False, True])
