@@ -641,3 +641,20 @@ def test_second_derivatives_are_right_or_refused(shape):
             second(fast)
     else:
         torch.testing.assert_close(second(fast), second(reference(fast)))
+
+
+@pytest.mark.parametrize('shape', [(256, 8, 1, 1, 0, 1, 4), (16, 8, 1, 1, 0, 1, 4)])
+def test_a_penalty_on_the_gradient_of_a_sum_is_not_left_out(shape):
+    """The gradient that comes from a sum needs none itself, but what becomes of it depends on the weight."""
+    fast, x = make(shape), torch.randn(2, shape[0], 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def total(layer):
+        y = layer(x, relu=True)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (y.sum() + first.square().sum()).backward()
+        return layer.weight.grad
+    if shape[0] == 16:
+        with pytest.raises(RuntimeError, match='once_differentiable'):
+            total(fast)
+    else:
+        torch.testing.assert_close(total(fast), total(reference(fast)))

@@ -232,16 +232,11 @@ class MomentForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, *_):
-        # The error at second derivatives takes the host time, so it is made only where a graph for them is.
-        return (MomentForm.once if torch.is_grad_enabled() else MomentForm.all_gradients)(ctx, grad_y)
-
-    @staticmethod
-    def all_gradients(ctx, grad_y):
         saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them at each access
+        # The error at second derivatives takes the host time, so it is made only where a graph for them is.
+        gradients = MomentForm.gradients_once if torch.is_grad_enabled() else MomentForm.gradients
         with without_autocast(saved[0]):
-            return MomentForm.gradients(ctx, grad_y, *saved)
-
-    once = staticmethod(torch.autograd.function.once_differentiable(all_gradients))
+            return gradients(ctx, grad_y, *saved)
 
     @staticmethod
     def gradients(ctx, grad_y, x, weight, gamma, shift, shifted_mean, w_cov, inv_std, folded, y):
@@ -260,3 +255,6 @@ class MomentForm(torch.autograd.Function):
             grad_x = passes.input_gradient(folded, a, b)
         not_differentiable = [None] * (len(ctx.needs_input_grad) - 4)
         return grad_x, grad_weight, grad_gamma, grad_beta, *not_differentiable
+
+    # The error is there if any argument needs a gradient: `weight` may, where `grad_y` does not, as that of a sum.
+    gradients_once = staticmethod(torch.autograd.function.once_differentiable(gradients))
