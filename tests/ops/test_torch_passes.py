@@ -1,5 +1,6 @@
 """The moment form's passes in torch's operators: their precision, and when which is taken."""
 from contextlib import nullcontext
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -30,6 +31,27 @@ def test_products_keep_full_precision_whatever_is_switched_on(device, backend):
             assert backend.fp32_precision == 'ieee'
             raise KeyError
         assert backend.fp32_precision == 'tf32'
+    finally:
+        backend.fp32_precision = before
+
+
+def test_threads_leave_the_precision_as_it_was():
+    """nn.DataParallel runs a layer in several. The setting is of all of them: one puts back what another has set."""
+    backend, entered, leave = torch.backends.mkldnn.matmul, Event(), Event()
+    before = backend.fp32_precision
+
+    def other():
+        with full_precision(torch.device('cpu')):
+            entered.set()
+            leave.wait(10)
+    thread = Thread(target=other)
+    try:
+        with full_precision(torch.device('cpu')):
+            thread.start()
+            entered.wait(0.2)
+        leave.set()
+        thread.join()
+        assert backend.fp32_precision == before
     finally:
         backend.fp32_precision = before
 

@@ -1,5 +1,6 @@
 """The moment form's passes over the activations, in torch's own operators: any device, layout and dtype."""
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import List, Optional, Tuple
 
 import torch
@@ -26,16 +27,20 @@ def without_autocast(x: torch.Tensor):
     return nullcontext()
 
 
+PRECISION = Lock()  # of all threads, as nn.DataParallel has one for each GPU
+
+
 @contextmanager
 def full_precision(device: torch.device):
     """A context whose float32 products are float32 inside, whatever was switched on: no TF32, no bfloat16."""
     backend = torch.backends.cuda.matmul if device.type == 'cuda' else torch.backends.mkldnn.matmul
-    previous = backend.fp32_precision
-    backend.fp32_precision = 'ieee'
-    try:
-        yield
-    finally:
-        backend.fp32_precision = previous
+    with PRECISION:
+        previous = backend.fp32_precision
+        backend.fp32_precision = 'ieee'
+        try:
+            yield
+        finally:
+            backend.fp32_precision = previous
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
