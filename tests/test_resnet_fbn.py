@@ -70,8 +70,9 @@ def test_the_deploy_form_takes_what_fuse_fbn_gives(kwargs, randomise):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(fbn_groups=3), 'fbn_groups=3 does not divide the 64 channels of layer'),
+    (dict(fbn_groups=3), 'fbn_groups=3 does not divide the 64 channels of layer.*: give a divisor of 64'),
     (dict(fbn_groups=128), 'fbn_groups=128 does not divide'),
+    (dict(fbn_groups=64, channels=(48, 96, 192, 384)), 'does not divide the 48 channels of .*: give a divisor of 16'),
     (dict(fbn_groups=0), 'fbn_groups=0 must be an integer of at least 1'),
     (dict(fbn_groups='4'), "fbn_groups='4' must be an integer"),
     (dict(affine='false'), "affine='false' must be True or False"),

@@ -1,5 +1,6 @@
 """ResNet with Fine-grained Batch Normalization (arXiv 2005.06828, Table 7): timm's, its conv + BN pairs replaced."""
 import re
+from math import gcd
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch.nn as nn
@@ -64,11 +65,12 @@ class ResNetFBN(ResNet):
         pairs = _pairs(modules)
         in_stages = [names for names in pairs if names[0].startswith('layer')]
         converted = [names for names in in_stages if fits_fbn(*map(modules.get, names), 1)]
-        for conv, _ in converted:
-            if modules[conv].in_channels % fbn_groups:
+        widths = {conv: modules[conv].in_channels for conv, _ in converted}
+        for conv, width in widths.items():
+            if width % fbn_groups:
                 raise ValueError(
-                    f'fbn_groups={fbn_groups} does not divide the {modules[conv].in_channels} channels of {conv}: '
-                    'give a power of two, at most 64.')
+                    f'fbn_groups={fbn_groups} does not divide the {width} channels of {conv}: '
+                    f'give a divisor of {gcd(*widths.values())}.')
         convert_named(self, converted, fbn_groups, affine)
         self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # in checkpoints of timm, and here
         if fused:
