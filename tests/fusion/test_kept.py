@@ -204,6 +204,9 @@ KEPT = {  # the network, and the reason that is told
     'another argument': (
         lambda: Net(lambda net, x: net.bn(net.conv(x, 1.)), **pair(Scaled)),
         f'{BEHIND}called with more than its input: bn'),
+    'another argument by keyword': (
+        lambda: Net(lambda net, x: net.bn(net.conv(x, scale=1.)), **pair(Scaled)),
+        f'{BEHIND}called with more than its input: bn'),
     'layer patched': (patched('conv'), f'{BEHIND}patched: bn'),
     'norm patched': (patched('bn'), 'patched: bn'),
     'computation patched': (with_another_computation, f'{BEHIND}patched: 1'),
