@@ -182,3 +182,11 @@ def test_the_training_images_are_the_default_and_nothing_is_downloaded(tmp_path)
     assert timm_finet.data.CIFAR10Pad2(tmp_path).targets == [1, 2, 3]
     with pytest.raises(FileNotFoundError, match='cifar10.npz'):
         timm_finet.data.CIFAR10Pad2(tmp_path / 'elsewhere')
+
+
+def test_the_download_is_torchvisions_where_it_is_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr('torchvision.datasets.CIFAR10.download', lambda data: asked.append(data))
+    with pytest.raises(FileNotFoundError):  # as nothing came
+        timm_finet.data.CIFAR10Pad2(tmp_path, download=True)
+    assert len(asked) == 1
