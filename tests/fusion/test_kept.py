@@ -187,6 +187,8 @@ KEPT = {  # the network, and the reason that is told
     'read by TorchScript': (
         lambda: Net(lambda net, x: (lambda y: net.bn(y) + scripted(y))(net.conv(x)), **pair()),
         ELSEWHERE),
+    'read behind a number': (
+        lambda: Net(lambda net, x: (lambda y: net.bn(y) + torch.pow(2., y))(net.conv(x)), **pair()), ELSEWHERE),
     'read, as `is None` tells': (asks(lambda x, c, y: y is None), ELSEWHERE),
     'read, as `isinstance` tells': (asks(lambda x, c, y: isinstance(c, torch.Tensor)), ELSEWHERE),
     'read, as `int` tells': (asks(lambda x, c, y: int(x.shape[1]) == 4), ELSEWHERE),
