@@ -71,6 +71,7 @@ def test_export_asks_for_the_packages_of_its_extra(extra, packages):
     assert set(re.findall(r'"(\w+)>', listed)) == set(packages.split())
 
 
+@pytest.mark.slow  # as it imports everything once more
 def test_importing_prints_and_warns_nothing():
     result = subprocess.run(
         [sys.executable, '-W', 'error::UserWarning', '-c', 'import timm_finet, timm_finet.commands.main'],

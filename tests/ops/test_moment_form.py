@@ -102,6 +102,7 @@ def worker(rank, folder):
     torch.save((y.detach(), mean, var, count, gradients(y, grad_y.split(SPLIT)[rank], inputs)), f'{folder}/{rank}.pt')
 
 
+@pytest.mark.slow  # as it starts processes
 def test_a_process_without_images_joins_the_others(tmp_path):
     x, *rest = layer(8, 6, 2, sum(SPLIT))
     grad_y = torch.randn(sum(SPLIT), 6, 5, 4, dtype=torch.float64)
