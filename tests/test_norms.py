@@ -70,6 +70,10 @@ def peft_wrapper(layer):
         layer.bn.modules_to_save['default'].weight.add_(1)
 
 
+def remove_statistics(layer):
+    layer.bn.running_mean = layer.bn.running_var = None
+
+
 PASSED_BY = {
     'BatchNorm2d': lambda layer: None,
     'BatchNorm2d in eval mode': lambda layer: layer.bn.eval(),
@@ -88,6 +92,7 @@ CALLED = {
     'a subclass with its own forward': like(Doubled),
     'BatchNormAct2d': like(BatchNormAct2d),
     'InstanceNorm2d with statistics': like(nn.InstanceNorm2d, affine=True, track_running_stats=True),
+    'BatchNorm2d whose running statistics were removed': remove_statistics,
     'BatchNorm2d without a bias': lambda layer: setattr(layer.bn, 'bias', None),
     'GroupNorm': set_norm(lambda bn: nn.GroupNorm(4, bn.num_features)),
     'Identity': set_norm(lambda bn: nn.Identity()),

@@ -209,6 +209,8 @@ class FBNConv2d(nn.Module):
             return 'bn has hooks'
         if (bn.weight is None) != (bn.bias is None):
             return 'bn has one of weight and bias alone'
+        if bn.running_mean is None and bn.track_running_stats:  # BatchNorm counts batches all the same
+            return 'bn has lost its running statistics'
         width = self.fbn_groups * self.out_channels
         if getattr(bn, 'num_features', width) != width:
             return f'bn has {bn.num_features} features, not fbn_groups * out_channels = {width}'

@@ -341,7 +341,7 @@ class TritonAlgebra:
         mean, var, momentum, batches = running or (None, None, 0., None)
         in_kernel = (
             batches is not None and batches.device == cov.device and not isinstance(count, Tensor)
-            and mean.is_contiguous() and var.is_contiguous())
+            and torch.float64 not in (mean.dtype, var.dtype) and mean.is_contiguous() and var.is_contiguous())
         unbiased = count / (count - 1) if in_kernel else 1.
         if not in_kernel:
             mean, var, batches = torch.empty_like(bias), torch.empty_like(bias), None
