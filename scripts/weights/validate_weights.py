@@ -47,8 +47,15 @@ def measure(data, name):
         result = validate(*(option.replace('DATA', data) for option in options))
         yield dict(
             model=name, form=form, top1=result['top1'], top5=result['top5'], img_size=result['img_size'],
-            params_millions=result['param_count'], command=shlex.join(['timm-finet', 'run', 'validate', *options]),
+            **count(name, form, result['img_size']), command=shlex.join(['timm-finet', 'run', 'validate', *options]),
             torch=torch.__version__, timm=timm.__version__, machine=platform.machine(), date=date.today())
+
+
+def count(name, form, size):
+    """Parameters and multiply-adds at `size` pixels."""
+    model = timm.create_model(name, num_classes=timm.get_pretrained_cfg(name).num_classes).eval()
+    counts = count_flops(fuse_fbn(model) if form == 'fused' else model, (3, size, size))
+    return dict(params=counts['params'], madds=counts['conv'] + counts['linear'])
 
 
 def table(rows, speeds):
@@ -58,12 +65,11 @@ def table(rows, speeds):
     cells = []
     for name in dict.fromkeys(row['model'] for row in rows):
         train, fused = found[name, 'train'], found[name, 'fused']
-        cfg, size = timm.get_pretrained_cfg(name), int(fused['img_size'])
-        counts = count_flops(fuse_fbn(timm.create_model(name, num_classes=cfg.num_classes).eval()), (3, size, size))
+        classes = timm.get_pretrained_cfg(name).num_classes
         top1 = train['top1'] if train['top1'] == fused['top1'] else f"{train['top1']} ({fused['top1']} fused)"
         cells.append([
-            f'`{name}`', f'{cfg.num_classes}, {size} px', top1, f"{counts['params']:,}",
-            f"{counts['conv'] + counts['linear']:,}", speed.get((name, 'fused'), '')])
+            f'`{name}`', f"{classes}, {fused['img_size']} px", top1, f"{int(fused['params']):,}",
+            f"{int(fused['madds']):,}", speed.get((name, 'fused'), '')])
     return markdown(['', 'classes, input', 'top-1', 'parameters', 'multiply-adds', 'images/s'], cells)
 
 
