@@ -1,18 +1,18 @@
 """Fine-grained Batch Normalization (FBN), arXiv 2005.06828, equation (4).
 
-A convolution's input is split into G groups of channels; each group's partial sum is batch-normalised, then all are
-added:
+A convolution's input is split into G groups of channels. Each group's partial sum is batch-normalised, and the results
+are added:
 
     y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
 `mu_g` and `var_g` are the mean and biased variance of `z_g` over the batch. `FBNConv2d` computes `y` in one of four
 forms:
 
-- folded: with known statistics it is one plain convolution (`fold`);
-- moment form: in training a 1x1 layer takes the statistics from the input's moments (ops/moment_form.py);
-- group by group: in training with larger kernels, it computes one `z_g` at a time (ops/recomputed.py);
-- reference form, the paper's own: it computes all `z_g` at once and calls its norm on them. It is taken where no other
-  form is known to be right, or would save anything; `ReferenceFBNConv2d` always takes it.
+- folded: with known statistics the layer is one plain convolution (`fold`);
+- moment form: in training a 1x1 layer computes the statistics from the input's moments (ops/moment_form.py);
+- group by group: in training, layers with larger kernels compute one `z_g` at a time (ops/recomputed.py);
+- reference form, the paper's own: the layer computes all `z_g` at once and calls its norm on them. It does so where no
+  other form is known to be right or would save anything. `ReferenceFBNConv2d` always uses this form.
 """
 import math
 import warnings
@@ -34,9 +34,9 @@ from .ops.tracing import operators_alone
 
 __all__ = ['FBNConv2d', 'ReferenceFBNConv2d']
 
-# The norms whose results a layer may compute without calling them. FrozenBatchNorm2d is what timm's `freeze` puts in.
+# The norms whose results a layer may compute without calling them. timm's `freeze` inserts FrozenBatchNorm2d.
 KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-# Their forwards as they are defined, for some programs replace the forward of a whole class.
+# Their original forwards, because some programs replace the forward of a whole class.
 KNOWN_FORWARDS = [norm.forward for norm in KNOWN_NORMS]
 
 
@@ -52,7 +52,7 @@ def check_input(x: torch.Tensor, in_channels: int) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    # torch has no public way to ask; checked with torch 2.11 and 2.15.
+    # torch has no public function for this; checked with torch 2.11 and 2.15.
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
@@ -72,12 +72,12 @@ def fold(
 
     Args:
         weight: `(out, in, kh, kw)`.
-        mean, var: `(G * out,)`, the statistics of each group's partial sum, group-major.
+        mean, var: `(G * out,)`, the statistics of the groups' partial sums, group-major.
         gamma, beta: `(G * out,)` or None.
         groups: G.
 
     Returns:
-        The weight, shaped as before, and the bias `(out,)`, both in the dtype of `mean`.
+        The folded weight, shaped as `weight`, and the bias `(out,)`, both in the dtype of `mean`.
     """
     out = weight.shape[0]
     scale = torch.rsqrt(var + eps)
@@ -95,37 +95,39 @@ def fold(
 class FBNConv2d(nn.Module):
     """Convolution with Fine-grained Batch Normalization: a drop-in for `nn.Conv2d(bias=False)` + `nn.BatchNorm2d`.
 
-    `weight` is a plain convolution's, `(out, in, k, k)`; `bn` holds the `fbn_groups * out` statistics and affine pairs,
-    group-major. In eval mode the running statistics are folded on the fly. Statistics are computed in at least float32.
+    `weight` has the shape of a plain convolution's, `(out, in, k, k)`. `bn` holds the statistics and affine parameters
+    of the `fbn_groups * out` intermediate channels, group-major. In eval mode the running statistics are folded into
+    the weight on the fly. Statistics are computed in at least float32.
 
-    It is not a subclass of `nn.Conv2d`, as programs do things to a convolution's weight that are wrong where the norm
-    is inside: some fold the BatchNorm behind it into it, others add to it what they have learnt beside it.
+    The class is not a subclass of `nn.Conv2d`, because some programs change a convolution's weight in ways that are
+    wrong with the norm inside: they fold a following BatchNorm into it, or merge an update that they have learned
+    separately.
 
     The layer computes with the parameters and statistics of `bn` and does not call it, as long as `bn` is exactly
     torch's BatchNorm2d or SyncBatchNorm, or torchvision's FrozenBatchNorm2d, without hooks. With a SyncBatchNorm the
-    statistics are those of all its processes. Any other module in its place, or around it (FSDP, checkpointing, peft),
-    is called, in the paper's form and at G times the memory; a warning says so. Training under torch.export,
-    torch.jit.script and torch.func takes the paper's form too.
+    statistics cover all its processes. If another module replaces or wraps `bn` (FSDP, checkpointing, peft), the layer
+    calls that module in the paper's form, which takes G times the memory, and warns. Training under torch.export,
+    torch.jit.script and torch.func uses the paper's form too.
 
-    The fast 1x1 form has no second derivatives, nor has any form with synchronised statistics. No fast form has
+    Neither the fast 1x1 form nor any form with synchronised statistics has second derivatives. No fast form has
     forward-mode derivatives.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: As for `nn.Conv2d`.
-        fbn_groups: G, into how many groups the *input channels* are split for normalisation. It has nothing to do with
-            a grouped convolution; 1 is plain BatchNorm, and runs as such.
-        affine, eps, momentum: As for `nn.BatchNorm2d`; gamma and beta are per intermediate channel.
-        save_memory: At `fbn_groups=1` too, keep nothing but the input for the backward pass, which takes more time;
-            plain BatchNorm keeps its own input as well. With more groups only the input is kept in any case.
+        fbn_groups: G, the number of groups that the *input channels* are split into for normalisation. It is unrelated
+            to grouped convolution. 1 is plain BatchNorm, and runs as such.
+        affine, eps, momentum: As for `nn.BatchNorm2d`; each intermediate channel has its own gamma and beta.
+        save_memory: Keep only the input for the backward pass at `fbn_groups=1` too. This takes more time; plain
+            BatchNorm keeps its own input as well. With more groups only the input is kept anyway.
 
     Raises:
-        ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or, when training, it
+        ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or a training batch
             has one value per channel.
-        RuntimeError: The input's dtype is not the weight's, outside autocast.
+        RuntimeError: Outside autocast, the input's dtype differs from the weight's.
 
     Shape:
-        `(N, in, H, W)` to `(N, out, H', W')`, dtype and memory format as for `nn.Conv2d`. `layer(x, relu=True)` gives
-        the ReLU of that, and the fast 1x1 form then never stores what goes into the ReLU.
+        `(N, in, H, W)` to `(N, out, H', W')`, dtype and memory format as for `nn.Conv2d`. `layer(x, relu=True)` returns
+        the ReLU of this output; the fast 1x1 form then never stores the ReLU's input.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class FBNConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the weight as `nn.Conv2d` does; `bn` has a method of its own."""
+        """Initialise the weight as `nn.Conv2d` does; `bn` has its own `reset_parameters`."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def extra_repr(self) -> str:
@@ -171,7 +173,7 @@ class FBNConv2d(nn.Module):
             + (', save_memory=True' if self.save_memory else ''))
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """For torch.jit.script: decide now whether to call `bn`, as the graph cannot."""
+        """Decide for torch.jit.script whether to call `bn`, because the scripted graph cannot decide."""
         if type(self) is FBNConv2d and self._why_called():
             return as_reference(self)
         return self
@@ -183,8 +185,8 @@ class FBNConv2d(nn.Module):
             return F.relu(y) if relu else y
         reason = self._why_called()
         if reason and self.fbn_groups > 1:
-            _warn(f"{type(self).__name__} computes in the paper's form, at fbn_groups={self.fbn_groups} times the "
-                  f'memory of its output, because {reason}.')
+            _warn(f"{type(self).__name__} computes in the paper's form, which takes fbn_groups={self.fbn_groups} times "
+                  f'the memory of its output, because {reason}.')
         if not reason and not self._uses_batch_statistics():
             y = self.folded(x)
         elif reason or operators_alone():
@@ -195,10 +197,10 @@ class FBNConv2d(nn.Module):
 
     @torch.jit.unused
     def _why_called(self) -> str:
-        """Why `bn` has to be called, or '' where the layer may compute its result, in training, in eval and to fold."""
+        """Return why `bn` must be called, or '' if the layer may compute or fold its result without calling it."""
         bn = self.bn
         if type(bn) not in KNOWN_NORMS:
-            # A parametrised module has a class of its own; its weight and bias may be parametrised.
+            # Parametrising changes a module's class. A parametrised weight or bias is fine.
             if type_before_parametrizations(bn) not in KNOWN_NORMS:
                 return f'bn is a {type(bn).__module__}.{type(bn).__name__}'
             if is_parametrized(bn, 'running_mean') or is_parametrized(bn, 'running_var'):
@@ -208,8 +210,8 @@ class FBNConv2d(nn.Module):
         if has_hooks(bn):
             return 'bn has hooks'
         if (bn.weight is None) != (bn.bias is None):
-            return 'bn has one of weight and bias alone'
-        if bn.running_mean is None and bn.track_running_stats:  # BatchNorm counts batches all the same
+            return 'bn has only one of weight and bias'
+        if bn.running_mean is None and bn.track_running_stats:  # BatchNorm still counts batches then
             return 'bn has lost its running statistics'
         width = self.fbn_groups * self.out_channels
         if getattr(bn, 'num_features', width) != width:
@@ -217,13 +219,13 @@ class FBNConv2d(nn.Module):
         return ''
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
-        """The paper's own form (Figure 3a): a grouped convolution to `G * out` channels, the norm, the sum."""
+        """Compute the paper's own form (Figure 3a): a grouped convolution to `G * out` channels, the norm, the sum."""
         weight = self.weight.unflatten(1, [self.fbn_groups, -1]).transpose(0, 1).flatten(0, 1)
         z = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.fbn_groups)
         z = self.bn(z)
         if self.fbn_groups == 1:
             return z
-        z_groups = z.chunk(self.fbn_groups, 1)  # not a sum over a dimension for the groups, which loses channels_last
+        z_groups = z.chunk(self.fbn_groups, 1)  # a sum over a dimension for the groups would lose channels_last
         y = z_groups[0] + z_groups[1]
         for z_g in z_groups[2:]:
             y = y + z_g
@@ -232,19 +234,19 @@ class FBNConv2d(nn.Module):
     @torch.jit.unused
     def _fast_forms(self, x: torch.Tensor, relu: bool) -> torch.Tensor:
         process_group = self._process_group()
-        # Processes that share statistics must all take the same form, however many positions each of them has.
+        # Processes that share statistics must all use the same form, although their numbers of positions may differ.
         if process_group is None and self._prefers_reference(x):
             y = self.reference(x)
             return F.relu(y) if relu else y
         form = self._moment_form if self._prefers_moments(x, process_group) else self._group_by_group
-        weight = self.weight  # read once, as a parametrisation may compute another one at each access
+        weight = self.weight  # read once: a parametrisation may compute another one at each access
         device = x.device.type
         if has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
             if torch.compiler.is_compiling():
                 with torch.autocast(device, enabled=False):
                     return form(x, weight, process_group, relu)
-            torch.set_autocast_enabled(device, False)  # as `torch.autocast` does, in less of the host's time
+            torch.set_autocast_enabled(device, False)  # as `torch.autocast` does, but faster on the host
             try:
                 return form(x, weight, process_group, relu)
             finally:
@@ -255,12 +257,12 @@ class FBNConv2d(nn.Module):
 
     @torch.jit.unused
     def _count_positions(self, x: torch.Tensor) -> int:
-        """Positions of the output, about."""
+        """Return the approximate number of the output's positions."""
         return x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
 
     @torch.jit.unused
     def _prefers_reference(self, x: torch.Tensor) -> bool:
-        """Whether the reference form writes nothing G times wide, or nothing that is large beside the weight."""
+        """Whether the reference form's intermediate is no wider than the output, or small compared with the weight."""
         if not x.numel():
             return True
         if self.fbn_groups == 1:
@@ -270,28 +272,29 @@ class FBNConv2d(nn.Module):
 
     @torch.jit.unused
     def _prefers_moments(self, x: torch.Tensor, process_group) -> bool:
-        """Whether to take the moment form rather than group by group: where it is possible, and with several groups.
+        """Whether to use the moment form rather than group by group.
 
-        With one group it must also be less work. Its moments take `2 in^2` multiply-adds a position, and `2 out in^2`
-        for the whole batch; group by group takes the convolution once more, `in out` a position.
+        It needs an unpadded 1x1 convolution. With one group it must also be less work: its moments take `2 in^2`
+        multiply-adds a position, and `2 out in^2` for the whole batch, while group by group repeats the convolution,
+        which takes `in out` a position.
         """
         if self.kernel_size != (1, 1) or self.padding != (0, 0):
             return False
         if self.fbn_groups > 1:
             return True
         c_in, c_out = self.in_channels, self.out_channels
-        # Divided by `in`. Processes that share statistics must all take the same form.
+        # Both sides are divided by `in`. Processes that share statistics must all use the same form.
         return process_group is None and self._count_positions(x) * (c_out - 2 * c_in) > 2 * c_out * c_in
 
     @torch.jit.ignore
     def _uses_batch_statistics(self) -> bool:
-        # As the known norms decide it. To fine-tune, people often put `bn` alone in eval mode.
+        # The known norms decide in the same way. For fine-tuning, people often put only `bn` in eval mode.
         bn = self.bn
         return not isinstance(bn, FrozenBatchNorm2d) and (bn.training or bn.running_mean is None)
 
     @torch.jit.unused
     def _process_group(self):
-        """The processes that share statistics, if `bn` has become a SyncBatchNorm, or None."""
+        """Return the processes that share statistics, or None unless `bn` has become a SyncBatchNorm."""
         if isinstance(self.bn, nn.SyncBatchNorm) and self.bn.training and dist.is_available() and dist.is_initialized():
             group = self.bn.process_group or dist.group.WORLD
             return group if dist.get_world_size(group) > 1 else None
@@ -311,17 +314,17 @@ class FBNConv2d(nn.Module):
     def _moment_form(self, x: torch.Tensor, weight: torch.Tensor, process_group, relu: bool) -> torch.Tensor:
         original = x
         if self.stride != (1, 1):
-            # Every stride-th position. Slicing does the same, but the gradient of a slice loses channels_last.
+            # Keep every stride-th position. Slicing does the same, but the gradient of a slice loses channels_last.
             x = F.avg_pool2d(x, 1, self.stride)
         bn = self.bn
         arguments = (x, weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group, relu)
         on_cpu = x.device.type == 'cpu'
         if not on_cpu and not torch.compiler.is_compiling():
-            # MomentForm moves the statistics, which its Triton kernels do without another launch.
+            # MomentForm updates the running statistics: its Triton kernels do so without another launch.
             return MomentForm.apply(*arguments, self._running())[0]
         y, mean, var, count = MomentForm.apply(*arguments)
         if on_cpu and process_group is None and not torch.compiler.is_compiling():
-            # The input's squares may overflow where the variances of its partial sums do not.
+            # The input's squares may overflow although the variances of its partial sums do not.
             if not math.isfinite(var.sum()):
                 y = self.reference(original)
                 return F.relu(y) if relu else y
@@ -329,13 +332,13 @@ class FBNConv2d(nn.Module):
         return y
 
     def _group_by_group(self, x: torch.Tensor, weight: torch.Tensor, process_group, relu: bool) -> torch.Tensor:
-        """One group at a time; the backward pass computes its partial sum again, which is not kept."""
+        """Compute one group at a time. Its partial sum is not kept; the backward pass computes it again."""
         bn, groups, padding = self.bn, self.fbn_groups, self.padding
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if padding == 'valid':  # RecomputedNorm takes numbers only
+        if padding == 'valid':  # RecomputedNorm takes only numbers
             padding = 0, 0
         elif padding == 'same':
-            height, width = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]  # in all, both sides
+            height, width = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]  # both sides together
             x, padding = F.pad(x, (0, width % 2, 0, height % 2)), (height // 2, width // 2)
         conv = self.stride, padding, self.dilation
         xs, weights = x.chunk(groups, 1), weight.to(x.dtype).chunk(groups, 1)
@@ -355,7 +358,7 @@ class FBNConv2d(nn.Module):
         return y.relu_() if relu else y
 
     def _running(self) -> Optional[Running]:
-        """What a batch is to move, as BatchNorm does, for `track`; or None where the statistics stay."""
+        """Return the running statistics that a batch updates through `track`, or None if it updates none."""
         bn = self.bn
         if not (bn.training and bn.track_running_stats):
             return None
@@ -375,21 +378,21 @@ class FBNConv2d(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """The plain convolution with bias that computes what this layer does in eval mode.
+        """Return the plain convolution with bias that computes what this layer does in eval mode.
 
-        It has the layer's device, dtype, layout and `requires_grad`.
+        The convolution has the layer's device, dtype, layout and `requires_grad`.
 
-        As timm's own `fuse` methods do, it folds the running statistics in train mode too: timm's scripts fuse before
-        they call `.eval()`.
+        Like timm's own `fuse` methods, this method folds the running statistics in train mode too, because timm's
+        scripts fuse before they call `.eval()`.
 
         Raises:
-            RuntimeError: `bn` has no running statistics, or has to be called.
+            RuntimeError: `bn` has no running statistics, or the layer has to call `bn`.
         """
         reason = self._why_called()
         if reason:
-            raise RuntimeError(f'An FBNConv2d cannot be fused where {reason}.')
+            raise RuntimeError(f'An FBNConv2d cannot be fused if {reason}.')
         if self.bn.running_mean is None:
-            raise RuntimeError('An FBNConv2d without running statistics has no fixed statistics to fuse.')
+            raise RuntimeError('An FBNConv2d cannot be fused without running statistics.')
         weight = self.weight
         folded, bias = self._folded(weight)
         conv = nn.Conv2d(
@@ -401,9 +404,9 @@ class FBNConv2d(nn.Module):
 
 
 class ReferenceFBNConv2d(FBNConv2d):
-    """FBN in the paper's own form (Figure 3a), with G times the activations. Every other form is measured against it.
+    """FBN in the paper's own form (Figure 3a), with G times the activations.
 
-    Arguments as for `FBNConv2d`.
+    Every other form is compared with this one. The arguments are those of `FBNConv2d`.
     """
 
     def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
@@ -412,7 +415,7 @@ class ReferenceFBNConv2d(FBNConv2d):
 
 
 def as_reference(layer: FBNConv2d) -> ReferenceFBNConv2d:
-    """The same layer, its parameters and its norm, in the paper's form."""
+    """Return the layer in the paper's form, with the same parameters and the same norm."""
     reference = ReferenceFBNConv2d.__new__(ReferenceFBNConv2d)
     reference.__dict__.update(layer.__dict__)
     return reference

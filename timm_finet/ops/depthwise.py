@@ -11,9 +11,9 @@ __all__ = ['DepthwiseConv2d']
 
 
 class _Strided(torch.autograd.Function):
-    """A strided depthwise convolution whose input gradient is computed by one of stride 1, which is fast.
+    """A strided depthwise convolution whose input gradient is computed by a convolution of stride 1, which is fast.
 
-    With zeros put between its elements, the output's gradient is that of a convolution of stride 1.
+    With zeros inserted between its elements, the output's gradient is that of a convolution of stride 1.
     """
 
     @staticmethod
@@ -27,7 +27,7 @@ class _Strided(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            # An odd kernel with half of it as padding has, at stride 1, as many outputs as inputs.
+            # At stride 1, an odd kernel with half of its size as padding has as many outputs as inputs.
             dense = torch.zeros_like(x)
             dense[:, :, ::ctx.stride[0], ::ctx.stride[1]] = grad
             grad_x = F.conv2d(dense, weight.flip(2, 3), None, 1, ctx.padding, 1, x.shape[1])
@@ -37,7 +37,7 @@ class _Strided(torch.autograd.Function):
 
 
 def convolution_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of a convolution of `x` on the CPU: autocast's, which leaves float64 as it is, or that of `x`."""
+    """Return the dtype of a convolution of `x` on the CPU: autocast's, which leaves float64 alone, or that of `x`."""
     if torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
         return torch.get_autocast_dtype('cpu')
     return x.dtype
@@ -45,11 +45,11 @@ def convolution_dtype(x: torch.Tensor) -> torch.dtype:
 
 @register_notrace_module
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d(chs, chs, kernel_size, stride, kernel_size // 2, groups=chs, bias=False)` in all but speed.
+    """The same as `nn.Conv2d(chs, chs, kernel_size, stride, kernel_size // 2, groups=chs, bias=False)`, but faster.
 
-    `kernel_size` is odd. In bfloat16 and float16 on a CPU the input gradient of such a convolution with a stride takes
-    20 to 200 times as long as in float32, as oneDNN has no kernel of its own for it. There, in training, this layer
-    computes it by a convolution of stride 1; everywhere else it does what `nn.Conv2d` does.
+    `kernel_size` must be odd. In bfloat16 and float16 on a CPU, the input gradient of such a convolution with a stride
+    takes 20 to 200 times as long as in float32, because oneDNN has no kernel for it. In this case the layer, in
+    training, computes the gradient by a convolution of stride 1. Otherwise it does what `nn.Conv2d` does.
     """
 
     def __init__(self, chs: int, kernel_size: int, stride: int = 1, device=None, dtype=None):

@@ -1,4 +1,4 @@
-"""FBN behind an unpadded 1x1 convolution without its intermediate, as one autograd function.
+"""FBN with an unpadded 1x1 convolution as one autograd function, without FBN's wide intermediate.
 
 The partial sums are linear in the input, `z_g = W_g x_g`, so their statistics follow from the input's mean `m_g` and
 covariance `S_g = E[(x_g - m_g) (x_g - m_g)^T]` over all positions, and equation (4) of arXiv 2005.06828 becomes one
@@ -8,11 +8,12 @@ convolution with nothing G times wide (equations 8 and 9):
     W'_g = gamma_g W_g / sqrt(var_g + eps)
     y = W' (x - m) + sum_g beta_g
 
-What reads or writes activations is a pass (torch_passes.py, triton_passes.py). Between the passes is algebra with
-tensors of the weight's size, which is here.
+A computation that reads or writes activations is called a pass (torch_passes.py, triton_passes.py). Between the passes
+is algebra with tensors of the weight's size, which this file contains.
 
-Sums of `x_i x_j` would cancel where a channel's mean is large beside its deviation. So the passes sum shifted data
-`c = x - shift`, where `shift` is near the mean; `shifted_mean = E[c] = m - shift` is small.
+Covariances from sums of `x_i x_j` would suffer from cancellation where a channel's mean is large compared with its
+deviation. The passes therefore sum shifted data `c = x - shift`, where `shift` is near the mean, so that
+`shifted_mean = E[c] = m - shift` is small.
 """
 import os
 import warnings
@@ -33,7 +34,7 @@ Running = Tuple[torch.Tensor, torch.Tensor, float, Optional[torch.Tensor]]
 
 
 def track(running: Running, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
-    """Count a batch, and move `running` towards its statistics, as BatchNorm does."""
+    """Count a batch and update `running` with its statistics, as BatchNorm does."""
     running_mean, running_var, momentum, batches = running
     if batches is not None:
         batches.add_(1)
@@ -42,7 +43,7 @@ def track(running: Running, mean: torch.Tensor, unbiased_var: torch.Tensor) -> N
 
 
 def by_group(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """A weight `(out, C, ...)` of a 1x1 convolution as `(G, out, C/G)`: a view."""
+    """Return a view of a 1x1 convolution's weight `(out, C, ...)` as `(G, out, C/G)`."""
     return weight.view(len(weight), groups, -1).transpose(0, 1)
 
 
@@ -62,18 +63,19 @@ class TorchAlgebra:
             running: Optional[Running],
             count: Union[int, torch.Tensor],
     ) -> Tuple[torch.Tensor, ...]:
-        """The folded convolution, from the input's moments.
+        """Fold the statistics, computed from the input's moments, into the convolution.
 
         Args:
             weight: `(out, C, 1, 1)`; gamma, beta: `(G * out,)` or None.
             shift, shifted_mean: `(C,)`; cov: `S_g` of all groups, `(G, C/G, C/G)`.
-            dtype: Of the folded weight.
-            running: Statistics that this batch moves, as for `track`, or None; count: its positions.
+            dtype: The dtype of the folded weight.
+            running: The running statistics that this batch updates, as for `track`, or None.
+            count: The number of the batch's positions.
 
         Returns:
-            The folded weight `W'` `(out, C, 1, 1)` and the bias `(out,)` that goes with `c`; mean and biased var
-            `(G, out)`, to be read only where `running` is None; and for `unfold` `1 / sqrt(var + eps)` `(G, out)` and
-            `W_g S_g` `(G, out, C/G)`.
+            The folded weight `W'` `(out, C, 1, 1)`; the bias `(out,)` of a convolution of `c`; mean and biased var
+            `(G, out)`, valid only if `running` is None; and `1 / sqrt(var + eps)` `(G, out)` and `W_g S_g`
+            `(G, out, C/G)`, which `unfold` takes.
         """
         groups, size, _ = cov.shape
         w = by_group(weight.to(cov.dtype), groups)
@@ -85,8 +87,8 @@ class TorchAlgebra:
         inv_std = torch.rsqrt(var + eps)
         scale = inv_std if gamma is None else inv_std * gamma.view_as(inv_std)
         folded = (w * scale[..., None]).transpose(0, 1).reshape(weight.shape).to(dtype)  # W'_g
-        # y = W' (x - m) + sum_g beta_g = W' c + bias, where x - m = c - shifted_mean. The bias is of W' as it has been
-        # rounded to `dtype`, so that the mean of y is the sum of the betas.
+        # y = W' (x - m) + sum_g beta_g = W' c + bias, where x - m = c - shifted_mean. The bias uses W' as rounded to
+        # `dtype`, so that the mean of y is the sum of the betas.
         bias = -(folded.flatten(1).to(cov.dtype) @ shifted_mean)
         if beta is not None:
             bias = bias + beta.view_as(inv_std).sum(0)
@@ -104,16 +106,17 @@ class TorchAlgebra:
             w_cov: torch.Tensor,
             sums: Tuple[torch.Tensor, torch.Tensor],
     ) -> Tuple[Optional[torch.Tensor], ...]:
-        """The backward pass of `fold`.
+        """Compute the backward pass of `fold`.
 
         Args:
-            weight, gamma, shift, shifted_mean, inv_std, w_cov: As `fold` has taken or returned them. (`shift` is not
-                needed here, but for passes whose convolution takes `x` itself.)
-            sums: What `weight_gradient` has returned: here the gradients `(out, C)` of the folded weight and `(out,)`
-                of the bias that go with `c`.
+            weight, gamma, shift, shifted_mean, inv_std, w_cov: As `fold` took or returned them. (`shift` is not used
+                here. Passes whose convolution takes `x` itself need it.)
+            sums: The return value of `weight_gradient`. Here these are the gradients of the folded weight `(out, C)`
+                and the bias `(out,)` of the convolution of `c`.
 
         Returns:
-            Gradients of weight, gamma and beta, the last two None without gamma; of var `(G, out)`; and of the bias.
+            The gradients of weight, gamma, beta, var `(G, out)` and the bias `(out,)`. Those of gamma and beta are None
+            if gamma is None.
         """
         groups, out, size = w_cov.shape
         grad_folded, grad_bias = sums
@@ -145,49 +148,51 @@ class TorchAlgebra:
             grad_bias: torch.Tensor,
             count: Union[int, torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """`A` `(G, C/G, C/G)` and `b` `(C,)` of the input's gradient `W'^T dy + A c + b`, by way of mean and var.
+        """Return `A` `(G, C/G, C/G)` and `b` `(C,)` of the input's gradient `W'^T dy + A c + b`.
 
-        Arguments as for `fold` and `unfold`; `grad_var` and `grad_bias` are sums over all `count` positions.
+        `A c + b` is the gradient through mean and var. The arguments are those of `fold` and `unfold`; `grad_var` and
+        `grad_bias` are sums over all `count` positions.
         """
         groups, _ = grad_var.shape
         w = by_group(weight.to(grad_var.dtype), groups)
-        # var_g = diag(W_g S_g W_g^T) gives A (x - m), A_g = 2 / count W_g^T diag(dvar_g) W_g; x - m = c - shifted_mean
+        # The gradient through var_g = diag(W_g S_g W_g^T) is A (x - m), where A_g = 2 / count W_g^T diag(dvar_g) W_g
+        # and x - m = c - shifted_mean.
         a = torch.bmm((w * (2 / count * grad_var)[..., None]).mT, w)
         b = -torch.bmm(a, shifted_mean.view(groups, -1, 1)).flatten()
-        # y = W' (x - m): by way of m each position loses the mean of W'^T dy
+        # y = W' (x - m), so the gradient through m subtracts the mean of W'^T dy at each position.
         b = b - folded.flatten(1).to(a.dtype).T @ grad_bias / count
         return a, b
 
 
 HAS_TRITON = find_spec('triton') is not None
-# Whether passes run in Triton; None: where they are known to be right. Its interpreter runs them on the CPU, for tests.
+# Whether the passes run in Triton. None means that they do so where they are known to be right.
 TRITON = {'0': False, '1': HAS_TRITON}.get(os.environ.get('TIMM_FINET_TRITON'))
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # for tests: Triton's interpreter runs kernels on the CPU
 
 
 @lru_cache
 def try_triton(device: torch.device) -> bool:
-    """Whether the card is of the generation on which tests/test_gpu.py has passed, and Triton can compile for it."""
+    """Whether the GPU is of the generation on which tests/test_gpu.py has passed, and Triton can compile for it."""
     if not HAS_TRITON or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     from .triton_passes import adds_up
     try:
         return adds_up(device)
-    except Exception as error:  # without a C compiler, say
-        warnings.warn(f"FBN trains by torch's operators: its faster kernels in Triton fail with {error!r}")
+    except Exception as error:  # for example without a C compiler
+        warnings.warn(f"FBN trains with torch's operators, because its faster Triton kernels fail: {error!r}")
         return False
 
 
-@torch.compiler.assume_constant_result  # which Dynamo does not see on a function that is cached
+@torch.compiler.assume_constant_result  # Dynamo does not see this decorator on a cached function
 def triton_works(device: torch.device) -> bool:
     return try_triton(device)
 
 
 def implementation(x: torch.Tensor, dtype: torch.dtype):
-    """The passes over `x` and the algebra between them, for moments in `dtype`."""
+    """Return the classes of the passes over `x` and of the algebra between them, for moments in `dtype`."""
     on_gpu = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
     interpreted = INTERPRETED and x.device.type == 'cpu'
-    # A kernel needs the memory itself, which fake tensors and other subclasses do not have.
+    # A kernel needs real memory, which fake tensors and other subclasses do not have.
     possible = type(x) in (torch.Tensor, torch.nn.Parameter) and dtype == torch.float32 and x.numel() > 0
     possible = possible and memory_format(x) == torch.channels_last
     if possible and (on_gpu or interpreted) and (triton_works(x.device) if TRITON is None else TRITON):
@@ -199,11 +204,11 @@ def implementation(x: torch.Tensor, dtype: torch.dtype):
 class MomentForm(torch.autograd.Function):
     """`(y, mean, var, count)` of `x` `(N, C, H, W)`, `weight` `(out, C, 1, 1)`, `gamma`, `beta` `(G * out,)` or None.
 
-    With `relu`, `y` is its ReLU, and what goes into it is never stored. `mean` and biased `var` `(G * out,)` are those
-    of all partial sums over `count` positions, without a gradient; they are None if `running`, as for `track`, is given
-    to be moved by them, which it is not while torch.compile traces. With a process group, statistics and `count`, then
-    a tensor, are those of all its processes. Saved for backward are `x`, with `relu` also `y`, and tensors of the
-    weight's size.
+    With `relu`, `y` is the ReLU of the output, and the ReLU's input is never stored. `mean` and biased `var`
+    `(G * out,)` are the statistics of all partial sums over `count` positions, and have no gradient. If `running` is
+    given, as for `track`, the statistics update it, and `mean` and `var` are None; it must not be given while
+    torch.compile traces. With a process group, the statistics and `count`, which is then a tensor, cover all its
+    processes. The backward pass keeps `x`, with `relu` also `y`, and tensors of the weight's size.
     """
 
     @staticmethod
@@ -223,7 +228,7 @@ class MomentForm(torch.autograd.Function):
 
         ctx.save_for_backward(x, weight, gamma, shift, shifted_mean, w_cov, inv_std, folded, y if relu else None)
         ctx.count, ctx.process_group = count, process_group
-        ctx.set_materialize_grads(False)  # those of statistics would be filled with zeros, a launch each
+        ctx.set_materialize_grads(False)  # otherwise the statistics' gradients would be zeros, with one launch each
         if running is not None:
             return y, None, None, count
         mean, var = mean.flatten(), var.flatten()
@@ -233,14 +238,15 @@ class MomentForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):
         saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them at each access
-        # The error at second derivatives takes the host time, so it is made only where a graph for them is.
+        # `once_differentiable`, which makes second derivatives an error, takes host time, so it is used only where
+        # autograd records a graph for them.
         gradients = MomentForm.gradients_once if torch.is_grad_enabled() else MomentForm.gradients
         with without_autocast(saved[0]):
             return gradients(ctx, grad_y, *saved)
 
     @staticmethod
     def gradients(ctx, grad_y, x, weight, gamma, shift, shifted_mean, w_cov, inv_std, folded, y):
-        if grad_y is None:  # take zeros, as other processes may be waiting for this one's sums
+        if grad_y is None:  # use zeros: other processes may be waiting for this process's sums
             grad_y = x.new_zeros(len(x), len(weight), *x.shape[2:])
         passes = ctx.passes(x, shift, grad_y, y)
         sums = passes.weight_gradient(weight.shape[0], inv_std.dtype)
@@ -256,5 +262,6 @@ class MomentForm(torch.autograd.Function):
         not_differentiable = [None] * (len(ctx.needs_input_grad) - 4)
         return grad_x, grad_weight, grad_gamma, grad_beta, *not_differentiable
 
-    # The error is there if any argument needs a gradient: `weight` may, where `grad_y` does not, as that of a sum.
+    # Second derivatives raise an error if any argument needs a gradient. `weight` may need one even if `grad_y` does
+    # not, as with `y.sum()`.
     gradients_once = staticmethod(torch.autograd.function.once_differentiable(gradients))

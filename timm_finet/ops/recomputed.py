@@ -1,7 +1,7 @@
 """A convolution and BatchNorm in training that keep only the convolution's input for the backward pass.
 
-Torch keeps the input of each of the two. Here the backward pass computes the convolution again, which gives BatchNorm's
-input; BatchNorm's statistics, two numbers a channel, are kept.
+Torch keeps the inputs of both. Here the backward pass computes the convolution again to get BatchNorm's input.
+BatchNorm's statistics, two numbers per channel, are kept.
 """
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ __all__ = ['RecomputedNorm']
 
 
 def synced_gradients(grad_y, z, gamma, beta, eps, process_group):
-    """Gradients of `z`, `gamma` and `beta` by way of `sync_batch_norm`, which is computed again for its graph.
+    """Return the gradients of `z`, `gamma` and `beta`, by computing `sync_batch_norm` again with a graph.
 
     Raises:
-        RuntimeError: The backward pass is to make a graph for second derivatives, which do not exist here.
+        RuntimeError: The caller asks for second derivatives (`create_graph=True`), which do not exist here.
     """
     if torch.is_grad_enabled():
         raise RuntimeError('FBN with synchronised statistics has no second derivatives.')
@@ -35,15 +35,16 @@ class RecomputedNorm(torch.autograd.Function):
     Args:
         x: `(N, C, H, W)`, in the dtype of `weight`. It may be a slice of channels: the convolution takes a contiguous
             copy in the memory format `layout`, but `x` itself is saved.
-        weight: `(out, C, kh, kw)`; gamma, beta: `(out,)`, both or neither None, in that dtype or a more precise one.
+        weight: `(out, C, kh, kw)`.
+        gamma, beta: `(out,)`, both or neither None, in the dtype of `weight` or a more precise one.
         conv: `(stride, padding, dilation)`.
-        process_group: The statistics are those of all its processes, and there are no second derivatives; or None.
+        process_group: The processes that share statistics, or None. With a group there are no second derivatives.
 
-    `mean` and unbiased `var` `(out,)`, in float32 at least, have no gradient. Saved for backward are `x`, `weight` and
-    tensors of `gamma`'s size.
+    `mean` and unbiased `var` `(out,)` are in at least float32 and have no gradient. The backward pass keeps `x`,
+    `weight` and tensors of `gamma`'s size.
 
     Raises:
-        ValueError: Without a process group, a channel has one value.
+        ValueError: There is one value per channel, and no process group.
     """
 
     @staticmethod
@@ -54,8 +55,8 @@ class RecomputedNorm(torch.autograd.Function):
             raise ValueError(f'Expected more than 1 value per channel when training, got input size {list(z.shape)}')
         ctx.conv, ctx.eps, ctx.layout, ctx.process_group = conv, eps, layout, process_group
         if process_group is None:
-            # With momentum 1 the "running" statistics become the batch's. F.batch_norm does not return what its
-            # backward pass takes: the mean and 1 / sqrt(var + eps).
+            # With momentum 1 the "running" statistics become the batch's. F.batch_norm does not return the mean and
+            # 1 / sqrt(var + eps), which its backward pass takes.
             y, *statistics = torch.native_batch_norm(z, gamma, beta, mean, var, True, 1., eps)
         else:
             y, statistics = sync_batch_norm(z, mean, var, gamma, beta, eps, process_group), (None, None)
@@ -74,7 +75,7 @@ class RecomputedNorm(torch.autograd.Function):
     def gradients(ctx, grad_y, x, weight, gamma, beta, mean, inv_std):
         x = x.contiguous(memory_format=ctx.layout)  # for both convolutions
         z = F.conv2d(x, weight, None, *ctx.conv)
-        if grad_y is None:  # take zeros, as other processes may be waiting for this one's sums
+        if grad_y is None:  # use zeros: other processes may be waiting for this process's sums
             grad_y = torch.zeros_like(z)
         if ctx.process_group is None:
             grad_z, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(

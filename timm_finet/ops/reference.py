@@ -1,4 +1,4 @@
-"""FBN as the paper defines it: what every faster form is measured against."""
+"""FBN as the paper defines it, the reference for every faster form."""
 from typing import Optional, Tuple
 
 import torch
@@ -18,7 +18,7 @@ def fbn_reference(
         padding=0,
         dilation=1,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Equation (4) of arXiv 2005.06828, `G` times wide, by plain differentiable operations.
+    """Compute equation (4) of arXiv 2005.06828 with plain differentiable operations, `G` times wide.
 
         y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
@@ -29,7 +29,7 @@ def fbn_reference(
 
     Returns:
         y: `(N, out, H', W')`.
-        mean, var: `(G * out,)`, of the partial sums `z_g = W_g x_g` over the batch; `var` is biased.
+        mean, var: `(G * out,)`, the statistics of the partial sums `z_g` over the batch; `var` is biased.
     """
     # All z_g at once, (N, G * out, H', W'): a grouped convolution takes the weights (G * out, C/G, kh, kw).
     z = F.conv2d(x, torch.cat(weight.chunk(groups, 1)), None, stride, padding, dilation, groups)

@@ -8,9 +8,10 @@ __all__ = ['all_reduce', 'pool_moments', 'sync_batch_norm']
 
 
 def all_reduce(x: torch.Tensor, process_group) -> torch.Tensor:
-    """The sum over the processes, in the dtype of this one's `x`.
+    """Return the sum of `x` over the processes, in the dtype of this process's `x`.
 
-    It is sent in float64, as processes may differ in dtype: `moments_dtype` depends on a process's positions.
+    It is sent in float64, because the dtypes of processes may differ: `moments_dtype` depends on the number of
+    positions.
     """
     total = x.double()
     dist.all_reduce(total, group=process_group)
@@ -18,7 +19,7 @@ def all_reduce(x: torch.Tensor, process_group) -> torch.Tensor:
 
 
 class _AllReduce(torch.autograd.Function):
-    """`all_reduce`, which is its own gradient: the `x` of each process is in the sum that every process gets."""
+    """`all_reduce` with a gradient, which is `all_reduce` again: every process's sum contains every process's `x`."""
 
     @staticmethod
     def forward(ctx, x, process_group):
@@ -33,11 +34,11 @@ class _AllReduce(torch.autograd.Function):
 def pool_moments(
         count: int, mean: torch.Tensor, cov: torch.Tensor, process_group,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The count, as a scalar tensor, mean `(C,)` and group covariances `(G, C/G, C/G)` of all processes' positions."""
+    """Return the count (a scalar tensor), mean `(C,)` and group covariances `(G, C/G, C/G)` over all processes."""
     count = mean.new_full((), count)
     sums = all_reduce(torch.cat((mean * count, count[None])), process_group)
     pooled_count, pooled_mean = sums[-1], sums[:-1] / sums[-1]
-    # About the pooled mean a process's second moment is S + d d^T, where d = its mean - the pooled mean.
+    # A process's second moment about the pooled mean is S + d d^T, where d = its mean - the pooled mean.
     d = (mean - pooled_mean).view(len(cov), -1, 1)
     pooled_cov = all_reduce((cov + d * d.mT) * (count / pooled_count), process_group)
     return pooled_count, pooled_mean, pooled_cov
@@ -52,10 +53,10 @@ def sync_batch_norm(
         eps: float,
         process_group,
 ) -> torch.Tensor:
-    """BatchNorm of `x` `(N, C, ...)` by the statistics of all processes, which it writes to `mean` and unbiased `var`.
+    """Normalise `x` `(N, C, ...)` by the statistics of all processes, and write them to `mean` and unbiased `var`.
 
-    `F.batch_norm` in training with momentum 1, in float32 at least and in the dtype of `x` again; differentiable in
-    `x`, `gamma` and `beta`. (nn.SyncBatchNorm refuses the CPU.)
+    This is `F.batch_norm` in training with momentum 1. It computes in at least float32, returns the dtype of `x`, and
+    is differentiable in `x`, `gamma` and `beta`. (nn.SyncBatchNorm does not run on the CPU.)
     """
     dims = [0, *range(2, x.ndim)]
     per_channel = (-1,) + (1,) * (x.ndim - 2)  # the shape that broadcasts over `x`

@@ -1,4 +1,4 @@
-"""The moment form's passes over the activations, in torch's own operators: any device, layout and dtype."""
+"""The moment form's passes over the activations in torch's own operators, for any device, layout and dtype."""
 from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import List, Optional, Tuple
@@ -16,10 +16,10 @@ def has_autocast(device: str) -> bool:
 
 
 def without_autocast(x: torch.Tensor):
-    """A context without autocast for the device of `x`: a backward pass has the dtypes of its forward pass.
+    """Return a context without autocast on the device of `x`, in which a backward pass keeps its forward pass's dtypes.
 
-    Autocast may be on there: some people call `backward()` inside it, and torch.compile traces the backward pass under
-    the autocast that surrounds the layer.
+    Autocast may be on in a backward pass: some people call `backward()` inside it, and torch.compile traces the
+    backward pass under the autocast that surrounds the layer.
     """
     device = x.device.type
     if has_autocast(device) and (torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
@@ -27,12 +27,12 @@ def without_autocast(x: torch.Tensor):
     return nullcontext()
 
 
-PRECISION = Lock()  # of all threads, as nn.DataParallel has one for each GPU
+PRECISION = Lock()  # shared by all threads; nn.DataParallel runs one for each GPU
 
 
 @contextmanager
 def full_precision(device: torch.device):
-    """A context whose float32 products are float32 inside, whatever was switched on: no TF32, no bfloat16."""
+    """Compute float32 matrix products in float32, even if TF32 or bfloat16 is switched on for them."""
     backend = torch.backends.cuda.matmul if device.type == 'cuda' else torch.backends.mkldnn.matmul
     with PRECISION:
         previous = backend.fp32_precision
@@ -48,35 +48,35 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 
 def moments_dtype(x: torch.Tensor, groups: int) -> torch.dtype:
-    """The dtype of the moments of `x` `(N, C, H, W)`: float32 at least.
+    """Return the dtype of the moments of `x` `(N, C, H, W)`: at least float32.
 
-    It is float64 where there are so few positions that some partial sums hardly vary: their variance is a small
-    difference of large terms. `FBNConv2d` takes moments of so few only where processes share statistics.
+    It is float64 if there are so few positions that some partial sums hardly vary: their variance is then a small
+    difference of large terms. `FBNConv2d` computes moments of so few positions only if processes share statistics.
     """
     few = x.shape[0] * x.shape[2] * x.shape[3] < 4 * x.shape[1] // groups
     return torch.float64 if few and x.device.type != 'mps' else torch.promote_types(x.dtype, torch.float32)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """`(N, C, H, W)` as `(N * H * W, C)`: a view where the layout is channels_last."""
+    """Reshape `(N, C, H, W)` to `(N * H * W, C)`; the result is a view if the layout is channels_last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def shifted(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`c = x - shift`."""
-    # Broadcasting `shift` itself would make short inner loops over channels or pixels, which are slow.
+    """Return `c = x - shift`."""
+    # Broadcasting `shift` itself would be slow, because of short inner loops over channels or pixels.
     image = shift.view(-1, 1, 1).expand(x.shape[1:])[None]
     return x - image.contiguous(memory_format=memory_format(x))
 
 
 def group_products(c: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """`sum c_g c_g^T` over the positions of `c` `(N, C, H, W)`, in `dtype`: `(G, C/G, C/G)`."""
+    """Return `sum c_g c_g^T` over the positions of `c` `(N, C, H, W)`, in `dtype`: `(G, C/G, C/G)`."""
     c = rows(c)
     positions, channels = c.shape
     size = channels // groups
     same_dtype = c.dtype == dtype
-    # A matrix product adds up the positions one by one, and its rounding grows with their number. So they are split:
-    # into equal splits of this many or more.
+    # A matrix product adds up the positions one by one, so its rounding error grows with their number. Therefore the
+    # positions are cut into equal splits of at least `minimum`.
     minimum = max(256, 4 * size) if same_dtype else max(256, 4 * channels, positions // 64)
     splits = max(1, positions // minimum)
     while positions % splits:
@@ -85,14 +85,14 @@ def group_products(c: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Te
     if same_dtype:
         with full_precision(c.device):
             return torch.stack([torch.bmm(c_g.mT, c_g).sum(0) for c_g in c.chunk(groups, 2)])
-    # In half precision, on a GPU, tensor cores compute the products of all channels in less time than the host takes to
-    # launch those of G groups. Only the groups' blocks on the diagonal are kept.
+    # In half precision on a GPU, tensor cores compute the products of all channels in less time than the host takes to
+    # launch a product for each group. Only the groups' blocks on the diagonal are kept.
     products = torch.bmm(c.mT, c, out_dtype=dtype).sum(0)
     blocks = products.view(groups, size, groups, size).diagonal(dim1=0, dim2=2)  # (C/G, C/G, G)
     return blocks.permute(2, 0, 1).contiguous()
 
 
-# An operator of its own for torch.compile, so that the precision is set when it runs, not when it is traced.
+# A custom operator for torch.compile, so that the precision is set when it runs, not when it is traced.
 group_products_op = torch.library.custom_op('timm_finet::group_products', group_products, mutates_args=())
 
 
@@ -103,27 +103,27 @@ def _(c, groups, dtype):
 
 def convolution_gradients(
         grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: List[bool]) -> Tuple[torch.Tensor, ...]:
-    """Those of a 1x1 convolution's input, weight and bias for which `mask` is true.
+    """Return the gradients of a 1x1 convolution's input, weight and bias, each only if `mask` is true for it.
 
-    (The functions of `torch.nn.grad` expand a number to the input's shape, and lose channels_last.)
+    (The functions of `torch.nn.grad` expand a number to the input's shape and lose channels_last.)
     """
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
 
 
 def relu_gradient(grad_y: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The gradient of what went into a ReLU, from its output `y`, in one launch."""
+    """Return the gradient of a ReLU's input from its output `y`, in one launch."""
     return torch.ops.aten.threshold_backward(grad_y, y, 0)
 
 
 class TorchPasses:
-    """The passes over one layer's input, and over its output's gradient, all with the shifted copy `c = x - shift`.
+    """The passes over one layer's input and its output's gradient, all with the shifted copy `c = x - shift`.
 
     Args:
-        x: `(N, C, H, W)`, channels_last or contiguous; of no images where other processes hold the batch.
-        shift: `(C,)`, as `moments` has returned it; None in the forward pass.
+        x: `(N, C, H, W)`, channels_last or contiguous; without images if other processes hold the whole batch.
+        shift: `(C,)`, as returned by `moments`; None in the forward pass.
         grad_y: `(N, out, H, W)`, in the backward pass.
-        y: The layer's output, if a ReLU has made it: where it is zero, `grad_y` counts as zero.
+        y: The layer's output if it comes from a ReLU; `grad_y` then counts as zero where `y` is zero.
     """
 
     def __init__(
@@ -137,19 +137,19 @@ class TorchPasses:
             shift = x[:, :, ::4, ::4].mean((2, 3)).mean(0) if len(x) else x.new_zeros(x.shape[1])
         self.shift = shift
         self.c = shifted(x, shift)
-        # In a backward pass torch.compile knows the layout of what was saved, not of what is computed from it.
+        # In a backward pass torch.compile knows the layout of saved tensors, not of tensors computed from them.
         self.memory_format = memory_format(x)
         if grad_y is not None:
             grad_y = grad_y.contiguous(memory_format=self.memory_format)
             self.grad_y = grad_y if y is None else relu_gradient(grad_y, y)
 
     def moments(self, groups: int, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`shift` `(C,)`; and in `dtype` `shifted_mean = E[c]` `(C,)` and the covariances `S_g` `(G, C/G, C/G)`."""
+        """Return `shift` `(C,)`, and in `dtype` `shifted_mean = E[c]` `(C,)` and covariances `S_g` `(G, C/G, C/G)`."""
         c = self.c
-        # CUDA can sum and return products of half precision in float32. ROCm, which is `is_cuda` too, cannot.
+        # CUDA can sum and return half-precision products in float32. ROCm, where `is_cuda` is true too, cannot.
         if not (c.is_cuda and not torch.version.hip and dtype == torch.float32):
             c = c.to(dtype)
-        # In two steps, as rounding grows with the length of a sum. Without positions it is zero.
+        # The mean takes two steps, because rounding errors grow with the length of a sum. It is zero without positions.
         shifted_mean = c.mean((2, 3), dtype=dtype).sum(0) / max(1, len(c))
         products = group_products_op if torch.compiler.is_compiling() else group_products
         count = max(1, c.numel() // c.shape[1])
@@ -159,27 +159,27 @@ class TorchPasses:
         return self.shift, shifted_mean, cov
 
     def convolve(self, weight: torch.Tensor, bias: torch.Tensor, relu: bool) -> torch.Tensor:
-        """`W' c + b'`, or its ReLU: `(N, out, H, W)`; `weight` `(out, C, 1, 1)`."""
+        """Return `W' c + b'`, or its ReLU, `(N, out, H, W)`; `weight` is `(out, C, 1, 1)`."""
         y = F.conv2d(self.c, weight, bias.to(self.c.dtype))
         return y.relu_() if relu else y
 
     def weight_gradient(self, out: int, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-        """`sum dy c^T` `(out, C)` and `sum dy` `(out,)` over all positions, in `dtype`."""
+        """Return `sum dy c^T` `(out, C)` and `sum dy` `(out,)` over all positions, in `dtype`."""
         weight = self.c.new_empty(out, self.c.shape[1], 1, 1)  # only its shape is read
         _, products, _ = convolution_gradients(self.grad_y, self.c, weight, [False, True, False])
         return products.flatten(1).to(dtype), self.grad_y.sum((0, 2, 3)).to(dtype)
 
     def input_gradient(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """`W'^T dy + A c + b`, shaped as `x`; `a` `(G, C/G, C/G)`, symmetric, `b` `(C,)`.
+        """Return `W'^T dy + A c + b`, shaped as `x`; `a` is `(G, C/G, C/G)` and symmetric, `b` is `(C,)`.
 
-        It has to be the last pass, as it frees `c`.
+        This must be the last pass, because it frees `c`.
         """
         c = self.c
         del self.c
         a, b = a.to(c.dtype), b.to(c.dtype)
         if c.device.type == 'cpu':
             grad_x = F.conv2d(c, a.view(c.shape[1], -1, 1, 1), b, groups=len(a))
-            del c  # so that its memory is used again
+            del c  # so that its memory can be reused
             grad_x += convolution_gradients(self.grad_y, grad_x, weight, [True, False, False])[0]
             return grad_x
         grad_x = torch.addmm(b, rows(self.grad_y), weight.flatten(1)).addmm_(rows(c), torch.block_diag(*a))

@@ -1,16 +1,16 @@
-"""Whether a tracer runs the code that knows only torch's own operators, and no autograd function of ours."""
+"""Detects tracers that know only torch's own operators and none of our autograd functions."""
 import torch
 
 __all__ = ['is_exporting', 'operators_alone']
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 traces the call itself as true
+@torch.compiler.assume_constant_result  # without this, torch 2.11 traces the call as True
 def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
 def operators_alone() -> bool:
-    """Whether torch.export, torch.jit.trace or torch.func is at work, which know torch's own operators alone.
+    """Whether torch.export, torch.jit.trace or torch.func is running; they know only torch's own operators.
 
     Their users differentiate the traced graph with other tools, or switch its BatchNorms to eval mode.
     """
@@ -18,5 +18,5 @@ def operators_alone() -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    # torch.func has no public question for this; checked with torch 2.11 and 2.15.
+    # torch.func has no public function for this; checked with torch 2.11 and 2.15.
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()

@@ -1,16 +1,16 @@
 """The moment form's kernels in Triton; triton_passes.py chooses their blocks and launches them.
 
-An activation in channels_last is a matrix with a row for each of its P positions: `x` is `(P, C)`, `y` `(P, OUT)`. Each
-of the G groups has SIZE = C / G input channels. A matrix with one block for each group, `x_i x_j` within the group, is
-stored as `(C, SIZE)`. The algebra is moment_form.py's, for the same tensors under the same names, but with folded
-convolutions of `x` itself.
+An activation in channels_last is a matrix with a row for each of its P positions: `x` is `(P, C)`, `y` is `(P, OUT)`.
+Each of the G groups has SIZE = C / G input channels. A matrix of products `x_i x_j` within the groups has one block for
+each group and is stored as `(C, SIZE)`. The algebra and the names are those of moment_form.py, but the folded
+convolutions take `x` itself.
 
-BP, BC, BO and BS are blocks of positions, of input channels, of output channels and of one group's channels. A tile is
-BC columns of `x`. Tiles are cut from blocks of WIDTH columns: as many whole groups as fit into one tile, or else one
-group in several tiles.
+BP, BC, BO and BS are the sizes of blocks of positions, input channels, output channels and one group's channels. A tile
+has BC columns of `x`. Tiles are cut from blocks of WIDTH columns. A block contains as many whole groups as fit into one
+tile, or one group that takes several tiles.
 
-A sum over positions is split among programs. Each writes a partial sum, and another kernel adds those: without atomics
-a step gives the same result each time.
+A sum over positions is split among programs. Each program writes a partial sum, and another kernel adds the partial
+sums. There are no atomics, so a step gives the same result each time.
 """
 import triton
 import triton.language as tl
@@ -35,14 +35,14 @@ def at_rows(x, row, column, C: tl.constexpr):
 
 @triton.jit
 def load_rows(x, row, end, column, exists, C: tl.constexpr):
-    """Rows before `end`; zeros for the others."""
+    """Load the rows before `end`; the others are zero."""
     mask = (row[:, None] < end) & exists[None, :]
     return tl.load(at_rows(x, row, column, C), mask, 0.0)
 
 
 @triton.jit
 def load_shifted(x, row, end, column, exists, shift, C: tl.constexpr):
-    """`c = x - shift` in the dtype of `x`; zeros for rows from `end` on."""
+    """Load `c = x - shift` in the dtype of `x`; rows from `end` on are zero."""
     mask = (row[:, None] < end) & exists[None, :]
     value = tl.load(at_rows(x, row, column, C), mask, 0.0)
     return tl.where(mask, value.to(tl.float32) - shift[None, :], 0.0).to(x.dtype.element_ty)
@@ -50,16 +50,16 @@ def load_shifted(x, row, end, column, exists, shift, C: tl.constexpr):
 
 @triton.jit
 def same_group(i, i_exists, j, j_exists, SIZE: tl.constexpr):
-    """The column that the entry of channels i and j has in row i of a `(C, SIZE)` matrix; whether it has one."""
+    """The column of the entry of channels i and j in row i of a `(C, SIZE)` matrix, and whether there is one."""
     k = j[None, :] - i[:, None] // SIZE * SIZE
     return k, i_exists[:, None] & j_exists[None, :] & (k >= 0) & (k < SIZE)
 
 
 @triton.jit
 def choose_shift(x, P, column, exists, C: tl.constexpr, BP: tl.constexpr):
-    """The mean of a sample of BP positions where it is more than four standard deviations, else zero.
+    """The mean of a sample of BP positions if it is more than four standard deviations from zero, else zero.
 
-    `x - shift` is exact in half precision only near the shift; elsewhere rounding it costs more than the shift saves.
+    In half precision `x - shift` is exact only near the shift; elsewhere its rounding costs more than the shift saves.
     """
     row = tl.arange(0, BP).to(tl.int64) * P // BP
     value = load_rows(x, row, P, column, exists, C).to(tl.float32)
@@ -73,8 +73,11 @@ def choose_shift(x, P, column, exists, C: tl.constexpr, BP: tl.constexpr):
 def moments_kernel(
         x, shift, partial_products, partial_sums, P, split_rows,
         C: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """The shift `(C,)`, and of `c = x - shift` over the rows of each split `sum c_i c_j` within the groups
-    `(splits, C, SIZE)` and `sum c_i` `(splits, C)`. A program takes a pair of tiles of one block, and a split."""
+    """Compute the shift `(C,)`, and sums over the rows of each split of `c = x - shift`.
+
+    The sums are `sum c_i c_j` within the groups `(splits, C, SIZE)` and `sum c_i` `(splits, C)`. A program takes a pair
+    of tiles of one block, and a split.
+    """
     TILES: tl.constexpr = (WIDTH + BC - 1) // BC
     split = tl.program_id(1)
     i, j = tl.program_id(0) // TILES % TILES, tl.program_id(0) % TILES
@@ -118,9 +121,9 @@ def convolve_kernel(
         x, weight, bias, y, P,
         C: tl.constexpr, OUT: tl.constexpr, G: tl.constexpr, RELU: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """`y = W' x + b'`, where `b'` is the sum of `bias` `(G, OUT)` over the groups.
+    """Compute `y = W' x + b'`, where `b'` is the sum of `bias` `(G, OUT)` over the groups.
 
-    The programs are persistent: the n of a tile of output channels each take every n-th block of positions.
+    The programs are persistent: if a tile of output channels has n programs, each takes every n-th block of positions.
     """
     TILES: tl.constexpr = (OUT + BO - 1) // BO
     KEEP_WEIGHT: tl.constexpr = C <= BC  # load it once for all positions
@@ -144,7 +147,7 @@ def convolve_kernel(
                 acc = tl.dot(values, w, acc)
         acc += b[None, :]
         if RELU:
-            acc = tl.where(acc < 0, 0.0, acc)  # a NaN stays one
+            acc = tl.where(acc < 0, 0.0, acc)  # a NaN stays NaN
         mask = (row[:, None] < P) & o_exists[None, :]
         tl.store(at_rows(y, row, o, OUT), acc.to(y.dtype.element_ty), mask)
 
@@ -153,18 +156,18 @@ def convolve_kernel(
 def weight_gradient_kernel(
         grad_y, x, partial_sums, P, split_rows,
         C: tl.constexpr, OUT: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """Over the rows of each split `sum dy x^T` `(OUT, C)`, and behind it `sum dy` `(OUT,)`: a row of `partial_sums`.
-    `unfold_kernel` adds them.
+    """Compute `sum dy x^T` `(OUT, C)` and `sum dy` `(OUT,)` over the rows of each split.
 
-    A program takes a tile of output and a tile of input channels, and a split.
+    One after the other they form a row of `partial_sums`; `unfold_kernel` adds the rows. A program takes a tile of
+    output channels, a tile of input channels, and a split.
     """
     TILES: tl.constexpr = (C + BC - 1) // BC
     split, tile = tl.program_id(1), tl.program_id(0) % TILES
     o, o_exists = tile_columns(0, tl.program_id(0) // TILES, OUT, OUT, BO)
     c, c_exists = tile_columns(0, tile, C, C, BC)
     product = tl.zeros((BO, BC), tl.float32)
-    # The sum of dy is a product too: where products share a load with something else, Triton 3.6 overwrites its buffer
-    # while they still read it.
+    # The sum of dy is a product too: if products share a load with another operation, Triton 3.6 overwrites its buffer
+    # while the products still read it.
     ones, total = tl.full((BP, 16), 1, tl.float32).to(x.dtype.element_ty), tl.zeros((BO, 16), tl.float32)
     end = min(P, (split + 1) * split_rows)
     for p in range(split * split_rows, end, BP):
@@ -183,13 +186,13 @@ def input_gradient_kernel(
         grad_y, x, weight, a, b, grad_x, P,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
         BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
-    """`dx = W'^T dy + A x + b` in one accumulator, with the symmetric `a` `(C, SIZE)` and `b` `(C,)`.
+    """Compute `dx = W'^T dy + A x + b` in one accumulator; `a` `(C, SIZE)` is symmetric, `b` is `(C,)`.
 
     The programs are persistent, as in `convolve_kernel`.
     """
     TILES: tl.constexpr = (WIDTH + BC - 1) // BC
     BLOCKS: tl.constexpr = (C + WIDTH - 1) // WIDTH
-    KEEP_WEIGHT: tl.constexpr = (TILES == 1) & (OUT <= BO)  # and A: load them once for all positions
+    KEEP_WEIGHT: tl.constexpr = (TILES == 1) & (OUT <= BO)  # and A: load both once for all positions
     block, tile = tl.program_id(0) // TILES % BLOCKS, tl.program_id(0) % TILES
     column, exists = tile_columns(block, tile, C, WIDTH, BC)
     o = tl.arange(0, BO)
@@ -225,7 +228,7 @@ def input_gradient_kernel(
 
 @triton.jit
 def add_parts(partial_sums, splits, N: tl.constexpr, at, exists, BK: tl.constexpr):
-    """Entries `at`, a matrix, of the sum of `partial_sums` `(splits, N)` over the splits, BK at a time."""
+    """Sum `partial_sums` `(splits, N)` over the splits, BK at a time, for the entries `at`, a matrix."""
     acc = tl.zeros(at.shape, tl.float32)
     for k in range(0, splits, BK):
         split = k + tl.arange(0, BK)[:, None, None]
@@ -238,7 +241,10 @@ def add_parts(partial_sums, splits, N: tl.constexpr, at, exists, BK: tl.constexp
 def covariances_kernel(
         partial_products, partial_sums, shifted_mean, cov, splits, count,
         C: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr):
-    """`E[c]` `(C,)` and `E[c_i c_j] - E[c_i] E[c_j]` `(C, SIZE)` over all splits. A program takes one channel i."""
+    """Compute `E[c]` `(C,)` and `E[c_i c_j] - E[c_i] E[c_j]` `(C, SIZE)` over all splits.
+
+    A program takes one channel i and a block of channels j.
+    """
     i = tl.program_id(0)
     j = tl.program_id(1) * BS + tl.arange(0, BS)
     product, sum_j, sum_i = tl.zeros((BS,), tl.float32), tl.zeros((BS,), tl.float32), 0.0
@@ -256,7 +262,7 @@ def covariances_kernel(
 
 @triton.jit
 def load_mean(shift, shifted_mean, g, j, SIZE: tl.constexpr):
-    """The mean `m_j = shift_j + E[c_j]` of channels j of group g."""
+    """Load the mean `m_j = shift_j + E[c_j]` of channels j of group g."""
     return tl.load(shift + g * SIZE + j, j < SIZE, 0.0) + tl.load(shifted_mean + g * SIZE + j, j < SIZE, 0.0)
 
 
@@ -266,11 +272,11 @@ def fold_kernel(
         eps, momentum, unbiased,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, AFFINE: tl.constexpr, TRACK: tl.constexpr,
         BO: tl.constexpr, BS: tl.constexpr):
-    """The folded weight, and of group g its part `(OUT,)` of the bias, its mean and var, and `W_g S_g`, where `S_g` is
-    `cov`. A program takes a block of output channels of one group.
+    """Compute the folded weight, and each group's part `(OUT,)` of the bias, its mean, its var and `W_g S_g`.
 
-    With TRACK, `mean_ptr` and `var_ptr` are running statistics, which mean and var move. `unbiased` is what makes var
-    unbiased."""
+    `S_g` is `cov`. A program takes a block of output channels of one group. With TRACK, `mean_ptr` and `var_ptr` are
+    the running statistics, which are updated. `unbiased` is the factor that makes var unbiased.
+    """
     g = tl.program_id(1)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     exists = o < OUT
@@ -293,7 +299,7 @@ def fold_kernel(
         mean += tl.sum(w * m[None, :], 1)  # mu_g = W_g m_g
         var += tl.sum(ws * w, 1)  # var_g = diag(W_g S_g W_g^T)
         tl.store(w_cov + o[:, None] * C + j[None, :], ws, mask)
-    var = tl.where(var < 0, 0.0, var)  # negative by rounding; a NaN stays one
+    var = tl.where(var < 0, 0.0, var)  # rounding may make it negative; a NaN stays NaN
     inv_std = 1 / tl.sqrt_rn(var + eps)
     scale = inv_std  # gamma_g / sqrt(var_g + eps)
     b = tl.zeros((BO,), tl.float32)
@@ -306,7 +312,7 @@ def fold_kernel(
         w = tl.load(weight + o[:, None] * C + j[None, :], mask, 0.0).to(tl.float32)
         m = load_mean(shift, shifted_mean, g, j, SIZE)
         rounded = (w * scale[:, None]).to(folded.dtype.element_ty)  # W'_g
-        # b'_g = beta_g - W'_g m_g, with W' as it is rounded: so the mean of y is the sum of the betas
+        # b'_g = beta_g - W'_g m_g with the rounded W', so that the mean of y is the sum of the betas
         b -= tl.sum(rounded.to(tl.float32) * m[None, :], 1)
         tl.store(folded + o[:, None] * C + j[None, :], rounded, mask)
     at = g * OUT + o
@@ -329,8 +335,11 @@ def unfold_kernel(
         grad_weight, grad_gamma, grad_beta, grad_var_ptr, grad_bias, splits,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, AFFINE: tl.constexpr,
         BK: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr):
-    """The backward pass of `fold_kernel`: gradients of weight, gamma, beta and var, from the parts that
-    `weight_gradient_kernel` has left; and their `sum dy` `(OUT,)`. Programs as there."""
+    """Compute the backward pass of `fold_kernel` from the partial sums of `weight_gradient_kernel`.
+
+    The results are the gradients of weight, gamma, beta and var, and `sum dy` `(OUT,)`. A program takes a block of
+    output channels of one group.
+    """
     N: tl.constexpr = OUT * C + OUT
     g = tl.program_id(1)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
@@ -361,7 +370,7 @@ def unfold_kernel(
         j = first_j + tl.arange(0, BS)
         at = o[:, None] * C + g * SIZE + j[None, :]
         mask = exists[:, None] & (j[None, :] < SIZE)
-        if SIZE > BS:  # it was another block's
+        if SIZE > BS:  # `grad` is that of another block
             m = load_mean(shift, shifted_mean, g, j, SIZE)
             grad = add_parts(partial_sums, splits, N, at, mask, BK) - grad_b[:, None] * m[None, :]
         # W' = scale W, and var = diag(W S W^T)
@@ -374,7 +383,7 @@ def input_terms_kernel(
         weight, folded, shift, shifted_mean, grad_var, grad_bias, a, b, count,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, COUNT_IS_TENSOR: tl.constexpr,
         BI: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr):
-    """`A_g = 2 / count W_g^T diag(dvar_g) W_g` `(C, SIZE)`, and `b = -A m - W'^T sum dy / count` `(C,)`.
+    """Compute `A_g = 2 / count W_g^T diag(dvar_g) W_g` `(C, SIZE)` and `b = -A m - W'^T sum dy / count` `(C,)`.
 
     A program takes BI rows of A of one group.
     """
@@ -402,7 +411,7 @@ def input_terms_kernel(
             acc = tl.dot(w_i, w_j, acc, input_precision='ieee')
         rounded = (acc * (2 / count)).to(a.dtype.element_ty)
         m = load_mean(shift, shifted_mean, g, j, SIZE)
-        b_i -= tl.sum(rounded.to(tl.float32) * m[None, :], 1)  # of A as it is rounded
+        b_i -= tl.sum(rounded.to(tl.float32) * m[None, :], 1)  # with the rounded A
         mask = exists[:, None] & (j[None, :] < SIZE)
         tl.store(a + (g * SIZE + i[:, None]) * SIZE + j[None, :], rounded, mask)
     tl.store(b + g * SIZE + i, b_i, exists)

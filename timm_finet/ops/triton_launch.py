@@ -1,4 +1,4 @@
-"""Launch a kernel of Triton in little of the host's time: without a graph the host is what a small layer waits for."""
+"""Launches Triton kernels in little host time, which limits the speed of small layers outside CUDA graphs."""
 from functools import reduce
 from operator import or_
 from typing import Sequence, Tuple
@@ -12,19 +12,20 @@ __all__ = ['Plan']
 
 
 class Plan:
-    """A kernel with its grid and all by which Triton compiles it: a plan is for tensors of the same dtypes and devices.
+    """A kernel, its grid and the settings with which Triton compiles it, for tensors of fixed dtypes and devices.
 
-    The first launch goes by Triton, which is slow to find the compiled kernel; later ones call what launches that one.
-    On NVIDIA's cards Triton compiles anew for other dtypes, for other constants, for whether an integer is 1, large or
-    a multiple of 16, and for whether a pointer is a multiple of 16. Pointers that are none, which torch makes only as
-    views, always go by Triton, and so does AMD's backend, which looks at sizes too.
+    The first launch goes through Triton, which is slow to find the compiled kernel; later launches call the compiled
+    kernel's launcher directly. On NVIDIA's GPUs Triton compiles a kernel again for another dtype, another constant,
+    another kind of integer (1, large, or a multiple of 16) and another alignment of a pointer (a multiple of 16 or
+    not). In torch only views have pointers that are not a multiple of 16; launches with these always go through Triton.
+    So do all launches on AMD's backend, which also looks at the tensors' sizes.
 
     Args:
         kernel: Its arguments are tensors, then integers, then floats, then constants.
-        grid: Programs, in one or two dimensions.
-        integers: The kernel's, in its order.
-        num_warps, num_stages: As Triton has them.
-        constants: By name.
+        grid: The number of programs, in one or two dimensions.
+        integers: The kernel's integer arguments, in order.
+        num_warps, num_stages: As for Triton.
+        constants: The kernel's constants, by name.
     """
 
     def __init__(self, kernel, grid: Tuple[int, ...], *integers: int, num_warps=4, num_stages=2, **constants):
@@ -33,7 +34,9 @@ class Plan:
         self.launcher = None
 
     def launch(self, *tensors: Tensor, floats: Sequence[float] = ()) -> None:
-        """Launch it on the current stream of the tensors' device. (For integers as `floats` Triton would compile anew.)
+        """Launch the kernel on the current stream of the tensors' device.
+
+        Triton would compile the kernel again if `floats` contained integers.
         """
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
@@ -43,7 +46,7 @@ class Plan:
         aligned = reduce(or_, addresses) % 16 == 0
         if aligned and self.launcher is not None:
             compiled, run, constants = self.launcher
-            # Of a number Triton's launcher does not ask the driver, as it does of each tensor, whether it is a pointer.
+            # Passing addresses saves time: Triton's launcher asks the driver about each tensor whether it is a pointer.
             run(*self.three, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
                 None, None, None, *addresses, *self.integers, *floats, *constants)
             return

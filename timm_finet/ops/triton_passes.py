@@ -1,12 +1,12 @@
 """The moment form in Triton for half precision in channels_last: four launches forward, four backward.
 
-triton_kernels.py has the kernels, triton_launch.py launches them. Here are plans for that, their grids and block sizes,
-made once for each shape; operators that follow them, into which torch.compile does not look; and `TritonPasses` and
-`TritonAlgebra`, which have the interface of torch's.
+triton_kernels.py contains the kernels, and triton_launch.py launches them. This file contains plans, which set the
+grids and block sizes and are made once for each shape; operators, which follow the plans and are opaque to
+torch.compile; and `TritonPasses` and `TritonAlgebra`, which have the interfaces of `TorchPasses` and `TorchAlgebra`.
 
-There is no shifted copy of `x`. What a channel's mean would cost half precision is kept in float32 instead:
-`moments_kernel` subtracts the shift from each value as it is loaded, the products that make `y` and `grad_x` get a
-float32 bias, and the weight's gradient has the mean's part subtracted from its complete sums.
+There is no shifted copy of `x`. In half precision a large channel mean would cost accuracy, so means are handled in
+float32: `moments_kernel` subtracts the shift from each value as it is loaded, the products that make `y` and `grad_x`
+get a float32 bias, and the mean's part is subtracted from the complete sums of the weight's gradient.
 """
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -26,11 +26,11 @@ __all__ = ['TritonAlgebra', 'TritonPasses']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plans. Blocks, warps and stages are the fastest of some 5,000 tried on an H200 with finet_large's layers.
+# Plans. Blocks, warps and stages are the fastest of about 5,000 settings tried on an H200 with finet_large's layers.
 
 MAX_TILE = 128  # columns
-# Of the plans of one kernel; training on ever new shapes would fill the memory. Their last arguments, `kinds`, are the
-# dtypes and devices of the tensors that a plan is for.
+# The cache of one kernel's plans is limited, because training on ever new shapes would fill the memory. The last
+# arguments of each `plan_...`, `kinds`, are the dtypes and devices of the tensors that the plan is for.
 keep = lru_cache(4096)
 
 
@@ -53,12 +53,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_2(n: int, minimum: int = 16) -> int:
-    """The block for n columns: `tl.dot` takes 16 or more."""
+    """Return the block size for n columns; `tl.dot` takes 16 or more."""
     return max(minimum, 1 << (n - 1).bit_length())
 
 
 def tiles(channels: int, groups: int, max_tile: int = MAX_TILE) -> dict:
-    """`WIDTH` and `BC`: columns are cut into blocks of whole groups, and these into tiles."""
+    """Return the widths of blocks and tiles, `WIDTH` and `BC`: a block is some whole groups and is cut into tiles."""
     size = channels // groups
     if size > max_tile:
         return dict(WIDTH=size, BC=MAX_TILE)
@@ -67,14 +67,17 @@ def tiles(channels: int, groups: int, max_tile: int = MAX_TILE) -> dict:
 
 
 def split_positions(positions: int, n_tiles: int, occupancy: int, block: int, card: Card) -> Tuple[int, int]:
-    """Into how many splits a sum over positions goes, for `occupancy` programs a multiprocessor, and rows of each."""
+    """Return the splits of a sum over positions, for `occupancy` programs a multiprocessor, and the rows of each."""
     splits = max(1, min(cdiv(occupancy * card.processors, n_tiles), positions // 128))
     rows = cdiv(cdiv(positions, splits), block) * block
     return cdiv(positions, rows), rows
 
 
 def persistent_grid(positions: int, n_tiles: int, block: int, occupancy: Optional[int], card: Card) -> Tuple[int]:
-    """Of a pass that writes activations: `occupancy` programs a multiprocessor, or, for None, one a block."""
+    """Return the grid of a pass that writes activations.
+
+    It has `occupancy` programs a multiprocessor, or one program a block if `occupancy` is None.
+    """
     blocks = cdiv(positions, block)
     if occupancy is not None:
         blocks = min(blocks, cdiv(occupancy * card.processors, n_tiles))
@@ -83,7 +86,7 @@ def persistent_grid(positions: int, n_tiles: int, block: int, occupancy: Optiona
 
 @keep
 def plan_moments(positions: int, channels: int, groups: int, card: Card, *kinds) -> Tuple[Plan, Plan, int]:
-    """Two plans, and the splits between them."""
+    """Return the plans of both kernels and the number of splits."""
     size = channels // groups
     cut = tiles(channels, groups, 64 if size <= 64 else MAX_TILE)
     n_blocks, n_tiles = cdiv(channels, cut['WIDTH']), cdiv(cut['WIDTH'], cut['BC'])
@@ -108,7 +111,7 @@ def plan_fold(out: int, groups: int, size: int, affine: bool, track: bool, *kind
 def plan_convolve(positions: int, channels: int, out: int, groups: int, relu: bool, card: Card, *kinds) -> Plan:
     stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), power_of_2(channels)
     occupancy = 2 if channels <= 128 else 1
-    if block_c > 256 or 2 * block_c * (block_o + stages * rows) > card.shared:  # the weight cannot be kept
+    if block_c > 256 or 2 * block_c * (block_o + stages * rows) > card.shared:  # too large to keep the weight
         block_c, occupancy = 64, None
     grid = persistent_grid(positions, cdiv(out, block_o), rows, occupancy, card)
     return Plan(convolve_kernel, grid, positions, C=channels, OUT=out, G=groups, RELU=relu,
@@ -117,7 +120,7 @@ def plan_convolve(positions: int, channels: int, out: int, groups: int, relu: bo
 
 @keep
 def plan_weight_gradient(positions: int, channels: int, out: int, card: Card, *kinds) -> Tuple[Plan, int]:
-    """The plan, and its splits."""
+    """Return the plan and the number of splits."""
     stages, rows, block_o, block_c = 3, 64, min(128, power_of_2(out)), min(128, power_of_2(channels, 32))
     occupancy = 1
     if out * channels > 2 ** 16:
@@ -141,7 +144,7 @@ def plan_unfold(splits: int, out: int, groups: int, size: int, affine: bool, *ki
 
 @keep
 def plan_input_terms(out: int, groups: int, size: int, count: Optional[int], *kinds) -> Plan:
-    """`count` is None where it is a tensor."""
+    """Return the plan. `count` is None if the kernel gets it as a tensor."""
     block = min(128, power_of_2(size))
     return Plan(input_terms_kernel, (cdiv(size, 16), groups), *([] if count is None else [count]),
                 C=groups * size, OUT=out, SIZE=size, COUNT_IS_TENSOR=count is None,
@@ -157,12 +160,12 @@ def plan_input_gradient(positions: int, channels: int, out: int, groups: int, ca
         shared = 2 * (width * (width + block_o) + stages * rows * (width + block_o))
         if block_o <= 256 and cut['WIDTH'] <= width and shared <= card.shared:
             break
-    else:  # weight and A cannot be kept
+    else:  # too large to keep the weight and A
         cut = tiles(channels, groups)
         if cut['WIDTH'] % 2:
             cut = tiles(channels, groups, 64)
         occupancy, warps = None, 8 if cut['BC'] > 32 else 4
-        # A group in several tiles takes more shared memory, odd columns and cards before Hopper more registers.
+        # A group in several tiles takes more shared memory; an odd width or a GPU before Hopper takes more registers.
         small = cut['WIDTH'] > cut['BC'] or cut['WIDTH'] % 2 or card.shared < 200 * 1024
         stages, rows, block_o = (2, 64, 32) if small else (3, 128, 64)
     n_tiles = cdiv(channels, cut['WIDTH']) * cdiv(cut['WIDTH'], cut['BC'])
@@ -172,18 +175,21 @@ def plan_input_gradient(positions: int, channels: int, out: int, groups: int, ca
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators. Each launches the kernel of its name. Sums over positions take two launches, one for the parts; they are in
-# one operator, as the number of parts is no shape that torch.compile could know.
+# Operators. Each launches the kernel of its name. A sum over positions takes two launches: one computes the parts, the
+# next adds them. Both are in one operator, because torch.compile could not know the number of parts.
 
 def kinds(*tensors: Tensor) -> list:
-    """Dtypes and devices of tensors that a user has made; those of others follow from `x`, as autograd sees to."""
+    """Return the dtypes and devices of tensors that the user made.
+
+    Those of all other tensors follow from `x`; autograd ensures this for gradients.
+    """
     return [*map(attrgetter('dtype'), tensors), *map(Tensor.get_device, tensors)]
 
 
 def operator(*outputs):
-    """Make a function that launches kernels an operator, opaque to torch.compile; eager code calls it as it is.
+    """Turn a function that launches kernels into an operator that is opaque to torch.compile.
 
-    `outputs` are the names of the arguments that it writes to.
+    Eager code calls the function itself. `outputs` are the names of the arguments that the function writes to.
     """
     def wrap(function):
         op = torch.library.custom_op(f'timm_finet::{function.__name__}', function, mutates_args=outputs)
@@ -195,13 +201,16 @@ def operator(*outputs):
 
 
 def sizes(x: Tensor) -> Tuple[int, int]:
-    """Positions and channels."""
+    """Return the numbers of positions and channels."""
     n, channels, height, width = x.shape
     return n * height * width, channels
 
 
 def empty_activation(x: Tensor, channels: int) -> Tensor:
-    """For each position of `x`, in channels_last. (Inductor fills what `torch.empty` makes in that format.)"""
+    """Return an empty tensor with the positions of `x`, in channels_last.
+
+    (Inductor fills the tensors that `torch.empty` makes in that format.)
+    """
     n, _, height, width = x.shape
     return torch.empty_permuted((n, channels, height, width), (0, 2, 3, 1), dtype=x.dtype, device=x.device)
 
@@ -223,7 +232,7 @@ def triton_fold(
 ) -> None:
     affine, track = gamma is not None, batches is not None
     if not affine:
-        gamma = beta = shift  # which the kernel does not read
+        gamma = beta = shift  # not read by the kernel
     if not track:
         batches = shift
     plan_fold(*w_cov.shape, affine, track, *kinds(weight, gamma, beta, folded, mean, var, batches)).launch(
@@ -238,7 +247,7 @@ def triton_convolve(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, y: Tens
 
 
 def weight_gradient_parts(grad_y: Tensor, x: Tensor) -> Tensor:
-    """`sum dy x^T` `(out, C)` and behind it `sum dy` `(out,)`, a row for each split of the positions."""
+    """Return `sum dy x^T` `(out, C)` followed by `sum dy` `(out,)`, as one row for each split of the positions."""
     (positions, channels), out = sizes(x), grad_y.shape[1]
     plan, splits = plan_weight_gradient(positions, channels, out, card(x.device), x.dtype, x.device)
     parts = x.new_empty(splits, out * channels + out, dtype=torch.float32)
@@ -275,7 +284,7 @@ def triton_input_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, 
 
 
 def adds_up(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and launched here, by Triton and past it, and is right: of 1 and 3."""
+    """Whether a kernel compiles, launches through Triton and directly, and computes mean and variance of 1 and 3."""
     products, sums = torch.tensor([[1.], [9.]], device=device), torch.tensor([[1.], [3.]], device=device)
     mean, cov = torch.empty(2, 4, device=device).unbind()
     plan = Plan(covariances_kernel, (1, 1), 2, 2, C=1, SIZE=1, BK=16, BS=16)
@@ -287,10 +296,10 @@ def adds_up(device: torch.device) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The interface of torch_passes.py and of TorchAlgebra
+# The interfaces of TorchPasses and TorchAlgebra
 
 class TritonPasses:
-    """The passes over one layer's input `x`, channels_last and with positions; arguments as for `TorchPasses`."""
+    """The passes over one layer's input `x`, channels_last and not empty; arguments as for `TorchPasses`."""
 
     def __init__(
             self,
@@ -302,11 +311,11 @@ class TritonPasses:
         self.x = x
         if grad_y is not None:
             grad_y = grad_y.contiguous(memory_format=torch.channels_last)
-            # A launch of its own takes less time than inside both passes that read the result.
+            # A separate launch takes less time than computing this in both passes that read the result.
             self.grad_y = grad_y if y is None else relu_gradient(grad_y, y)
 
     def moments(self, groups: int, dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor]:
-        """`shift`, `shifted_mean`, `cov` as from `TorchPasses`, in float32 whatever `dtype` is."""
+        """Return `shift`, `shifted_mean` and `cov` as `TorchPasses` does, but always in float32."""
         channels = self.x.shape[1]
         new = partial(self.x.new_empty, dtype=torch.float32)
         moments = new(channels), new(channels), new(groups, channels // groups, channels // groups)
@@ -314,24 +323,27 @@ class TritonPasses:
         return moments
 
     def convolve(self, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        """`W' x + b'`, or its ReLU; the bias `(G, out)` as from `TritonAlgebra.fold`."""
+        """Return `W' x + b'`, or its ReLU; the bias is `(G, out)`, as `TritonAlgebra.fold` returns it."""
         y = empty_activation(self.x, weight.shape[0])
         triton_convolve(self.x, weight, bias, relu, y)
         return y
 
     def weight_gradient(self, out: int, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        """What `TritonAlgebra.unfold` sums up, in the operator that adds the parts."""
+        """Return the tensors whose products `TritonAlgebra.unfold` sums, in the operator that adds the parts."""
         return self.grad_y, self.x
 
     def input_gradient(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """`W'^T dy + A x + b`."""
+        """Return `W'^T dy + A x + b`."""
         grad_x = empty_activation(self.x, self.x.shape[1])
         triton_input_gradient(self.grad_y, self.x, weight, a, b, grad_x)
         return grad_x
 
 
 class TritonAlgebra:
-    """The algebra of `TorchAlgebra`, a launch a method, for passes that take `x` itself: biases hold its whole mean."""
+    """The algebra of `TorchAlgebra` with one launch a method, for passes that take `x` itself, not `c`.
+
+    The biases therefore contain the whole mean of `x`.
+    """
 
     @staticmethod
     def fold(weight, gamma, beta, shift, shifted_mean, cov, eps, dtype, running, count):
