@@ -1,9 +1,9 @@
-"""For train.py's `--device-modules timm_finet.cuda_graphs`: forward and backward pass of a classifier as CUDA graphs.
+"""Runs a classifier's forward and backward pass as CUDA graphs: train.py's `--device-modules timm_finet.cuda_graphs`.
 
-A training step of FBN is some thousand small kernels. Where the host launches them more slowly than the GPU runs them,
-a graph, launched as a whole, lets the GPU set the pace. For one process, batches of one size and networks that decide
-nothing on the host; DistributedDataParallel, whose gradients a graph would not exchange, is refused. Evaluation is not
-captured; without a GPU nothing is.
+A training step of FBN consists of some thousand small kernels. If the host launches them more slowly than the GPU runs
+them, a CUDA graph makes the step faster, because it is launched as a whole. Graphs require one process, batches of one
+size, and a network that makes no decisions on the host. DistributedDataParallel is refused, because a graph would not
+exchange its gradients. Evaluation is not captured. Without a GPU nothing is captured.
 """
 from typing import Optional
 
@@ -17,12 +17,12 @@ forward = ClassificationTask.forward
 
 
 def captured(model: nn.Module, x: torch.Tensor, dtype: Optional[torch.dtype] = None) -> nn.Module:
-    """`model`, in whose train mode every batch now replays a graph.
+    """Return `model`, which from now on replays a graph for every batch in train mode.
 
     Args:
-        model: On the GPU, in train mode, without hooks.
-        x: A batch: shape, dtype and memory format of all that follow.
-        dtype: Of autocast, if that is to be captured.
+        model: The network, on the GPU, in train mode and without hooks.
+        x: A batch with the shape, dtype and memory format of all later batches.
+        dtype: The dtype of autocast, or None to capture without autocast.
     """
     with torch.autocast('cuda', dtype, enabled=dtype is not None, cache_enabled=False):
         return torch.cuda.make_graphed_callables(model, (x.clone(),))
@@ -31,7 +31,7 @@ def captured(model: nn.Module, x: torch.Tensor, dtype: Optional[torch.dtype] = N
 def captured_forward(self, input, target):
     if input.is_cuda and not hasattr(self, 'is_captured'):
         if isinstance(self.trainable_module, nn.parallel.DistributedDataParallel):
-            raise ValueError('--device-modules timm_finet.cuda_graphs is for one process: leave it out of several.')
+            raise ValueError('--device-modules timm_finet.cuda_graphs is for one process: do not use it with several.')
         dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
         captured(self.trainable_module, input, dtype)
         self.is_captured = True

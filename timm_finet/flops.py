@@ -1,4 +1,4 @@
-"""Multiply-adds by fvcore. One multiply-add is one FLOP, as in the paper."""
+"""Counts multiply-adds with fvcore. One multiply-add is one FLOP, as in the paper."""
 import warnings
 from math import prod
 from typing import Any, Dict, Optional, Tuple
@@ -6,25 +6,26 @@ from typing import Any, Dict, Optional, Tuple
 import torch.nn as nn
 
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # fvcore scripts functions as it is imported, which torch calls deprecated
+    warnings.simplefilter('ignore')  # on import fvcore scripts functions, which torch has deprecated
     from fvcore.nn import FlopCountAnalysis
 
 __all__ = ['count_flops']
 
 
 def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Dict[str, Any]:
-    """Count one image's forward pass.
+    """Count the multiply-adds of one image's forward pass.
 
     Args:
-        model: Any network; it is counted in eval mode, in the form it is in. Fuse it first for the deploy form.
-        input_size: `(channels, height, width)`, by default the one of the model's `pretrained_cfg`.
+        model: Any network. It is counted in eval mode and in its present form; fuse it first to count the deploy form.
+        input_size: `(channels, height, width)`; the default is that of the model's `pretrained_cfg`.
 
     Returns:
-        Multiply-adds `conv`, `linear` and `other` (BatchNorm and average pooling at one an element, products of
-        activations), `params`, and `uncounted`: how often each operator ran that fvcore does not know.
+        The multiply-adds `conv`, `linear` and `other` (BatchNorm and average pooling with one for each element, and
+        products of activations); the number of parameters, `params`; and `uncounted`, the number of calls of each
+        operator that fvcore does not know.
 
     Raises:
-        ValueError: `input_size` does not fit the model, or there is none, nor a `pretrained_cfg` to take it from.
+        ValueError: `input_size` does not fit the model; or it is None and the model has no `pretrained_cfg`.
     """
     if input_size is None:
         if not hasattr(model, 'pretrained_cfg'):
@@ -32,7 +33,7 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
         input_size = model.pretrained_cfg['input_size']
     input_size = tuple(input_size)
     least = least_size(model)
-    if min(input_size[1:]) < least:  # padding lets many a network run on next to nothing
+    if min(input_size[1:]) < least:  # with padding, many networks run on smaller images
         raise ValueError(
             f'input_size={input_size} is too small for {type(model).__name__}, which reduces its input {least} times: '
             f'give at least {least} px.')
@@ -61,6 +62,6 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
 
 
 def least_size(model: nn.Module) -> int:
-    """The pixels of an edge below which nothing is left of an image, by the `feature_info` of timm's networks."""
+    """Return the smallest edge in pixels that the network does not reduce to nothing, by timm's `feature_info`."""
     levels = getattr(model, 'feature_info', None) or ()
     return max((level.get('reduction', 1) for level in levels if isinstance(level, dict)), default=1)

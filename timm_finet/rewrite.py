@@ -1,7 +1,7 @@
-"""The two rewrites of whole networks: `fuse_fbn` folds normalisation away for inference, `convert_fbn` brings FBN in.
+"""The two rewrites of whole networks: `fuse_fbn` folds norms for inference, `convert_fbn` inserts FBN layers.
 
-Both plan on what a run of the network on an example shows (fusion/plan.py), prove the plan on copies (fusion/proof.py),
-and only then change the network, which keeps its class, its other methods and the prefixes of its state dict.
+Both run the network on an example to plan the rewrite (fusion/plan.py), prove the plan on copies (fusion/proof.py), and
+only then change the network. It keeps its class, its other methods and the prefixes of its state dict.
 """
 import logging
 from collections import Counter, defaultdict
@@ -36,28 +36,28 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
     For `nn.Sequential(conv, bn)` in eval mode this is equivalent to
     `nn.Sequential(torch.nn.utils.fuse_conv_bn_eval(conv, bn), nn.Identity())`; for an `FBNConv2d`, to its `fuse()`.
 
-    Copies of the network run on the example in eval mode: as it is, to see which norm alone takes a layer's output, and
-    rewritten, to prove that the outputs stay. A warning names what stays unfolded and why: layers with hooks, a patched
-    forward, more than one call or another reader, and those whose tensors somebody else reads. What the example does
-    not show is not known, such as another way through the network with other inputs or in train mode. On the meta
-    device there are no values, so only shapes are proven.
+    Copies of the network run on the example in eval mode. An unchanged copy shows which layer's output goes to one norm
+    only, and a rewritten copy proves that the outputs stay the same. A warning names the layers that stay unfolded and
+    the reasons: they have hooks or a patched forward, are called more than once, or something else reads their output
+    or their tensors. The example cannot show other paths through the network, which it may take with other inputs or in
+    train mode. On the meta device there are no values, so only shapes are proven.
 
     Args:
-        model: Any network, its norms in eval mode. In DistributedDataParallel, DataParallel, torch.compile or timm's
-            ModelEma, the network inside is rewritten.
-        example_inputs: A tensor, or a tuple or dict of arguments, as for torch.export. A network of timm needs none: it
-            runs on random images of the size in its `pretrained_cfg`. In others, only FBN layers and neighbours in an
-            `nn.Sequential` are folded without it; nothing runs, and nothing is proven.
+        model: Any network with its norms in eval mode. In DistributedDataParallel, DataParallel, torch.compile or
+            timm's ModelEma, the network inside is rewritten.
+        example_inputs: A tensor, or a tuple or dict of arguments, as for torch.export. timm's networks do not need one:
+            they run on random images of the size in their `pretrained_cfg`. Without an example, other networks do not
+            run: only FBN layers and neighbours in an `nn.Sequential` are folded, and nothing is proven.
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
-        The rewritten network; of an `FBNConv2d`, an `nn.Conv2d`. Its outputs, and those of timm's
+        The rewritten network, or an `nn.Conv2d` if `model` is an `FBNConv2d`. Its outputs, and those of timm's
         `forward_intermediates`, are the same up to rounding. Class, methods, training flags, buffers, device, dtype,
-        memory format and `requires_grad` stay. Fusing once more changes nothing.
+        memory format and `requires_grad` stay. Fusing the result again changes nothing.
 
     Raises:
-        RuntimeError: A BatchNorm is in train mode; or the outputs would differ, and then `model` has not changed.
-        TypeError: `model` is no module, is scripted or cannot be copied; or `example_inputs` is of another type.
+        RuntimeError: A BatchNorm is in train mode; or the outputs would differ, and `model` is left unchanged.
+        TypeError: `model` is not a module, is scripted or cannot be copied; or `example_inputs` is of another type.
         ValueError: `model` has lazy parameters.
     """
     _check_model(model, 'fuse')
@@ -80,28 +80,28 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
     model = model if inplace else copy_model(model)
     fuse(model)
     if 'fused' in getattr(model, '_model_args', {}):
-        update_model_args(model, fused=True)  # what timm's save_for_hf writes, and so what loads again
+        update_model_args(model, fused=True)  # timm's save_for_hf writes these arguments for loading
     return model
 
 
 def convert_fbn(
         model: nn.Module, fbn_groups: int = 4, affine: bool = True, example_inputs: Any = None,
         inplace: bool = False, save_memory: bool = False) -> nn.Module:
-    """Replace every convolution + BatchNorm pair by an `FBNConv2d`.
+    """Replace every convolution + BatchNorm pair with an `FBNConv2d`.
 
     For `nn.Sequential(conv, bn)` this is equivalent to `nn.Sequential(layer, nn.Identity())`, where `layer` is an
-    `FBNConv2d` with the convolution's weight; the norm's statistics and affine terms are split evenly over its groups,
-    until training estimates each group's own. The convolution's bias, which batch statistics remove again, becomes a
-    part of the mean and learns no more.
+    `FBNConv2d` with the convolution's weight. Each group starts with the norm's variance and gamma, and with an equal
+    share of its mean and beta; training then estimates each group's own. The convolution's bias becomes part of the
+    mean and is no longer learned, because batch statistics would cancel it.
 
     Pairs are found and the outputs proven as by `fuse_fbn`. Depthwise and grouped convolutions, those whose input
-    channels G does not divide (mostly a stem), and those that `fuse_fbn` would leave keep their BatchNorm. How many of
-    how many convolutions were converted is logged.
+    channels G does not divide (mostly a stem), and those that `fuse_fbn` would leave keep their BatchNorm. A log
+    message gives the number of converted convolutions and of all convolutions.
 
     Args:
         model: Any network, in train or eval mode, or in one of the wrappers that `fuse_fbn` knows.
         fbn_groups: G, the FBN groups of each layer.
-        affine: False drops the learned gammas and betas (Table 5), and with them their effect on the outputs.
+        affine: If False, the learned gammas and betas (Table 5) are dropped, and with them their effect on the outputs.
         example_inputs: As for `fuse_fbn`.
         inplace: Change `model` itself instead of a deep copy.
         save_memory: As for `FBNConv2d`. With `fbn_groups=1` this is plain BatchNorm that trains in less memory.
@@ -110,8 +110,8 @@ def convert_fbn(
         The rewritten network. In eval mode its outputs are the same up to rounding, at any G.
 
     Raises:
-        ValueError: `fbn_groups` is below 1; no pair fits; `model` has lazy parameters, or is a DistributedDataParallel
-            to be changed in place.
+        ValueError: `fbn_groups` is not an integer of at least 1; no pair fits; or `model` has lazy parameters, or is a
+            DistributedDataParallel to be changed in place.
         RuntimeError, TypeError: As from `fuse_fbn`, but train mode is allowed.
     """
     if type(fbn_groups) is not int or fbn_groups < 1:
@@ -121,8 +121,8 @@ def convert_fbn(
     if wrapped_name(model):
         if inplace and isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                'model=DistributedDataParallel with inplace=True would not learn of the new parameters: convert the '
-                'network before it is wrapped.')
+                'model=DistributedDataParallel with inplace=True would not see the new parameters: convert the network '
+                'before you wrap it.')
         return rewrite_wrapped(model, lambda network: convert_fbn(
             network, fbn_groups, affine, example_inputs, inplace, save_memory), inplace)
 
@@ -130,7 +130,7 @@ def convert_fbn(
     uses = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     for conv_name, norm_name in list(plan.pairs):
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        # Parameters that norms share would become separate ones.
+        # Parameters that norms share would become separate parameters.
         if not fits_fbn(conv, norm, fbn_groups) or any(uses[p] > 1 for p in norm.parameters()):
             plan.pairs.remove((conv_name, norm_name))
 
@@ -152,15 +152,15 @@ def convert_fbn(
 
 
 def _check_model(model: Any, verb: str) -> None:
-    if isinstance(model, ModelEma):  # no module, but a wrapper
+    if isinstance(model, ModelEma):  # a wrapper that is not a module
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f'model={type(model).__name__} must be a torch.nn.Module.')
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f'model={type(model).__name__} is scripted or traced: {verb} the network before.')
+        raise TypeError(f'model={type(model).__name__} is scripted or traced: {verb} the network before that.')
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
-            raise ValueError(f'{name} of model={type(model).__name__} has no shape yet: run the network once before.')
+            raise ValueError(f'{name} of model={type(model).__name__} has no shape yet: run the network once first.')
 
 
 def _say_what_stays(model: nn.Module, plan: Plan) -> None:
@@ -168,7 +168,7 @@ def _say_what_stays(model: nn.Module, plan: Plan) -> None:
     by_reason = defaultdict(list)
     for name, reason in plan.stays.items():
         by_reason[reason].append(name or type(model).__name__)
-    if NO_LAYER in by_reason:  # as is usual in many networks
+    if NO_LAYER in by_reason:  # common, so not worth a warning
         names = by_reason.pop(NO_LAYER)
         _logger.info(f"{stay}, {NO_LAYER}: {', '.join(names)}")
     if by_reason:

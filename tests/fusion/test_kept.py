@@ -212,7 +212,8 @@ KEPT = {  # the network, and the reason that is told
     'layer patched': (patched('conv'), f'{BEHIND}patched: bn'),
     'norm patched': (patched('bn'), 'patched: bn'),
     'computation patched': (with_another_computation, f'{BEHIND}patched: 1'),
-    **{cls.__name__: (lambda cls=cls: sequence(cls), f'a {cls.__name__}, which does otherwise with a folded weight: 1')
+    **{cls.__name__: (
+        lambda cls=cls: sequence(cls), f'a {cls.__name__}, which gives other outputs with a folded weight: 1')
        for cls in OTHERWISE},
 }
 

@@ -88,7 +88,7 @@ def test_what_a_wrapper_wraps_is_rewritten(wrap, name, process_group, randomise)
         with torch.no_grad():
             torch.testing.assert_close(getattr(rewritten, name)(x), model(x), rtol=1e-3, atol=1e-3)
         if change is not fuse_fbn and wrap is nn.parallel.DistributedDataParallel:
-            with pytest.raises(ValueError, match='convert the network before it is wrapped'):
+            with pytest.raises(ValueError, match='convert the network before you wrap it'):
                 change(wrapped, example_inputs=x, inplace=True)
         else:
             assert change(wrapped, example_inputs=x, inplace=True) is wrapped

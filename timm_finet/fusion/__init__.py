@@ -1,5 +1,6 @@
 """How `fuse_fbn` and `convert_fbn` work.
 
-A copy of the network runs under a `watch`, which tells what may be rewritten: the `plan`. Another copy is rewritten by
-`folding` or `conversion` and runs too, which is the `proof` that the outputs stay; only then the network changes.
+`watch` runs a copy of the network to find what may be rewritten, and `plan` records it. `folding` or `conversion`
+rewrites another copy, and `proof` runs this copy to prove that the outputs stay the same. Only then does the network
+itself change.
 """

@@ -1,4 +1,4 @@
-"""Compares the outputs of two networks, whatever they are made of, by what rounding does to them."""
+"""Compares the outputs of two networks, of any structure, and allows for what rounding does to them."""
 import math
 from collections import deque
 from typing import Any, List, NamedTuple, Sequence, Tuple
@@ -10,10 +10,11 @@ __all__ = ['Verdict', 'distance', 'flatten', 'judge']
 
 
 def flatten(value: Any) -> Tuple[Any, List[torch.Tensor], List[str]]:
-    """Take apart containers of any depth, and objects with attributes.
+    """Flatten containers of any depth and objects with attributes.
 
     Returns:
-        The structure, which `==` compares; all numbers as tensors; and the types of what cannot be compared.
+        The structure, which can be compared with `==`; all numbers as tensors; and the types of values that cannot be
+        compared.
     """
     tensors, unknown, seen = [], [], set()
 
@@ -48,22 +49,22 @@ def flatten(value: Any) -> Tuple[Any, List[torch.Tensor], List[str]]:
 class Verdict(NamedTuple):
     complaint: str  # what is wrong, or ''
     unproven: int  # how many parts of the outputs prove nothing
-    total: int  # of how many
+    total: int  # how many parts there are
 
 
 def judge(outputs: Any, others: Any, noisy: Sequence[Any], rounding: float) -> Verdict:
     """Compare the outputs of a network with those of its rewritten copy.
 
     Args:
-        outputs, others: What the network and its rewritten copy give.
-        noisy: What copies give whose weights have been changed by as much as rounding may change them.
-        rounding: The relative precision of what the network computes in.
+        outputs, others: The outputs of the network and of its rewritten copy.
+        noisy: The outputs of copies whose weights have been changed by as much as rounding may change them.
+        rounding: The relative precision in which the network computes.
     """
     structure, tensors, unknown = flatten(outputs)
     other_structure, other_tensors, _ = flatten(others)
     noisy_structures, noisy_tensors, _ = zip(*map(flatten, noisy))
     total = len(tensors) + len(unknown)
-    if any(each != structure for each in noisy_structures):  # rounding alone makes a detector find other things
+    if any(each != structure for each in noisy_structures):  # rounding alone may make a detector find other objects
         return Verdict('', total, total)
     if other_structure != structure:
         return Verdict('another structure', 0, total)
@@ -75,7 +76,7 @@ def judge(outputs: Any, others: Any, noisy: Sequence[Any], rounding: float) -> V
         if allowed >= 1:
             unproven += 1
         elif difference > allowed:
-            text = f'values that differ by {difference:.1e} of the largest, where rounding explains {allowed:.1e},'
+            text = f'values that differ by {difference:.1e} of the largest, where rounding explains {allowed:.1e}'
             return Verdict(text, unproven, total)
         else:
             depends_on_weights |= is_affected
@@ -83,7 +84,7 @@ def judge(outputs: Any, others: Any, noisy: Sequence[Any], rounding: float) -> V
 
 
 def distance(outputs: Any, others: Any) -> float:
-    """The largest difference of two tensors, relative to the largest value; infinite if the structures differ."""
+    """Return the largest difference of two tensors, relative to the largest value, or inf if the structures differ."""
     structure, tensors, _ = flatten(outputs)
     other_structure, other_tensors, _ = flatten(others)
     if structure != other_structure:
@@ -94,10 +95,11 @@ def distance(outputs: Any, others: Any) -> float:
 def _measure(
         tensor: torch.Tensor, other: torch.Tensor, copies: Sequence[torch.Tensor],
         rounding: float) -> Tuple[float, float, bool]:
-    """By how much two tensors differ, by how much they may differ, and whether they depend on the weights.
+    """Return by how much two tensors differ and may differ, and whether they depend on the weights.
 
-    Differences are relative to the largest value that rounding changes: a constant that fills a mask tells nothing
-    about the size of the others. Any is allowed where rounding, or chance, decides by itself, or no number is finite.
+    Differences are relative to the largest value that rounding changes: a constant that fills a mask says nothing about
+    the size of the other values. Any difference is allowed if rounding or chance alone changes the values, or if no
+    value is finite.
     """
     a, b = _numbers(tensor), _numbers(other)
     if not a.numel():
@@ -116,7 +118,7 @@ def _measure(
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """All values in float64, on the CPU."""
+    """Return all values in float64 on the CPU."""
     if tensor.is_quantized:
         tensor = tensor.dequantize()
     if tensor.layout != torch.strided:
@@ -127,6 +129,6 @@ def _numbers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _differences(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`|a - b|`, infinite where only one of them is NaN or where they are infinite in different ways."""
+    """Return `|a - b|`, which is infinite where only one is NaN and where the two are different infinities."""
     are_same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(are_same, 0., (a - b).abs().nan_to_num(nan=math.inf))

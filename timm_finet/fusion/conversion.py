@@ -1,4 +1,4 @@
-"""Replaces convolutions and their norms by FBN layers."""
+"""Replaces convolutions and their norms with FBN layers."""
 from typing import List, Tuple
 
 import torch
@@ -11,7 +11,7 @@ __all__ = ['convert_named', 'fits_fbn']
 
 
 def fits_fbn(conv: nn.Module, norm: nn.Module, fbn_groups: int) -> bool:
-    """Whether an FBN layer with so many groups can do what the two do."""
+    """Whether an FBN layer with `fbn_groups` groups can do what `conv` and `norm` do."""
     return (
         type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == 'zeros'
         and not isinstance(conv.padding, str) and conv.in_channels % fbn_groups == 0
@@ -21,7 +21,7 @@ def fits_fbn(conv: nn.Module, norm: nn.Module, fbn_groups: int) -> bool:
 def convert_named(
         model: nn.Module, pairs: List[Tuple[str, str]], fbn_groups: int, affine: bool,
         save_memory: bool = False) -> None:
-    """Put an FBN layer in the place of each pair `(convolution, norm)`, by name."""
+    """Replace each pair `(convolution, norm)`, given by name, with an FBN layer."""
     new = {}
     for conv_name, norm_name in pairs:
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)

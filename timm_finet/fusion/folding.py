@@ -1,4 +1,4 @@
-"""Folds norms into the layers in front of them, and tells fused state dicts from those in train form."""
+"""Folds norms into the layers in front of them, and distinguishes fused state dicts from those in train form."""
 import inspect
 from functools import partial
 from typing import Any, Dict, List, Set, Tuple
@@ -14,14 +14,14 @@ __all__ = ['after_norm', 'check_form', 'folded', 'fuse_named', 'replace', 'set_c
 
 
 def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -> None:
-    """Fold the norm of each pair `(layer, norm)`, and every FBN layer in `fbn`, all by name."""
+    """Fold the norm of each pair `(layer, norm)` and every FBN layer in `fbn`, all given by name."""
     new = {layer: layer.fuse() for layer in map(model.get_submodule, fbn)}
     folds = []
     for layer_name, norm_name in pairs:
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         layer = new.get(layer, layer)
         folds.append((layer, norm, *folded(layer, norm)))
-    # The network has not changed so far, and nothing fails from here on.
+    # Up to here the network has not changed, and from here on nothing fails.
     _disable_own_folding(model, {norm for _, norm, *_ in folds})
     for layer, norm, weight, bias in folds:
         set_folded(layer, weight, bias)
@@ -31,7 +31,7 @@ def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -
 
 @torch.no_grad()
 def folded(layer: nn.Module, norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The weight and bias with which `layer` does what `norm` behind it did; computed in float32 at least."""
+    """Return the weight and bias with which `layer` includes the `norm` behind it, computed in at least float32."""
     is_transposed = isinstance(layer, TRANSPOSED)
     weight = _swap_channels(layer.weight, layer.groups) if is_transposed else layer.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -46,20 +46,20 @@ def folded(layer: nn.Module, norm: nn.Module) -> Tuple[torch.Tensor, torch.Tenso
 
 
 def _swap_channels(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """From a transposed convolution's `(in, out / groups, ...)` to `(out, in / groups, ...)`, and back."""
+    """Convert a transposed convolution's weight between `(in, out / groups, ...)` and `(out, in / groups, ...)`."""
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def set_folded(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Both get the `requires_grad` of the old weight."""
+    """Set the weight and bias of a layer; both get the `requires_grad` of the old weight."""
     requires_grad = layer.weight.requires_grad
     layer.weight, layer.bias = nn.Parameter(weight, requires_grad), nn.Parameter(bias, requires_grad)
-    if type(layer) is DepthwiseConv2d:  # which has no bias
+    if type(layer) is DepthwiseConv2d:  # it trains without a bias
         layer.__class__ = nn.Conv2d
 
 
 def after_norm(norm: nn.Module) -> nn.Module:
-    """What remains of a norm without its normalisation: timm's BatchNormAct2d contains an activation."""
+    """Return what remains of a norm without its normalisation: timm's BatchNormAct2d contains an activation."""
     children = [child for child in norm.children() if not isinstance(child, nn.Identity)]
     if len(children) == 1:
         remaining = children[0]
@@ -73,13 +73,13 @@ def after_norm(norm: nn.Module) -> nn.Module:
 
 
 def _disable_own_folding(model: nn.Module, norms: Set[nn.Module]) -> None:
-    """Let the methods by which modules fold their own norms return the module: its norms are folded already."""
+    """Make the methods that fold a module's own norms return the module unchanged: its norms are folded already."""
     for module in model.modules():
         if norms.isdisjoint(module.modules()):
             continue
         for name in ('fuse', 'reparameterize', 'switch_to_deploy'):  # what timm's reparameterize_model calls
             method = getattr(module, name, None)
-            if callable(getattr(type(module), name, None)) and all(  # a fold takes flags at most
+            if callable(getattr(type(module), name, None)) and all(  # a fold takes no arguments except flags
                     isinstance(p.default, bool) for p in inspect.signature(method).parameters.values()):
                 setattr(module, name, partial(_return_first, module))
 
@@ -89,7 +89,7 @@ def _return_first(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def replace(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
-    """Put new modules in the place of old ones, wherever in the network they stand."""
+    """Replace old modules with new ones in every place of the network."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             parent, _, name = path.rpartition('.')
@@ -97,26 +97,26 @@ def replace(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
 
 
 def set_child(parent: nn.Module, name: str, child: nn.Module) -> None:
-    parent.register_module(name, child)  # some classes have a `__setattr__` of their own
-    if name == '_orig_mod':  # torch.compile has bound what it calls
+    parent.register_module(name, child)  # some classes override `__setattr__`
+    if name == '_orig_mod':  # torch.compile has to bind the forward of the new child
         parent._initialize()
 
 
 def check_form(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
-    """Check that a state dict is of the model's form, train form or fused: `strict=False` would half load the other.
+    """Check that a state dict has the form of the model, train form or fused; `strict=False` would load only a part.
 
     Raises:
-        RuntimeError: It is not.
+        RuntimeError: It has the other form.
     """
     own = model.state_dict()
     has_norm, given_norm = (any(key.endswith('running_var') for key in keys) for keys in (own, state_dict))
     if given_norm and not has_norm:
         raise RuntimeError(
-            f'The checkpoint is in train form, this {type(model).__name__} is fused: load it into one built without '
-            f'fused=True, then call fuse_fbn(model.eval()).')
+            f'The checkpoint is in train form, but this {type(model).__name__} is fused: load the checkpoint into a '
+            f'model built without fused=True, then call fuse_fbn(model.eval()).')
     # Fusing gives layers a bias that they did not have.
     biases = [key for key in state_dict if key.endswith('.bias') and key not in own]
     if has_norm and any(key[:-len('bias')] + 'weight' in own for key in biases):
         raise RuntimeError(
-            f'The checkpoint is fused, this {type(model).__name__} is in train form: build it with fused=True. '
-            f'A fused checkpoint cannot be trained further with batch statistics.')
+            f'The checkpoint is fused, but this {type(model).__name__} is in train form: build the model with '
+            f'fused=True. A fused checkpoint cannot be trained further with batch statistics.')

@@ -1,4 +1,4 @@
-"""The layers and norms that fusing knows: where they are in a network, and which of them have to stay."""
+"""The layers and norms that fusing knows: where they are in a network, and which of them must stay."""
 from collections import Counter
 from typing import Any, Dict, List, Tuple
 
@@ -17,8 +17,8 @@ __all__ = ['ANY_NORM', 'LAYERS', 'NORMS', 'TRANSPOSED', 'layers_and_norms', 'nei
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ANY_NORM = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)  # and their subclasses
 
-# Their subclasses may compute something else, so only these exact types are known: the layers to be linear in weight
-# and bias, the norms to do what BatchNorm does, timm's with an activation behind it.
+# These types are matched exactly, because their subclasses may compute something else. The layers are linear in weight
+# and bias. The norms do what BatchNorm does, and timm's also apply an activation.
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, Conv2dSame, DepthwiseConv2d)
 NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct,
@@ -34,7 +34,7 @@ _NORM_BEHIND = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by t
 
 
 def layers_and_norms(model: nn.Module) -> Tuple[Dict[str, nn.Module], Dict[str, nn.Module]]:
-    """All layers and all norms by name. The norm inside an FBN layer is not listed: it belongs to the layer."""
+    """Return all layers and all norms by name, except the norm inside an FBN layer, which belongs to the layer."""
     layers, norms, inside_fbn = {}, {}, set()
     for name, module in model.named_modules():
         if module in inside_fbn:
@@ -49,12 +49,12 @@ def layers_and_norms(model: nn.Module) -> Tuple[Dict[str, nn.Module], Dict[str, 
 
 
 def why_untouchable(module: nn.Module) -> str:
-    """Why a layer or norm has to stay, whatever the network does with it; '' if it may be folded."""
+    """Return why a layer or norm must stay regardless of how the network uses it, or '' if it may be folded."""
     if any(map(has_hooks, module.modules())):
         return 'hooked'
     if _is_patched(module):
         return 'patched'
-    if isinstance(module, FBNConv2d):  # its own `fuse` decides about the rest
+    if isinstance(module, FBNConv2d):  # its own `fuse` checks the rest
         has_our_forward = type(module).forward in (FBNConv2d.forward, ReferenceFBNConv2d.forward)
         return '' if has_our_forward else f'of class {type(module).__name__}'
     if is_parametrized(module):
@@ -67,7 +67,7 @@ def why_untouchable(module: nn.Module) -> str:
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether somebody has replaced a method, of this instance or of its whole class."""
+    """Whether a method of this instance or of its whole class has been replaced."""
     for submodule in module.modules():
         for name, value in vars(submodule).items():
             if callable(value) and callable(getattr(type(submodule), name, None)):
@@ -76,7 +76,10 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def neighbours(model: nn.Module) -> List[Tuple[str, str]]:
-    """Names of each convolution and norm that follow each other in an `nn.Sequential` and stand nowhere else."""
+    """Return the names of each convolution and the norm directly behind it in an `nn.Sequential`.
+
+    Pairs with a module that occurs more than once in the network are left out.
+    """
     places = Counter(child for parent in model.modules() for _, child in _children(parent))
     pairs = []
     for prefix, parent in model.named_modules():
@@ -90,7 +93,7 @@ def neighbours(model: nn.Module) -> List[Tuple[str, str]]:
 
 
 def _children(parent: nn.Module) -> List[Tuple[str, nn.Module]]:
-    """As `parent.named_children()`, which leaves out a child that stands there twice."""
+    """Return all children, also those that occur twice, which `parent.named_children()` would list once."""
     return [(name, child) for name, child in parent.named_modules(remove_duplicate=False) if name and '.' not in name]
 
 

@@ -1,4 +1,4 @@
-"""Plans what to rewrite in a network, from what one run of a copy shows."""
+"""Plans what to rewrite in a network, from what a run of a copy shows."""
 import logging
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -23,17 +23,17 @@ NO_RUN = 'not known without a run, so give example_inputs'
 
 @dataclass
 class Plan:
-    """What may be rewritten, by name, because every copy of the network has other modules."""
+    """What may be rewritten. Modules are named, because each copy of the network has its own modules."""
     pairs: List[Tuple[str, str]] = field(default_factory=list)  # a layer and the norm behind it
     fbn: List[str] = field(default_factory=list)  # FBN layers to fuse
     stays: Dict[str, str] = field(default_factory=dict)  # other FBN layers and norms, and why
     example: Optional[Example] = None  # None if nothing was run
-    outputs: Any = None  # of the network as it is, on the example
-    rounding: float = 0.  # the relative precision of the layers
+    outputs: Any = None  # of the unchanged network on the example
+    rounding: float = 0.  # the relative precision of the layers' outputs
 
 
 def make_plan(model: nn.Module, example_inputs: Any, fuse: bool) -> Plan:
-    """Find the pairs of a network, and if it is to be fused, its FBN layers."""
+    """Find the pairs of a network and, if it is to be fused, its FBN layers."""
     example = example_for(model, example_inputs)
     watch = Watch(model if example is None else copy_to_run(model), model)
     fbn = [name for name, layer in watch.layers.items() if fuse and isinstance(layer, FBNConv2d)]
@@ -86,15 +86,15 @@ def _why_pair_stays(watch: Watch, layer: nn.Module, norm: nn.Module, fuse: bool)
     record = watch.records[layer]
     if isinstance(layer, FBNConv2d):
         return 'behind an FBN layer that stays' if fuse and _why_fbn_stays(watch, layer) else ''
-    if record.by_keyword and not fuse:  # an FBN layer names its input in another way
+    if record.by_keyword and not fuse:  # an FBN layer's input has another name
         return 'behind a layer that is called by keyword'
     if type(layer) not in LAYERS and not _is_folded_right(layer, norm, record.example):
-        return f'behind a {type(layer).__name__}, which does otherwise with a folded weight'
+        return f'behind a {type(layer).__name__}, which gives other outputs with a folded weight'
     return ''
 
 
 def _is_folded_right(layer: nn.Module, norm: nn.Module, example: Optional[torch.Tensor]) -> bool:
-    """Whether a layer of an unknown class does with a folded weight what it should, on inputs shaped as `example`."""
+    """Whether a layer of an unknown class gives the right outputs with a folded weight, on inputs like `example`."""
     if example is None or layer.weight.is_meta:
         return False
     try:
@@ -103,10 +103,10 @@ def _is_folded_right(layer: nn.Module, norm: nn.Module, example: Optional[torch.
             fused = deepcopy(layer)
             set_folded(fused, *folded(layer, norm))
             x = torch.randn(example.shape, dtype=torch.float64, device=layer.weight.device)
-            # A layer may treat large values or empty positions in its own way.
+            # A layer may treat large values or empty positions differently.
             holes, half = torch.randint_like(x[:, :1], 2), torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2
             return all(
                 distance(norm(layer(probe)), after_norm(norm)(fused(probe))) < 1e-9
                 for probe in (x, 1e4 * x, holes * x, half * x, 0 * x))
-    except Exception:  # whatever such a class may raise
+    except Exception:  # an unknown class may raise anything
         return False

@@ -1,4 +1,4 @@
-"""Proves on copies of a network that a plan leaves its outputs as they are, before the network itself changes."""
+"""Proves on copies of a network that a plan does not change its outputs, before the network itself changes."""
 import itertools
 import logging
 from typing import Callable, Iterator, Set, Tuple
@@ -16,14 +16,14 @@ _logger = logging.getLogger(__name__)
 
 
 def prove(model: nn.Module, plan: Plan, change: Callable[[nn.Module], None], keeps_outputs: bool = True) -> None:
-    """Rewrite and run a copy of `model`, and take out of the plan what is called where no replacement reaches.
+    """Rewrite and run a copy of `model`, and remove from the plan what is called where no replacement reaches.
 
     Args:
-        change: Rewrites a network as the plan, which it holds, says.
-        keeps_outputs: The outputs have to stay as they are.
+        change: Rewrites a network as `plan` says.
+        keeps_outputs: Whether the outputs must stay the same.
 
     Raises:
-        RuntimeError: The copy does not run, or gives something else on the example though it should not.
+        RuntimeError: The copy does not run, or its outputs on the example differ although they must stay the same.
     """
     while plan.example is not None and (plan.pairs or plan.fbn):
         outputs, called = _run_changed(model, plan, change)
@@ -37,7 +37,7 @@ def prove(model: nn.Module, plan: Plan, change: Callable[[nn.Module], None], kee
 
 
 def _run_changed(model: nn.Module, plan: Plan, change: Callable) -> Tuple[dict, Set[str]]:
-    """The outputs of a changed copy, and the names of replaced modules that run all the same, as from a list."""
+    """Return a changed copy's outputs, and the names of replaced modules that still run, for example from a list."""
     copy = copy_to_run(model)
     old = dict(_rewritten(copy, plan))
     change(copy)
@@ -56,16 +56,16 @@ def _run_changed(model: nn.Module, plan: Plan, change: Callable) -> Tuple[dict, 
 
 
 def _compare(model: nn.Module, plan: Plan, outputs: dict) -> None:
-    """Compare with the outputs of the network, which may multiply what rounding does to its numbers."""
+    """Compare with the outputs of the unchanged network, which may amplify rounding errors."""
     noisy = []
-    for seed in range(5):  # once may show too little, as where outputs are whole numbers
+    for seed in range(5):  # one seed may show too little, for example where outputs are whole numbers
         noisy.append(run(_with_noise(model, plan, seed), plan.example))
         verdict = judge(plan.outputs, outputs, noisy, plan.rounding)
         if not verdict.complaint:
             break
     model_name = type(model).__name__
     if verdict.complaint:
-        raise RuntimeError(f'{model_name} gives {verdict.complaint} once rewritten, so it is left unchanged.')
+        raise RuntimeError(f'The rewritten {model_name} gives {verdict.complaint}, so the network is left unchanged.')
     if verdict.unproven or not verdict.total:
         hint = ' Fuse in float32, then cast.' if plan.rounding > 1e-3 else ''
         _logger.warning(
@@ -74,7 +74,7 @@ def _compare(model: nn.Module, plan: Plan, outputs: dict) -> None:
 
 
 def _with_noise(model: nn.Module, plan: Plan, seed: int) -> nn.Module:
-    """A copy in which all numbers that folding computes with are changed by as much as rounding may change them."""
+    """Return a copy in which all numbers that folding uses are changed by as much as rounding may change them."""
     copy = copy_to_run(model)
     with undisturbed():
         torch.manual_seed(seed)
@@ -86,6 +86,6 @@ def _with_noise(model: nn.Module, plan: Plan, seed: int) -> nn.Module:
 
 
 def _rewritten(model: nn.Module, plan: Plan) -> Iterator[Tuple[str, nn.Module]]:
-    """Names and modules of all that the plan changes."""
+    """Yield the names and modules that the plan changes."""
     for name in itertools.chain(plan.fbn, *plan.pairs):
         yield name, model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Runs copies of a network on an example, in such a way that nothing about the network itself changes."""
+"""Runs copies of a network on an example, without any change to the network itself."""
 import random
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ Example = Tuple[tuple, Dict[str, Any]]
 
 
 def example_for(model: nn.Module, example_inputs: Any) -> Optional[Example]:
-    """The arguments to run `model` on: those given, or random images of the size that timm's networks name, or None."""
+    """Return the arguments to run `model` on: those given, random images of the size in `pretrained_cfg`, or None."""
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -28,8 +28,8 @@ def example_for(model: nn.Module, example_inputs: Any) -> Optional[Example]:
         return example_inputs, {}
     if example_inputs is not None:
         raise TypeError(
-            f'example_inputs={type(example_inputs).__name__} must be a tensor, or a tuple or dict of arguments; if the '
-            f'network takes a list, a tuple with it.')
+            f'example_inputs={type(example_inputs).__name__} must be a tensor, or a tuple or dict of arguments. If the '
+            f'network takes a list, give a tuple that contains it.')
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size')
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if size is None or weight is None:
@@ -41,7 +41,7 @@ def example_for(model: nn.Module, example_inputs: Any) -> Optional[Example]:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a network that holds a process group or what a forward with gradients has left."""
+    """Return a deep copy, also of a network that holds a process group or results of a forward pass with gradients."""
     memo = {
         id(module.process_group): module.process_group for module in model.modules()
         if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None}
@@ -49,19 +49,19 @@ def copy_model(model: nn.Module) -> nn.Module:
     shared = set(model.modules()).intersection(copy.modules())
     if shared:
         name = next(name for name, module in model.named_modules() if module in shared)
-        raise RuntimeError(f'A deep copy of {type(model).__name__} has the same {name}, so nothing can be tried on it.')
+        raise RuntimeError(f'A deep copy of {type(model).__name__} shares {name} with it, so it cannot be tried out.')
     for name, module in copy.named_modules():
-        module.training = model.get_submodule(name).training  # torchvision's traced feature extractors lose theirs
+        module.training = model.get_submodule(name).training  # copies of torchvision's feature extractors lose it
     return copy
 
 
 def copy_to_run(model: nn.Module) -> nn.Module:
-    """A copy in eval mode. No tensor is shared, because `eval()` and the forward may change parameters too."""
+    """Return a copy in eval mode. It shares no tensor, because `eval()` and the forward may change parameters too."""
     return copy_model(model).eval()
 
 
 def _copy(value: Any, name: str, contents: Any, memo: Dict[int, Any]) -> Any:
-    """A deep copy; tensors in `contents` that have a history, which `deepcopy` refuses, are copied without it."""
+    """Return a deep copy. `deepcopy` refuses tensors with a history, so those in `contents` are copied without it."""
     _, tensors, _ = flatten(contents)
     for tensor in tensors:
         if not tensor.is_leaf:
@@ -69,12 +69,12 @@ def _copy(value: Any, name: str, contents: Any, memo: Dict[int, Any]) -> Any:
     try:
         return deepcopy(value, memo)
     except Exception as error:
-        raise TypeError(f'{name} cannot be copied, as is necessary to try it out: {error}') from error
+        raise TypeError(f'{name} cannot be copied, which is necessary to try it out: {error}') from error
 
 
 @contextmanager
 def undisturbed():
-    """Without gradients and compilers, and with the random states restored at the end."""
+    """Run without gradients and compilers, and restore the random states at the end."""
     state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
@@ -86,9 +86,9 @@ def undisturbed():
 
 
 def run(model: nn.Module, example: Example, context: Callable = nullcontext) -> Dict[str, Any]:
-    """What `model` gives on a copy of the example, called within a new `context()`.
+    """Return the outputs of `model` on a copy of the example, called within a new `context()`.
 
-    Where the network has timm's `forward_intermediates`, and that takes the example, its outputs are included.
+    They include those of timm's `forward_intermediates` if the network has this method and it accepts the example.
     """
     calls = {'outputs': model}
     if hasattr(model, 'forward_intermediates'):

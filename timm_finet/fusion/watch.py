@@ -1,7 +1,7 @@
 """Finds the layer that each norm may be folded into, by watching a network run.
 
-Hooks tell which layer made a tensor and which norm took it, two modes of torch who else reads it, and weak references
-who still holds it at the end.
+Hooks record which layer made a tensor and which norm took it. Two of torch's modes record what else reads it. Weak
+references show whether anything still holds it at the end.
 """
 import gc
 import threading
@@ -24,7 +24,7 @@ __all__ = ['NO_LAYER', 'Watch']
 
 NO_LAYER = 'not directly behind a convolution or linear layer'
 
-# Calls that learn nothing about a tensor's values and make no other tensor of them.
+# Calls that neither read a tensor's values nor make another tensor of them.
 _LOOKS = {
     torch.is_floating_point, torch.Tensor.dim, torch.Tensor.size, torch.Tensor.stride, torch.Tensor.numel,
     torch.Tensor.is_contiguous, torch.Tensor.is_floating_point, torch.Tensor.get_device, torch.Tensor.__len__,
@@ -46,18 +46,18 @@ class _Reports:
 
 
 class _Functions(_Reports, TorchFunctionMode):
-    """Reports the functions of torch that Python calls."""
+    """Reports the calls of torch's functions from Python."""
     __torch_function__ = _Reports.call
 
 
 class _Operators(_Reports, TorchDispatchMode):
-    """Reports all operators that run, those that scripted functions call too."""
+    """Reports all operators that run, including those called by scripted functions."""
     __torch_dispatch__ = _Reports.call
     supports_higher_order_operators = True
 
 
 def _computing_modules(module: nn.Module) -> List[nn.Module]:
-    """The module itself; of an FBN layer also the norm inside. An activation inside a norm does not count: it stays."""
+    """Return the module and, for an FBN layer, the norm inside. (An activation inside a norm stays.)"""
     return list(module.modules()) if isinstance(module, FBNConv2d) else [module]
 
 
@@ -65,7 +65,7 @@ _State = Dict[Any, Tuple[Any, int]]
 
 
 def _state(module: nn.Module) -> _State:
-    """All that the module's forward may compute with, and with each tensor how often it was changed in place."""
+    """Return all that the module's forward may compute with, and how often each tensor was changed in place."""
     state = {}
     for i, submodule in enumerate(_computing_modules(module)):
         for name, value in (
@@ -77,7 +77,7 @@ def _state(module: nn.Module) -> _State:
 
 
 def _is_same(before: _State, after: _State) -> bool:
-    """Whether no attribute has been replaced, and no tensor changed in place."""
+    """Whether no attribute has been replaced and no tensor has been changed in place."""
     if before.keys() != after.keys():
         return False
     changes = [(*before[name], *after[name]) for name in before]
@@ -88,13 +88,13 @@ def _is_same(before: _State, after: _State) -> bool:
 
 @dataclass
 class _Record:
-    """What is known of one layer or norm."""
+    """What is known about one layer or norm."""
     state: _State  # before the run
-    why_stays: str  # whatever stands next to it, or ''
-    why_unpaired: str = ''  # why it may be no part of a pair, or ''
-    sources: Set[Optional[nn.Module]] = field(default_factory=set)  # of a norm: the layers before it, None for others
+    why_stays: str  # why it must stay, regardless of its neighbours, or ''
+    why_unpaired: str = ''  # why it must not be part of a pair, or ''
+    sources: Set[Optional[nn.Module]] = field(default_factory=set)  # of a norm: the layers before it; None: no layer
     readers: Set[nn.Module] = field(default_factory=set)  # of a layer: the norms that took its output
-    by_keyword: bool = False  # the input was given so
+    by_keyword: bool = False  # whether the input was passed by keyword
     example: Optional[torch.Tensor] = None  # a layer's input, on the meta device
 
     def keep(self, reason: str) -> None:
@@ -107,22 +107,22 @@ class _Record:
 class Watch:
     """Watches calls of a network, then says which norm may be folded into which layer, and why others stay.
 
-    In every call the layer's output has to go to this norm and to nobody else, and the norm must take nothing else.
+    In every call the layer's output must go to this norm only, and the norm must take nothing else.
 
     Args:
         model: The network that runs.
-        original: The network that it is a copy of.
+        original: The network of which `model` is a copy.
     """
 
     def __init__(self, model: nn.Module, original: nn.Module):
         self.model = model
         self.layers, self.norms = layers_and_norms(model)
-        self.rounding = 0.  # relative, the coarsest of all layers' outputs
-        self.reached = ''  # a tensor of the original that the copy computes with
+        self.rounding = 0.  # the relative precision of the coarsest layer output
+        self.reached = ''  # the name of a tensor of the original that the copy computes with
         self._originals = {} if model is original else {
             id(t): name for name, t in (*original.named_parameters(), *original.named_buffers())}
         self.records: Dict[nn.Module, _Record] = {}
-        self._owners: Dict[int, List[nn.Module]] = defaultdict(list)  # of a tensor, by its id
+        self._owners: Dict[int, List[nn.Module]] = defaultdict(list)  # the modules that own a tensor, by its id
         self._vanishing: Set[int] = set()  # ids of the norms' tensors
         for module in (*self.layers.values(), *self.norms.values()):
             self.records[module] = _Record(_state(module), why_untouchable(module))
@@ -133,14 +133,14 @@ class Watch:
                 if isinstance(norm, ANY_NORM):
                     self._vanishing.update(map(id, (*norm.parameters(recurse=False), *norm.buffers(recurse=False))))
         self._hooked = [set(module.modules()) for module in model.modules() if has_hooks(module)]
-        self._layer_of = WeakIdKeyDictionary()  # the outputs of layers that still exist
+        self._layer_of = WeakIdKeyDictionary()  # for each layer output that still exists
         self._calls: Counter = Counter()
         self._running: List[nn.Module] = []
         self._thread = 0
 
     @contextmanager
     def watching(self):
-        """Watch one call of the network or of a method of it. The caller holds the result until this ends."""
+        """Watch one call of the network or of one of its methods. The caller must hold the result until this ends."""
         hooks = []
         for module in self.records:
             hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -154,7 +154,7 @@ class Watch:
                 hook.remove()
             self._running.clear()
         if any(self.records[layer].readers for layer in self._layer_of.values()):
-            gc.collect()  # frees what only a cycle of references keeps
+            gc.collect()  # frees tensors that only a reference cycle keeps
         for layer in self._layer_of.values():
             self.records[layer].keep_unpaired('returned or kept')
         for module, count in self._calls.items():
@@ -168,7 +168,7 @@ class Watch:
         self._running.append(module)
         self._calls[module] += 1
         self._check_state(module)
-        if threading.get_ident() != self._thread:  # where the modes see nothing
+        if threading.get_ident() != self._thread:  # the modes see nothing there
             record.keep('called in another thread')
         if len(args) + len(kwargs) > 1 and type(module) not in LAYERS:
             record.keep('called with more than its input')
@@ -189,7 +189,8 @@ class Watch:
         self.records[norm].sources.add(layer)
         if layer is not None:
             self.records[layer].readers.add(norm)
-            # The channels of both are the same dimension only in (N, C, ...); the weight has as many dimensions then.
+            # Layer and norm agree about the channel dimension only in (N, C, ...), which has as many dimensions as the
+            # weight.
             if x.dim() != layer.weight.dim():
                 self.records[norm].keep_unpaired("normalising another dimension than its layer's channels")
 
@@ -228,7 +229,7 @@ class Watch:
                     self.records[module].keep('looked into')
 
     def layer_of(self, norm: nn.Module) -> Tuple[Optional[nn.Module], str]:
-        """The layer that `norm` may be folded into and '', or None and why it stays."""
+        """Return the layer that `norm` may be folded into and '', or None and the reason why the norm stays."""
         record = self.records[norm]
         reason = record.why_stays or record.why_unpaired
         if reason:

@@ -1,4 +1,4 @@
-"""The wrappers of torch and timm around a network, in which the network is rewritten."""
+"""Rewrites networks inside the wrappers of torch and timm."""
 from copy import deepcopy
 from typing import Any, Callable
 
@@ -12,16 +12,16 @@ __all__ = ['rewrite_wrapped', 'wrapped_name']
 
 
 def wrapped_name(model: Any) -> str:
-    """The attribute in which a wrapper holds its network; '' if `model` is no wrapper."""
+    """Return the attribute in which a wrapper holds its network, or '' if `model` is not a wrapper."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, ModelEmaV2, ModelEmaV3)):
         return 'module'
     if isinstance(model, ModelEma):
         return 'ema'
-    return '_orig_mod' if '_orig_mod' in dict(model.named_children()) else ''  # of torch.compile
+    return '_orig_mod' if '_orig_mod' in dict(model.named_children()) else ''  # torch.compile's wrapper
 
 
 def rewrite_wrapped(wrapper: Any, rewrite: Callable[[nn.Module], nn.Module], inplace: bool) -> Any:
-    """Return the wrapper, or a copy of it, with what `rewrite` makes of its network."""
+    """Return the wrapper, or a copy of it, with its network rewritten by `rewrite`."""
     name = wrapped_name(wrapper)
     network = getattr(wrapper, name)
     rewritten = rewrite(network)
