@@ -83,8 +83,8 @@ class CalledBy(nn.Sequential):
 
 
 def is_fast(layer, x):
-    """Whether the layer has left the reference form, by what autograd recorded."""
-    y = layer(x.clone().requires_grad_())  # kept: in older torch the graph goes with it
+    """Whether autograd recorded one of the fast forms."""
+    y = layer(x.clone().requires_grad_())  # kept, because older torch frees the graph with it
     seen, nodes = set(), [y.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -103,7 +103,7 @@ def test_reference_form_is_equation_4(shape):
 
 @pytest.mark.parametrize('frozen', ['weight', 'bn', 'both', 'input'])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_what_is_frozen_takes_no_gradient_from_the_others(shape, frozen):
+def test_freezing_keeps_the_gradients_of_all_others(shape, frozen):
     fast = make(shape)
     for name, parameter in fast.named_parameters():
         parameter.requires_grad_(frozen not in ('both', name.split('.')[0]))
@@ -325,7 +325,7 @@ def test_autocast_stays_close_to_float32(dtype):
 
 
 def test_frozen_batchnorm_folds_and_still_trains_the_weight(randomise):
-    """timm's freeze() swaps the child for a FrozenBatchNorm2d; others put it in eval mode."""
+    """timm's freeze() replaces the child with a FrozenBatchNorm2d; other programs put it in eval mode."""
     layer = randomise(make(SHAPES[1]))
     x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
     expected = deepcopy(layer).eval()(x)
@@ -391,7 +391,7 @@ LAYERS = [  # in, out, kernel, stride, padding, dilation, G: all forms
 
 @pytest.fixture
 def compiled():
-    torch.compiler.reset()  # past the limit of recompilations everything runs in eager mode
+    torch.compiler.reset()  # beyond the limit of recompilations everything runs in eager mode
     return lambda module: torch.compile(module, backend='aot_eager', fullgraph=True)
 
 
@@ -411,7 +411,7 @@ def test_outputs_and_gradients_keep_the_memory_format(shape, memory_format, comp
 
 
 def test_backward_leaves_the_gradient_that_it_is_handed():
-    """Hooks, retain_grad and other consumers see that tensor."""
+    """Hooks, retain_grad and other consumers see the same tensor."""
     layer = FBNConv2d(16, 16, fbn_groups=4)
     x = torch.randn(4, 16, 8, 8, requires_grad=True)
     y = layer(x)
@@ -431,7 +431,7 @@ def test_compiled_training_matches_eager(compiled):
 
 
 def test_a_variance_that_rounding_makes_negative_counts_as_zero():
-    """Where a group's channels cancel, in `z = x_1 + x_2 - x_3` with `x_3 = x_1 + x_2`."""
+    """A group's channels cancel in `z = x_1 + x_2 - x_3`, because `x_3 = x_1 + x_2`."""
     torch.manual_seed(0)
     x = torch.randn(4, 2, 16, 16)
     x = torch.cat((x, x.sum(1, keepdim=True)), 1)
@@ -443,7 +443,7 @@ def test_a_variance_that_rounding_makes_negative_counts_as_zero():
 
 
 def test_compiled_training_holds_nothing_G_times_wide():
-    """In torch 2.11 `torch.compiler.is_exporting()`, traced, is true: then the paper's form was compiled."""
+    """When torch 2.11 traces `torch.compiler.is_exporting()`, it is True: the paper's form used to be compiled."""
     widths = []
 
     def record(graph, inputs):
@@ -461,7 +461,7 @@ def test_compiled_training_holds_nothing_G_times_wide():
 @pytest.mark.parametrize('inside', [False, True])
 @pytest.mark.parametrize('kernel', [1, 3])
 def test_no_autocast_in_the_backward_pass(kernel, inside, compile, compiled):
-    """torch.compile traces it under the forward pass's autocast; some people call `backward()` inside."""
+    """torch.compile traces it under the forward pass's autocast; some people call `backward()` inside autocast."""
     layer = FBNConv2d(20, 20, kernel, padding=kernel // 2, fbn_groups=4)
     x, grad_y = torch.randn(2, 8, 20, 12, 12).unbind()
     found = []
@@ -477,7 +477,7 @@ def test_no_autocast_in_the_backward_pass(kernel, inside, compile, compiled):
 
 @pytest.mark.parametrize('kernel', [1, 3])
 def test_low_precision_output_has_the_mean_that_beta_asks_for(kernel):
-    """A bias from the weight before rounding leaves the mean's part of that rounding: a deviation and more, here."""
+    """A bias computed from the unrounded weight would shift the mean of the output, here by more than a deviation."""
     layer = FBNConv2d(64, 32, kernel, padding=kernel // 2, fbn_groups=4)
     x = (torch.randn(64, 64, 8, 8) + 100).bfloat16()
     with torch.autocast('cpu', torch.bfloat16):
@@ -564,13 +564,13 @@ def test_squares_that_overflow_take_the_reference_form(relu):
 
 
 def test_collinear_channels_stay_finite_and_near_the_definition():
-    """Their partial sums may have no variance but rounding's: a computed one below zero must not become a NaN."""
+    """Their partial sums may have no variance except by rounding, which may make it negative: no NaN must result."""
     for seed in range(20):
         torch.manual_seed(seed)
         layer = FBNConv2d(16, 8, fbn_groups=4)
         direction = torch.randn(4, 4)  # of each group's channels
         x = (torch.randn(4, 4, 1, 16, 16) * direction[:, :, None, None] * 100).flatten(1, 2)
-        with torch.no_grad():  # every weight but the first orthogonal to it
+        with torch.no_grad():  # make all weights except the first orthogonal to it
             w = layer.weight.view(8, 4, 4)
             w[1:] -= (w * direction).sum(2, keepdim=True)[1:] * direction / direction.square().sum(1, keepdim=True)
         assert is_fast(layer, x)
@@ -582,7 +582,7 @@ def test_collinear_channels_stay_finite_and_near_the_definition():
 
 
 def test_exported_training_uses_torchs_batchnorm():
-    """Whoever runs the graph differentiates it, and switches its BatchNorms to eval mode."""
+    """Users of the graph differentiate it and switch its BatchNorms to eval mode."""
     model = nn.Sequential(FBNConv2d(16, 8, fbn_groups=4), nn.ReLU(), FBNConv2d(8, 8, 3, padding=1, fbn_groups=2))
     x = torch.randn(4, 16, 8, 8)
     graph = torch.export.export(deepcopy(model), (x,)).module()
@@ -611,7 +611,7 @@ def test_quantisation_aware_training_of_an_exported_network():
 
 @pytest.mark.parametrize('kernel', [1, 3])
 def test_torch_func_takes_gradients_in_training(kernel):
-    """Of the batch, and of each image as if it were alone."""
+    """It takes them for the batch, and for each image as if it were alone."""
     layer = FBNConv2d(16, 8, kernel, padding=kernel // 2, fbn_groups=4, dtype=torch.float64)
     x = torch.randn(3, 16, 20, 20, dtype=torch.float64)
     assert is_fast(layer, x[:1])
@@ -645,7 +645,7 @@ def test_second_derivatives_are_right_or_refused(shape):
 
 @pytest.mark.parametrize('shape', [(256, 8, 1, 1, 0, 1, 4), (16, 8, 1, 1, 0, 1, 4)])
 def test_a_penalty_on_the_gradient_of_a_sum_is_not_left_out(shape):
-    """The gradient that comes from a sum needs none itself, but what becomes of it depends on the weight."""
+    """A sum's gradient needs no gradient itself, but the input's gradient that follows depends on the weight."""
     fast, x = make(shape), torch.randn(2, shape[0], 8, 8, dtype=torch.float64, requires_grad=True)
 
     def total(layer):

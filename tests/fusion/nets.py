@@ -1,4 +1,4 @@
-"""Networks of a few layers, one for each way of calling them, that the tests of fuse_fbn and convert_fbn share."""
+"""Networks of a few layers, called in different ways, that the tests of fuse_fbn and convert_fbn share."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def norms(model):
 
 
 class Net(nn.Module):
-    """Layers, and a forward that is given with them: a function of the network and its inputs."""
+    """A network of given layers, with a given forward: a function of the network and its inputs."""
 
     def __init__(self, function, **layers):
         super().__init__()
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 class SelfPadding(nn.Conv2d):
-    """Does more than a convolution, and what folding asks of one."""
+    """Does more than a convolution, but can be folded like one."""
 
     def forward(self, x):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)

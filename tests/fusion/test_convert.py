@@ -1,4 +1,4 @@
-"""convert_fbn: which pairs become FBN layers, and what of them stays."""
+"""convert_fbn: which pairs become FBN layers, and which of their properties stay."""
 import logging
 from copy import deepcopy
 
@@ -17,7 +17,7 @@ from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
     lambda: (nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)),
     lambda: (SelfPadding(4, 4, 3), nn.BatchNorm2d(4)),
 ])
-def test_pairs_that_fbn_cannot_stand_for_are_not_converted(layers):
+def test_pairs_that_fbn_cannot_replace_are_not_converted(layers):
     model = nn.Sequential(*layers(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
     converted = convert_fbn(model, 2, example_inputs=SMALL.float())
     assert type(converted[0]) is type(model[0]) and isinstance(converted[2], FBNConv2d)
@@ -70,7 +70,7 @@ def test_converting_to_save_memory_keeps_training(randomise):
 def test_converting_keeps_how_statistics_are_tracked(randomise):
     model = randomise(sequence()).double()
     model[1].num_batches_tracked = None
-    model[1].track_running_stats = False  # in training they stay as they are
+    model[1].track_running_stats = False  # training does not change them
     converted = convert_fbn(model, 1)
     torch.testing.assert_close(converted(SMALL), model(SMALL))
     torch.testing.assert_close(converted[0].bn.running_var, model[1].running_var)
@@ -90,7 +90,7 @@ def test_converting_refuses_groups_that_fit_nothing(fbn_groups, message):
         convert_fbn(timm.create_model('test_resnet'), fbn_groups)
 
 
-def test_converting_says_how_many_of_how_many(caplog):
+def test_converting_logs_how_many_convolutions_were_converted(caplog):
     with caplog.at_level(logging.INFO):
         convert_fbn(timm.create_model('mobilenetv3_small_050'), 7, example_inputs=X.float())
     assert '1 of the 53 convolutions of MobileNetV3 converted to FBN' in caplog.text
@@ -161,7 +161,7 @@ def test_pairs_that_fuse_and_are_not_converted(layers, example, randomise):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_norms_of_a_wider_dtype_than_the_weights_keep_it(dtype, randomise):
-    """As in networks in which normalisation is left in float32."""
+    """Some networks keep normalisation in float32."""
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).eval()
     model[0].to(dtype)
     layer, = (m for m in convert_fbn(model, 2).modules() if isinstance(m, FBNConv2d))
@@ -180,7 +180,7 @@ def test_what_is_converted_in_a_wrapper_is_converted_as_asked():
     assert layers and all(m.save_memory and not m.bn.affine for m in layers)
 
 
-def test_one_group_saves_memory_where_that_is_asked_for_alone():
+def test_one_group_saves_memory_only_on_request():
     model = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6))
     for asked in ({}, dict(save_memory=True)):
         layer, = (m for m in convert_fbn(model, 1, **asked).modules() if isinstance(m, FBNConv2d))

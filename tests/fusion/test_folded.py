@@ -1,4 +1,4 @@
-"""What is folded: layers and norms of every kind, however the network calls them."""
+"""What is folded: layers and norms of every kind, in whatever way the network calls them."""
 import io
 
 import pytest
@@ -56,7 +56,7 @@ def test_frozen_norms_fuse(randomise):
     torch.testing.assert_close(fused(X), model(X))
 
 
-def test_what_a_norm_does_besides_stays_in_its_order(randomise):
+def test_a_norms_drop_layer_and_activation_stay_in_order(randomise):
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), BatchNormAct2d(4, drop_layer=nn.Tanh)).double()).eval()
     fused = fuse_fbn(model, SMALL)
     assert [type(m) for m in fused[1]] == [nn.Tanh, nn.ReLU] and not fused[1].training
@@ -90,7 +90,7 @@ def asks_the_norm(net, x):
 
 
 class Adds(nn.Module):
-    """Its `fuse` adds two branches; it is none of those that fold."""
+    """Its `fuse` adds two branches and folds nothing."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ class Adds(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Its forward leaves tensors with a history in a container and a buffer, and a condition in the graph."""
+    """Its forward stores tensors with a history in a container and a buffer, and uses `torch.cond`."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ FOLDED = {
 
 
 @pytest.mark.parametrize('case', FOLDED)
-def test_nothing_that_a_forward_may_do_beside_keeps_a_pair_from_its_rewrite(case, randomise):
+def test_other_things_that_a_forward_does_keep_no_pair_from_being_rewritten(case, randomise):
     model = randomise(FOLDED[case]().double()).eval()
     fused, converted = rewrites(model, SMALL)
     assert norms(fused) == 0 and any(isinstance(m, FBNConv2d) for m in converted.modules())
@@ -153,7 +153,7 @@ def test_calls_by_keyword_fuse(randomise):
         lambda net, image: net.act(x=net.conv2(net.bn(input=net.conv(input=image)))), **pair(),
         conv2=nn.Conv2d(4, 4, 1), act=BatchNormAct2d(4)).double()).eval()
     fused = fuse_fbn(model, dict(image=SMALL))
-    assert isinstance(fused.bn, nn.Identity) and isinstance(fused.act, BatchNormAct2d)  # nn.ReLU takes no x=
+    assert isinstance(fused.bn, nn.Identity) and isinstance(fused.act, BatchNormAct2d)  # nn.ReLU has no argument x
     torch.testing.assert_close(fused(SMALL), model(SMALL))
     with pytest.raises(ValueError, match='no convolution'):
         convert_fbn(model, 2, example_inputs=dict(image=SMALL))

@@ -1,4 +1,4 @@
-"""Hooks, and forwards that look into their layers, see what they saw before."""
+"""Hooks, and forwards that read the tensors of their layers, see what they saw before."""
 from copy import deepcopy
 
 import pytest
@@ -13,7 +13,7 @@ from timm_finet import FBNConv2d, fuse_fbn
 
 
 class Reader(nn.Module):
-    """A forward that reads a tensor of one of its layers, and one pair that nobody looks into."""
+    """Its forward reads a tensor of one of its layers. The tensors of one pair are never read."""
 
     def __init__(self, name):
         super().__init__()

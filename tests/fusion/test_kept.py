@@ -1,4 +1,4 @@
-"""What is not folded: layers and norms that others call, read, hook or change, and why, as the warning says."""
+"""What is not folded: layers and norms that are called, read, hooked or changed elsewhere, and the warning's reason."""
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +15,7 @@ from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
 
 
 class Steps(nn.Module):
-    """Calls its layers by a list of its own."""
+    """Calls its layers through its own list."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -112,7 +112,7 @@ class Squared(nn.Conv2d):
 
 
 class Masked(nn.Conv2d):
-    """Gives nothing where there is nothing, not even a bias."""
+    """Gives zeros, without the bias, where the input is zero."""
 
     def forward(self, x):
         return super().forward(x) * (x.abs().amax(1, keepdim=True) > 0)
@@ -146,7 +146,7 @@ class Scaled(nn.Conv2d):
 
 
 class Notes(nn.Conv2d):
-    """Keeps a statistic of what it gives."""
+    """Stores a statistic of its output."""
 
     def forward(self, x):
         y = super().forward(x)
@@ -161,12 +161,12 @@ def keep(net, x):
 
 def called_keeper():
     keeper = Net(keep, **pair()).double()
-    keeper(SMALL)  # leaves a tensor that deepcopy would refuse
+    keeper(SMALL)  # stores a tensor that deepcopy would refuse
     return keeper
 
 
 def asks(question):
-    """A convolution that is also read without its norm, as Python decides."""
+    """A network that also reads its convolution without the norm if `question`, decided in Python, is true."""
     def forward(net, x, y=None):
         c = net.conv(x)
         try:
@@ -180,7 +180,7 @@ BEHIND = 'behind a layer that is '
 UNREACHED, CHANGED = 'called where no replacement reaches: layer', 'changed by the forward: bn'
 ELSEWHERE = f'{BEHIND}read elsewhere: bn'
 OTHERWISE = [StdConv2d, Squared, Masked, MaskedFarAway, Clamped, Biasless]
-KEPT = {  # the network, and the reason that is told
+KEPT = {  # the network, and the reason in the warning
     'called by a list': (lambda: Steps(*sequence()), UNREACHED),
     'FBN called by a list': (lambda: Steps(FBNConv2d(4, 4, 1, fbn_groups=2), nn.BatchNorm2d(4)), UNREACHED),
     'called in a thread': (lambda: Net(in_a_thread, **pair()), 'called in another thread: bn'),
@@ -222,7 +222,7 @@ KEPT = {  # the network, and the reason that is told
 def test_what_others_reach_stays_and_the_reason_is_told(case, randomise, caplog):
     make, reason = KEPT[case]
     model = randomise(make().double()).eval()
-    example, x = -SMALL.abs() / 10, SMALL.abs() * 10  # with which the forward takes another way
+    example, x = -SMALL.abs() / 10, SMALL.abs() * 10  # the forward takes another path on `x`
     fused = fuse_fbn(model, example)
     assert norms(fused) == norms(model) and reason in caplog.text
     torch.testing.assert_close(fused(x), model(x))
@@ -239,7 +239,7 @@ def test_an_fbn_layer_that_a_list_calls_stays(randomise, caplog):
     (nn.Linear(4, 6), nn.BatchNorm1d(6), (2, 6, 4)),  # the channels of the norm are the rows of the linear layer
     (nn.Linear(4, 6), nn.BatchNorm2d(6), (2, 6, 3, 4)),
     (nn.Linear(4, 6), nn.SyncBatchNorm(6), (2, 6, 4)),
-    (nn.Conv2d(4, 6, 1), nn.BatchNorm1d(6), (4, 6, 5)),  # without a batch
+    (nn.Conv2d(4, 6, 1), nn.BatchNorm1d(6), (4, 6, 5)),  # without a batch dimension
     (nn.Conv1d(6, 6, 1), nn.BatchNorm1d(4), (6, 4)),
 ])
 def test_batchnorm_of_another_dimension_stays(layer, norm, shape, randomise, caplog):
@@ -291,7 +291,7 @@ class OwnStart(FBNConv2d):
 
 
 @pytest.mark.parametrize('example', [None, SMALL])
-def test_of_fbn_layers_only_those_with_a_forward_of_their_own_stay(example, randomise, caplog):
+def test_subclasses_of_fbn_layers_stay_only_if_they_override_forward(example, randomise, caplog):
     model = randomise(nn.Sequential(OwnForward(4, 4, fbn_groups=2), OwnStart()).double()).eval()
     fused = fuse_fbn(model, example)
     torch.testing.assert_close(fused(SMALL), model(SMALL))

@@ -26,7 +26,7 @@ def test_fusing_is_idempotent_and_leaves_the_original(randomise):
 
 
 class Counts(nn.Module):
-    """Counts its calls in a buffer and draws random numbers, both of which its output shows."""
+    """Counts its calls in a buffer and draws random numbers; its output depends on both."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Counts(nn.Module):
         self.calls = []
 
     def train(self, mode=True):
-        self.scale.data += 1 if mode else -1  # as adapters are merged
+        self.scale.data += 1 if mode else -1  # as networks do that merge adapters
         return super().train(mode)
 
     def forward(self, x):

@@ -1,4 +1,4 @@
-"""The proof: a rewritten network must give what the network gave, as near as rounding lets it."""
+"""The proof: a rewritten network must give the same outputs as the network, up to rounding."""
 import collections
 import math
 import time
@@ -42,7 +42,7 @@ GENERATOR = torch.Generator()
 @pytest.mark.parametrize('pack', OF_ANY_KIND + BESIDE_WHAT_PROVES_NOTHING, ids=[
     'dict', 'object', 'numpy', 'complex', 'sparse', 'quantised', 'whole', 'whole or infinite', 'large', 'cyclic',
     'rounding', 'time', 'noise', 'filled', 'infinite', 'set'])
-def test_outputs_are_compared_of_any_kind_and_beside_what_proves_nothing(pack, randomise, monkeypatch):
+def test_outputs_of_any_kind_are_compared_even_beside_some_that_prove_nothing(pack, randomise, monkeypatch):
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity)
     give = folding.set_folded
@@ -118,7 +118,7 @@ def test_a_network_that_no_longer_runs_is_an_error(randomise):
 
 @pytest.mark.parametrize('scale', [1, 1e-4])
 def test_networks_that_multiply_rounding_are_not_refused(scale, randomise):
-    """Here float32's rounding becomes a difference of a percent."""
+    """The forward turns float32's rounding into a difference of a percent."""
     def forward(net, x):
         y = net.bn(net.conv(x))
         return (y * 1e4).sin() * scale
@@ -130,12 +130,12 @@ def test_networks_that_multiply_rounding_are_not_refused(scale, randomise):
 @pytest.mark.parametrize('pack, example, parts', [
     (lambda y: y, SMALL[:0], '1 of the 1'), (lambda y: y, SMALL * math.nan, '1 of the 1'),
     (lambda y: {y}, SMALL, '1 of the 1'), (lambda y: 0 * y, SMALL, '1 of the 1'),
-    # Rounding decides it, as of a detector that sorts by almost equal scores, or how many it finds.
+    # Rounding decides the outputs, like the order and the number of a detector's finds with almost equal scores.
     (lambda y: (y * 1e17).long(), SMALL, '1 of the 1'),
     (lambda y: y[(y * 1e17).long() % 2 == 0], SMALL, '1 of the 1'),
     (lambda y: ({y}, y * math.nan, y * math.inf, y), SMALL, '3 of the 4'),
 ], ids=['empty', 'nan', 'set', 'without the weights', 'rounding', 'structure', 'several'])
-def test_that_nothing_is_proven_is_said(pack, example, parts, randomise, caplog):
+def test_a_warning_counts_the_outputs_that_prove_nothing(pack, example, parts, randomise, caplog):
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, example).bn, nn.Identity)
     assert f'{parts} outputs of Net prove nothing' in caplog.text
@@ -150,6 +150,6 @@ def test_where_precision_is_too_low_to_prove_anything_the_way_out_is_told(dtype,
 
 
 @pytest.mark.parametrize('pack', [lambda y: y, lambda y: (y, torch.ones(3))], ids=['weights', 'and a constant'])
-def test_a_proof_is_not_talked_about(pack, randomise, caplog):
+def test_a_complete_proof_logs_nothing(pack, randomise, caplog):
     model = randomise(Net(lambda net, x: pack(net.bn(net.conv(x))), **pair()).double()).eval()
     assert isinstance(fuse_fbn(model, SMALL).bn, nn.Identity) and not caplog.records

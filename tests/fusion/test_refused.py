@@ -1,4 +1,4 @@
-"""What is refused, in words, with the network left as it was."""
+"""What is refused, with an error that says why and an unchanged network."""
 import contextlib
 import threading
 from copy import deepcopy
@@ -13,7 +13,7 @@ from timm_finet import convert_fbn, fuse_fbn
 
 
 class Refuses(nn.Module):
-    """Has what cannot be copied."""
+    """Has an attribute that cannot be copied."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize('inplace', [False, True])
 def test_networks_whose_copy_is_not_independent_are_refused_and_left(inplace, randomise):
     model = Net(lambda net, x: net.after(net.bn(net.conv(x)).relu()), **pair(affine=False))
-    model.after = lambda x: model.bn(x)  # in a copy of the network it still calls this network's
+    model.after = lambda x: model.bn(x)  # in a copy it still calls the norm of this network
     swallows = Net(lambda net, x: (net.bn(net.conv(x)), net.after(x))[0], **pair())
 
     def after(x):

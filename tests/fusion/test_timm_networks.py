@@ -1,4 +1,4 @@
-"""fuse_fbn on timm's networks: their forms, features, hooks, and what folds them too."""
+"""fuse_fbn on timm's networks: their forms, features and hooks, and timm's own ways to fold them."""
 from copy import deepcopy
 
 import pytest
@@ -17,12 +17,12 @@ def slow(*names):
 
 
 def example(model):
-    """One image, small where the network takes any size."""
+    """Return one image, small if the network takes any size."""
     size = model.pretrained_cfg['input_size'] if model.pretrained_cfg.get('fixed_input_size') else (3, 64, 64)
     return torch.randn(1, *size)
 
 
-# networks whose every BatchNorm stands behind a convolution; BatchNormAct2d in all but resnet
+# In these networks every BatchNorm stands behind a convolution. All except resnet use BatchNormAct2d.
 @pytest.mark.parametrize('name', [
     'resnet10t', 'mobilenetv3_small_050', 'regnetx_002', *slow('efficientnet_lite0', 'hardcorenas_a')])
 def test_any_timm_network_fuses_without_a_trace_of_norm(name, randomise):
@@ -39,7 +39,7 @@ def test_timms_networks_need_no_example_in_any_dtype(dtype, randomise):
     model = randomise(timm.create_model('test_resnet', in_chans=1)).to(dtype).eval()
     state = torch.get_rng_state()
     assert norms(fuse_fbn(model)) == 0 < norms(convert_fbn(model, 2))
-    assert torch.equal(torch.get_rng_state(), state)  # the images made up for them take no numbers from the user's
+    assert torch.equal(torch.get_rng_state(), state)  # the random images leave the user's generator alone
 
 
 def test_timms_networks_fuse_on_the_meta_device():
@@ -49,7 +49,7 @@ def test_timms_networks_fuse_on_the_meta_device():
 
 
 def test_intermediates_stay_too(randomise):
-    """ghostnet's are taken in front of its first norm, which forward does not tell."""
+    """ghostnet's `forward_intermediates` takes a tensor in front of its first norm, unlike its forward."""
     model = randomise(timm.create_model('ghostnet_050').double()).eval()
     fused = fuse_fbn(model, X)
     assert norms(fused) == 1

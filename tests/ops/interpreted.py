@@ -1,7 +1,7 @@
-"""The Triton passes in Triton's interpreter, on the CPU, against float64; run by test_triton_passes.py.
+"""The Triton passes in Triton's interpreter, on the CPU, against float64; test_triton_passes.py runs these tests.
 
-The interpreter has to be switched on before Triton is imported, so these tests have a process of their own. Whatever a
-pass allocates is full of NaN. `bfloat16_values` does what the interpreter does wrongly.
+The interpreter must be switched on before Triton is imported, so these tests run in a separate process. Memory that a
+pass allocates is filled with NaN. `bfloat16_values` replaces wrong functions of the interpreter.
 """
 import os
 
@@ -21,7 +21,7 @@ from timm_finet.ops.triton_passes import TritonPasses  # noqa: E402
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of a result of that dtype
 STATISTICS = 5e-5  # of float32 sums of half precision
-LAYERS = [  # channels, out, G, positions, dtype: tiles of several groups, of one, of half a one
+LAYERS = [  # channels, out, G, positions, dtype: tiles of several groups, one group, half a group
     (6, 24, 1, (2, 5, 7), torch.float16), (12, 6, 2, (2, 5, 7), torch.float32), (25, 10, 1, (2, 9, 11), torch.float32),
     (100, 40, 4, (2, 9, 11), torch.float16), (50, 50, 1, (2, 11, 13), torch.float16),
     (100, 130, 1, (2, 11, 19), torch.float16), (200, 30, 8, (2, 9, 11), torch.float32),
@@ -30,7 +30,7 @@ LAYERS = [  # channels, out, G, positions, dtype: tiles of several groups, of on
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    torch.use_deterministic_algorithms(True)  # fills allocated memory with NaN
     assert torch.empty(3).isnan().all()
     with bfloat16_values():
         yield
@@ -73,7 +73,7 @@ def test_any_number_of_positions(shape):
 
 
 def test_the_output_may_be_changed_in_place():
-    """As an in-place ReLU does: autograd refuses it where a function returns a view."""
+    """An in-place ReLU does so. Autograd would refuse it if the function returned a view."""
     x, *rest, grad_y = inputs(12, 20, 2, torch.float16)
     leaves = [v.detach().requires_grad_() for v in (x, *rest)]
     y = MomentForm.apply(*leaves, 2, 1e-5, None)[0].relu_()
@@ -81,7 +81,7 @@ def test_the_output_may_be_changed_in_place():
         torch.testing.assert_close(found, inside, rtol=0, atol=0)
 
 
-def test_not_a_number_stays_one():
+def test_nan_stays_nan():
     x, *rest = inputs(12, 20, 2, torch.float16)
     x[0, 3, 2, 1] = float('nan')
     y, mean, var, *grads = run_layer(x, *rest, 2, relu=True)
@@ -100,7 +100,7 @@ def test_running_statistics_move_in_the_same_launches():
 
 
 def test_statistics_of_several_processes(tmp_path):
-    """One process that shares them with itself goes the same way: counts and sums come back as tensors."""
+    """One process that shares them with itself takes the same path: counts and sums are returned as tensors."""
     x, weight, gamma, beta, grad_y = inputs(24, 40, 4, torch.float16)
     leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
     mean, var, batches = torch.zeros(160), torch.ones(160), torch.tensor(6)
@@ -172,7 +172,7 @@ def test_gradients(relu):
     shift, y = torch.randn(150).half().float(), torch.randn_like(grad_y).relu_() if relu else None
     passes = TritonPasses(x, shift, grad_y, y)
     exact = TorchPasses(x.double(), shift.double(), grad_y.double(), None if y is None else y.double())
-    exact = TorchPasses(x.double(), torch.zeros(150).double(), exact.grad_y)  # whose products are those of `x` itself
+    exact = TorchPasses(x.double(), torch.zeros(150).double(), exact.grad_y)  # its products are those of `x` itself
     parts = triton_passes.weight_gradient_parts(*passes.weight_gradient(140, torch.float32)).sum(0)
     for found, expected in zip(parts.split((140 * 150, 140)), exact.weight_gradient(140, torch.float64)):
         assert (found - expected.flatten()).norm() < 1e-5 * expected.norm()
@@ -183,7 +183,7 @@ def test_gradients(relu):
     assert (found - expected).norm() < 5e-4 * expected.norm()
 
 
-def test_who_takes_them():
+def test_which_inputs_take_tritons_passes():
     x = torch.randn(2, 8, 6, 6).half()
     last = x.contiguous(memory_format=torch.channels_last)
     assert implementation(last, torch.float32)[0] is TritonPasses
@@ -201,7 +201,7 @@ def test_sums_do_not_depend_on_how_they_are_split(device_count, monkeypatch):
 
 
 def test_compiled_as_operators():
-    """As torch.compile sees them: shapes, layouts and gradients without a look inside."""
+    """torch.compile sees their shapes, layouts and gradients, and nothing inside."""
     x, weight, gamma, beta, grad_y = inputs(12, 6, 2, torch.float16)
     leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta)]
 

@@ -1,4 +1,4 @@
-"""DepthwiseConv2d: nn.Conv2d's results by another backward pass."""
+"""DepthwiseConv2d: nn.Conv2d's results with another backward pass."""
 from copy import deepcopy
 
 import pytest
@@ -70,7 +70,7 @@ def test_the_fast_way_is_for_training_with_a_stride_in_16_bits(dtype, autocast, 
     with torch.autocast('cpu', autocast, enabled=autocast is not None):
         y, expected = layer(x), other(x)
     assert ('_StridedBackward' in names(y)) == is_fast
-    torch.testing.assert_close(y, expected, rtol=0, atol=1e-2)  # the dtype too
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-2)  # and the same dtype
 
 
 @pytest.mark.parametrize('training', [True, False])

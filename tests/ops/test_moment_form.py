@@ -1,4 +1,4 @@
-"""The moment form, ReLU inside and without images in one process, against the definition in float64."""
+"""The moment form against the definition in float64, also with ReLU inside and with a process without images."""
 import sys
 from types import SimpleNamespace
 
@@ -79,8 +79,8 @@ def test_no_positions_have_no_products():
 @pytest.mark.parametrize('change, taken', [
     (dict(), True), (dict(dtype=torch.bfloat16), True), (dict(dtype=torch.float32), True), (dict(images=0), False),
     (dict(layout=torch.contiguous_format), False), (dict(moments=torch.float64), False), (dict(device='meta'), False)])
-def test_who_takes_tritons_passes(change, taken, triton, monkeypatch):
-    """In its interpreter; on the device it is half precision alone."""
+def test_which_inputs_take_tritons_passes(change, taken, triton, monkeypatch):
+    """Triton's interpreter also takes float32; a GPU takes only half precision."""
     passes = SimpleNamespace(TritonPasses=object(), TritonAlgebra=object())
     monkeypatch.setitem(sys.modules, 'timm_finet.ops.triton_passes', passes)
     monkeypatch.setattr(moment_form, 'TRITON', triton)
@@ -102,7 +102,7 @@ def worker(rank, folder):
     torch.save((y.detach(), mean, var, count, gradients(y, grad_y.split(SPLIT)[rank], inputs)), f'{folder}/{rank}.pt')
 
 
-@pytest.mark.slow  # as it starts processes
+@pytest.mark.slow  # it starts processes
 def test_a_process_without_images_joins_the_others(tmp_path):
     x, *rest = layer(8, 6, 2, sum(SPLIT))
     grad_y = torch.randn(sum(SPLIT), 6, 5, 4, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Synchronised statistics, forms and layers against the joined batch in one process.
 
-Threads stand for the processes here, which takes milliseconds; test_distributed.py has real ones.
+Threads replace the processes here, so that a test takes milliseconds; test_distributed.py uses real processes.
 """
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ SPLIT = (3, 0, 1, 5)  # images in each process
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Calls a function of a rank in threads, one a part of `SPLIT`; `dist.all_reduce` adds what all of them hand in."""
+    """Run a function of the rank in threads, one for each part of `SPLIT`; `dist.all_reduce` sums over the threads."""
     barrier, handed = threading.Barrier(len(SPLIT), timeout=30), {}
 
     def all_reduce(tensor, group):
@@ -68,7 +68,7 @@ def gradients(y, grad_y, inputs):
 
 
 def joined(found):
-    """All processes' outputs, statistics and gradients, the input's first, as of one batch."""
+    """Join all processes' outputs, statistics and gradients (the input's first) to those of one batch."""
     outputs, statistics, grads = zip(*found)
     for each in statistics:
         torch.testing.assert_close(each, statistics[0])
@@ -177,7 +177,7 @@ def test_recomputed_form_is_the_definition_on_the_joined_batch(eps, conv, affine
 
 
 class NoGradient(torch.autograd.Function):
-    """Hands its input none, as a function does that nothing is asked of."""
+    """The identity, without a gradient for its input."""
 
     @staticmethod
     def forward(ctx, y):
@@ -206,7 +206,7 @@ def test_a_process_that_is_handed_no_gradient_joins_the_others(form, processes):
     inputs = leaves(x, *rest)
     y = fbn_reference(*inputs, 1, 1e-5)[0]
     torch.testing.assert_close(joined(processes(work)), [y.detach(), *gradients(y, grad_y, inputs)])
-    for grad in gradients(NoGradient.apply(apply(*inputs, None)[0]), y.detach(), inputs):  # alone
+    for grad in gradients(NoGradient.apply(apply(*inputs, None)[0]), y.detach(), inputs):  # without a group
         assert grad.eq(0).all()
 
 
@@ -219,7 +219,7 @@ LAYERS = {
 @pytest.mark.parametrize('dtype, autocast', [
     (torch.float64, None), (torch.float64, torch.bfloat16), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize('name', LAYERS)
-def test_layer_is_the_joined_batchs(name, dtype, autocast, processes):
+def test_layer_is_that_of_the_joined_batch(name, dtype, autocast, processes):
     layer = FBNConv2d(**{**dict(in_channels=8, out_channels=6, fbn_groups=2), **LAYERS[name]}, dtype=dtype)
     x, grad_y = torch.randn(sum(SPLIT), 8, 6, 5, dtype=dtype) + 2, torch.randn(sum(SPLIT), 6, 6, 5, dtype=dtype)
 
@@ -244,8 +244,8 @@ def test_layer_is_the_joined_batchs(name, dtype, autocast, processes):
         assert (a.double() - b).norm() <= error * b.double().norm()
 
 
-def test_float64_of_one_alone_is_tried_here(processes):
-    """Float64 where one has few positions; all of them have to send the same."""
+def test_processes_of_the_split_compute_moments_in_different_dtypes(processes):
+    """A process with few positions uses float64; all processes have to send the same dtype."""
     assert len({moments_dtype(part, 2) for part in torch.empty(sum(SPLIT), 60, 6, 5).split(SPLIT)}) == 2
 
 
@@ -264,7 +264,7 @@ def test_second_derivatives_are_refused(kernel, message, processes):
 
 
 def test_without_running_statistics_evaluation_takes_those_of_its_own_batch(processes):
-    """As torch's SyncBatchNorm does, which talks to no other process then."""
+    """torch's SyncBatchNorm does the same, without communication."""
     layer = FBNConv2d(8, 6, fbn_groups=2).double()
     layer.bn = nn.SyncBatchNorm(12, track_running_stats=False, process_group=GROUP, dtype=torch.float64)
     x = torch.randn(4, 8, 6, 6, dtype=torch.float64)

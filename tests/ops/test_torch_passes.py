@@ -1,4 +1,4 @@
-"""The moment form's passes in torch's operators: their precision, and when which is taken."""
+"""The moment form's passes in torch's operators: their precision, and when Triton's are used instead."""
 from contextlib import nullcontext
 from threading import Event, Thread
 
@@ -16,7 +16,7 @@ from timm_finet.ops.torch_passes import TorchPasses, full_precision, group_produ
     (torch.float64, torch.float64)])
 @pytest.mark.parametrize('shape, groups', [((2, 8, 4, 4), 1), ((1, 24, 3, 8), 4), ((4, 8, 1, 8), 1)])
 def test_moments_of_few_positions_are_taken_in_float64(shape, groups, dtype, wide):
-    """Few are fewer than four for each channel of a group."""
+    """Few means fewer than four positions for each channel of a group."""
     x = torch.empty(shape, dtype=dtype)
     assert moments_dtype(x, groups) == wide
     assert moments_dtype(x[..., 1:], groups) == torch.float64
@@ -36,7 +36,7 @@ def test_products_keep_full_precision_whatever_is_switched_on(device, backend):
 
 
 def test_threads_leave_the_precision_as_it_was():
-    """nn.DataParallel runs a layer in several. The setting is of all of them: one puts back what another has set."""
+    """nn.DataParallel runs a layer in several threads, which share the setting: one may restore another's value."""
     backend, entered, leave = torch.backends.mkldnn.matmul, Event(), Event()
     before = backend.fp32_precision
 
@@ -59,7 +59,7 @@ def test_threads_leave_the_precision_as_it_was():
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('mean', [0, 1000])
 def test_moments_do_not_cancel(mean, layout):
-    """A mean of a thousand deviations, another one in each channel, leaves float32's covariances their precision."""
+    """Covariances in float32 stay precise where channels have different means of up to a thousand deviations."""
     means = mean * torch.linspace(-1, 1, 12).view(12, 1, 1)
     x = (torch.randn(6, 12, 17, 19) * torch.rand(12, 1, 1) + means).contiguous(memory_format=layout)
     shift, rest, cov = TorchPasses(x).moments(3, torch.float32)
@@ -72,7 +72,7 @@ def test_moments_do_not_cancel(mean, layout):
 
 @pytest.fixture
 def factors(monkeypatch):
-    """Shapes of the first factors that go into products, which a CPU can now return in another dtype, as a GPU does."""
+    """Record the shapes of the products' first factors, and let a CPU return products in another dtype, as GPUs do."""
     bmm, shapes = torch.bmm, []
 
     def wider(a, b, out_dtype=None):
@@ -164,7 +164,7 @@ def test_triton_works_on_the_cards_that_it_was_tested_on_if_it_can_compile(
 
 
 def test_the_passes_of_a_gpu_are_compiled_whole():
-    """In a backward pass torch.compile does not know the layout of what is computed there: to ask for it breaks off."""
+    """In a backward pass torch.compile does not know the layout of computed tensors: asking for it is an error."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         layers = [FBNConv2d(12, 16, fbn_groups=4, device='cuda'), FBNConv2d(16, 12, fbn_groups=4, device='cuda')]
         model = torch.compile(torch.nn.Sequential(*layers), backend='eager', fullgraph=True)

@@ -1,4 +1,4 @@
-"""A launch that is not the first goes past Triton's search for the compiled kernel, where that would find the same."""
+"""After the first launch, launches skip Triton's search for the compiled kernel if it would find the same kernel."""
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +25,7 @@ class Compiled(triton_launch.CompiledKernel):
 
 
 class Kernel:
-    """Notes whether a launch came by Triton or by the compiled kernel."""
+    """Records whether a launch went through Triton or directly to the compiled kernel."""
     arg_names = ['x', 'n', 'eps', 'B', 'A']
 
     def __init__(self, backend='cuda'):
@@ -55,7 +55,7 @@ def test_the_second_launch_is_the_compiled_kernels_own():
         3, 4, 1, 'stream of -1', 'function', 'metadata', None, None, None, other.data_ptr(), 5, 1., 2, 1))
 
 
-def test_unaligned_pointers_for_which_triton_compiles_anew_go_by_triton():
+def test_unaligned_pointers_for_which_triton_compiles_again_go_through_triton():
     kernel, x = Kernel(), torch.zeros(8)
     plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
     for tensor in (x, x, torch.zeros(9)[1:], x):
@@ -71,7 +71,7 @@ def test_other_backends_keep_to_triton():
     assert [call[0] for call in kernel.calls] == ['triton', 'triton']
 
 
-def test_an_unaligned_pointer_goes_by_triton_each_time():
+def test_an_unaligned_pointer_goes_through_triton_each_time():
     kernel = Kernel()
     plan = triton_launch.Plan(kernel, (3,), 5, A=1, B=2)
     for _ in range(2):
@@ -96,8 +96,8 @@ def test_a_plan_is_for_tensors_of_the_same_dtypes_and_devices(monkeypatch):
     assert len(seen) > 8 and [len(tensors) for tensors in seen.values()] == [1] * len(seen)
 
 
-def test_a_shape_has_one_plan_and_no_more_are_kept_than_so_many():
-    """Training on batches of ever new shapes would fill the memory."""
+def test_a_shape_has_one_plan_and_the_number_of_plans_is_limited():
+    """Without a limit, training on batches of ever new shapes would fill the memory."""
     card, limit = triton_passes.Card(132, 227 * 1024), triton_passes.plan_convolve.cache_info().maxsize
     assert triton_passes.plan_convolve(128, 24, 8, 2, True, card) is triton_passes.plan_convolve(
         128, 24, 8, 2, True, card)
@@ -106,7 +106,7 @@ def test_a_shape_has_one_plan_and_no_more_are_kept_than_so_many():
     assert triton_passes.plan_convolve.cache_info().currsize == limit
 
 
-def test_blocks_are_tritons():
+def test_block_sizes_are_tritons():
     import triton
     for n in range(1, 300):
         assert triton_passes.power_of_2(n, 1) == triton.next_power_of_2(n)

@@ -1,4 +1,4 @@
-"""The Triton passes without a GPU: run by Triton's interpreter, and compiled ahead for the cards that may meet them."""
+"""The Triton passes without a GPU: run by Triton's interpreter, and compiled ahead of time for several GPUs."""
 import os
 import re
 import subprocess
@@ -31,7 +31,7 @@ def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(card):
 
 
 def overwritten(ttgir):
-    """Buffers of asynchronous copies that are filled again while a product of an earlier turn may be reading them."""
+    """Return the buffers of asynchronous copies that are refilled while an earlier product may still read them."""
     copies = {name: int(n) for name, n in re.findall(r'(%\w+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x', ttgir)}
     views = dict(re.findall(r'(%\w+) = ttg.memdesc_(?:index|trans) (%\w+)', ttgir))
     found = []
@@ -40,15 +40,17 @@ def overwritten(ttgir):
         for operand in (a, b):
             while operand in views:
                 operand = views[operand]
-            if int(wait) and copies.get(operand, 3) < 3:  # one is read, one was read, one is filled
+            if int(wait) and copies.get(operand, 3) < 3:  # three: one is read, one may still be read, one is filled
                 found.append(operand)
     return found
 
 
 @pytest.mark.parametrize('shape', [(100, 100, 4), (400, 400, 4)])
 def test_no_copy_overwrites_what_a_product_still_reads(shape):
-    """Triton 3.6 gives a load that is used by more than products two buffers, and lets one product wait for the next:
-    on an H200 that made gradients which were another each time."""
+    """Triton 3.6 gives a load that not only products use two buffers, although one product may still be pending.
+
+    On an H200 the gradients then differed each time.
+    """
     for kernel, args, options in kernels.layer_launches(*shape):
         if options.get('num_stages') == 3:
             compiled = kernels.compile_for('sm_90', kernel, args, options)
@@ -63,7 +65,7 @@ def test_the_committed_table_has_every_class_of_shapes_on_every_card():
     shapes = {(row['channels'], row['out'], row['groups'], row['card']) for row in rows}
     assert shapes == {(*map(str, shape), card) for shape in kernels.SHAPES for card in kernels.CARDS}
     for row in rows:
-        # Triton 3.9 puts 8 bytes of unfold_kernel on the stack for one shape, of which it takes 48 registers of 255.
+        # For one shape Triton 3.9 puts 8 bytes of unfold_kernel on the stack, although it uses 48 registers of 255.
         assert int(row['spilled_bytes']) <= (8 if row['kernel'] == 'unfold_kernel' else 0), row
         assert float(row['shared_kib']) <= kernels.CARDS[row['card']], row
 
@@ -71,11 +73,11 @@ def test_the_committed_table_has_every_class_of_shapes_on_every_card():
 def test_launches_of_a_layer():
     rows = {row['layer']: row for row in kernels.measure_launches()}
     ours = rows['FBN, Triton passes, ReLU inside']
-    assert ours['forward'] <= 4 and ours['backward'] <= 1 + 4  # the first is the ReLU's
+    assert ours['forward'] <= 4 and ours['backward'] <= 1 + 4  # one more for the ReLU's gradient
 
 
 def test_every_pass_moves_about_the_fewest_bytes():
-    """Tiles read again what does not fit into one; weights come from the cache."""
+    """Layers that are too wide for one tile read activations again. Weights come from the cache."""
     rows = read_rows(kernels.RESULTS / 'kernels_bytes.csv')
     for row in rows:
         if int(row['channels']) <= 128 and int(row['out']) <= 128:
