@@ -177,7 +177,7 @@ def asks(question):
 
 
 BEHIND = 'behind a layer that is '
-UNREACHED, CHANGED = 'called where no replacement reaches: layer', 'changed by the forward: bn'
+UNREACHED, CHANGED = 'called from where they cannot be replaced: layer', 'changed by the forward: bn'
 ELSEWHERE = f'{BEHIND}read elsewhere: bn'
 OTHERWISE = [StdConv2d, Squared, Masked, MaskedFarAway, Clamped, Biasless]
 KEPT = {  # the network, and the reason in the warning

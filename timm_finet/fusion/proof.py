@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 def prove(model: nn.Module, plan: Plan, change: Callable[[nn.Module], None], keeps_outputs: bool = True) -> None:
-    """Rewrite and run a copy of `model`, and remove from the plan what is called where no replacement reaches.
+    """Rewrite and run a copy of `model`, and drop from the plan modules called from where they cannot be replaced.
 
     Args:
         change: Rewrites a network as `plan` says.
@@ -31,7 +31,7 @@ def prove(model: nn.Module, plan: Plan, change: Callable[[nn.Module], None], kee
             if keeps_outputs:
                 _compare(model, plan, outputs)
             return
-        plan.stays.update(dict.fromkeys(called, 'called where no replacement reaches'))
+        plan.stays.update(dict.fromkeys(called, 'called from where they cannot be replaced'))
         plan.fbn = [name for name in plan.fbn if name not in called]
         plan.pairs = [names for names in plan.pairs if called.isdisjoint(names)]
 
