@@ -134,7 +134,7 @@ def test_affine_terms_and_running_statistics_that_are_views_with_gaps():
 
 def test_running_statistics_in_float64_stay_precise():
     *layer, grad_y = inputs(24, 40, 4, torch.float16)
-    mean, var, batches = torch.zeros(160).double(), torch.full((160,), 1 + 1e-10).double(), torch.tensor(6)
+    mean, var, batches = torch.zeros(160).double(), torch.full((160,), 1 + 1e-10, dtype=torch.float64), torch.tensor(6)
     run_layer(*layer, grad_y, 4, running=(mean, var, 0., batches))
     assert batches == 7 and var.eq(1 + 1e-10).all()
 
