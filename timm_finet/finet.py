@@ -10,7 +10,7 @@ Paper: `Finet: Using Fine-grained Batch Normalization to Train Light-weight Neur
   year={2020}
 }
 
-The paper gives Table 1 and no code. The blocks below reproduce all twelve parameter counts of its Table 2.
+The paper gives Table 1 but no code. The blocks below reproduce all twelve parameter counts of its Table 2.
 """
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -35,7 +35,7 @@ __all__ = ['Finet']
 
 
 def check_flags(**flags: bool) -> None:
-    """Raise ValueError for a flag that is neither true nor false, like the string of `--model-kwargs affine=false`."""
+    """Raise ValueError for a flag that is not True or False, e.g. the string from `--model-kwargs affine=false`."""
     for name, value in flags.items():
         if value not in (True, False):
             raise ValueError(f'{name}={value!r} must be True or False.')
@@ -49,7 +49,7 @@ def set_bn_args(model: nn.Module, eps: Optional[float], momentum: Optional[float
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution and BatchNorm; with `fused` the convolution with bias that they fold into."""
+    """Convolution and BatchNorm or, if `fused`, the convolution with bias that they fold into."""
 
     def __init__(
             self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1,
@@ -63,9 +63,9 @@ class ConvNorm(nn.Sequential):
         self.bn = nn.Identity() if fused else nn.BatchNorm2d(out_chs, **dd)
 
     def fuse(self) -> nn.Module:
-        """Fold `bn` into `conv`, once; a pair with hooks, or with another norm than torch's, stays.
+        """Fold `bn` into `conv`, unless the pair is folded already, has hooks, or its norm is not torch's.
 
-        As in timm's own `fuse` methods the running statistics are folded, in train mode too: timm's scripts fuse before
+        Like timm's own `fuse` methods, this folds the running statistics in train mode too: timm's scripts fuse before
         they call `.eval()`.
         """
         if type(self.bn) in NORMS and not why_untouchable(self.conv) and not why_untouchable(self.bn):
@@ -80,7 +80,10 @@ def fbn_conv(in_chs: int, out_chs: int, fbn_groups: int, affine: bool, fused: bo
 
 
 class SqueezeExcite(nn.Module):
-    """Gate of a block's output made from the block's input; normalised, without biases (fixed by Table 2's counts)."""
+    """Gate a block's output by the block's input, through two 1x1 convolutions.
+
+    The convolutions have BatchNorm and no bias, as Table 2's parameter counts require.
+    """
 
     def __init__(self, in_chs: int, out_chs: int, rd_channels: int = 200, fused: bool = False, **dd):
         super().__init__()
@@ -94,7 +97,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-    """1x1 FBN, ReLU, 3x3 depthwise BN, 1x1 FBN, optional SE; the identity is added where the stride is 1."""
+    """1x1 FBN, ReLU, 3x3 depthwise BN, 1x1 FBN, optional SE; the identity is added if the stride is 1."""
 
     def __init__(
             self,
@@ -110,7 +113,7 @@ class Block(nn.Module):
             **dd,
     ):
         super().__init__()
-        # The counts cannot tell where the second ReLU stands: this is the one place that decides.
+        # The parameter counts do not tell where the second ReLU goes. Only this code decides it.
         acts = {place: nn.Identity() for place in ACT_PLACES}
         if act_place not in acts:
             raise ValueError(f"act_place={act_place!r} is unknown: use one of {', '.join(acts)}.")
@@ -129,9 +132,9 @@ class Block(nn.Module):
 
     @torch.jit.unused
     def _relu_inside(self, x: torch.Tensor) -> bool:
-        """Whether the first ReLU is done within the convolution, which saves a GPU four passes over its output."""
+        """Whether the convolution applies the first ReLU, which saves a GPU four passes over the output."""
         return (
-            self.training and isinstance(x, torch.Tensor) and x.device.type in RELU_INSIDE  # no tensor when traced
+            self.training and isinstance(x, torch.Tensor) and x.device.type in RELU_INSIDE  # torch.fx passes a Proxy
             and type(self.conv1) is FBNConv2d and type(self.act1) is nn.ReLU and 'forward' not in vars(self.conv1)
             and not has_hooks(self.conv1) and not has_hooks(self.act1))
 
@@ -151,33 +154,36 @@ class Block(nn.Module):
 
 
 ACT_PLACES = ('depthwise', 'pointwise', 'output')
-RELU_INSIDE = ('cuda',)  # devices; a CPU does its ReLU in place, in the same time
+RELU_INSIDE = ('cuda',)  # devices; on a CPU an in-place ReLU takes the same time
 
 
 class Finet(nn.Module):
     """Finet (Table 1).
 
     Args:
-        channels: Widths of stages 2, 3 and 4. Every width, the stem's too, is rounded up until its groups divide it.
+        channels: Widths of stages 2, 3 and 4. Each width, including the stem's, is rounded up until its number of
+            groups divides it.
         use_se: Squeeze-and-Excitation in every block.
         fbn_groups: FBN groups of every 1x1 convolution in the blocks; 1 is plain BatchNorm.
-        fbn_group_size: Fixes the channels a group instead (Table 6): `max(1, in_chs // fbn_group_size)` groups a layer.
-        affine: FBN's gamma and beta (Table 5).
-        act_place: Where a block's second ReLU stands: after the 'depthwise' or second 'pointwise' convolution, or on
-            the block's 'output'. The paper's Figure 2 does not survive and the parameter counts fit all three; the
-            default trained best on CIFAR-100.
+        fbn_group_size: Channels per group, to fix instead of the number of groups (Table 6): a layer has
+            `max(1, in_chs // fbn_group_size)` groups.
+        affine: Whether FBN has gamma and beta (Table 5).
+        act_place: Position of a block's second ReLU: after the 'depthwise' convolution, after the second 'pointwise'
+            convolution, or on the block's 'output'. The drawing of the paper's Figure 2 was not available, and the
+            parameter counts fit all three; the default trained best on CIFAR-100.
         small_input: Stem for 32 px images: stride 1 and no max-pool (section 5.3).
         drop_rate: Dropout on the inputs of both fully connected layers.
-        drop_path_rate: Stochastic depth of the blocks with an identity, rising to this rate at the last one.
-        bn_eps, bn_momentum: Of every BatchNorm, FBN's own included; None is torch's 1e-5 and 0.1.
+        drop_path_rate: Stochastic depth of the blocks with an identity; the rate rises to this value at the last block.
+        bn_eps, bn_momentum: `eps` and `momentum` of every BatchNorm, including FBN's own; None keeps torch's 1e-5 and
+            0.1.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
 
-    `torch.fx` traces it with FBN layers as leaves, as timm's `create_feature_extractor` does; plain `symbolic_trace`
-    goes into them, and so traces eval mode alone.
+    `torch.fx` can trace the network with FBN layers as leaves, as timm's `create_feature_extractor` does. Plain
+    `symbolic_trace` traces into the layers, which works in eval mode only.
 
     Raises:
-        ValueError: FBN groups that are no integer of at least 1, both kinds of groups at once, an unknown `act_place`,
-            or a flag that is neither True nor False.
+        ValueError: `fbn_groups` or `fbn_group_size` is not an integer of at least 1, both are given, `act_place` is
+            unknown, or a flag is neither True nor False.
     """
 
     def __init__(
@@ -211,8 +217,8 @@ class Finet(nn.Module):
                 raise ValueError(f'{name}={value!r} must be an integer of at least 1.')
         if fbn_group_size is not None and fbn_groups != 1:
             raise ValueError(
-                f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one, and '
-                'fbn_group_size only to a name without _g2 to _g8.')
+                f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one of them, '
+                'and fbn_group_size only with a name without _g2 to _g8.')
         check_flags(affine=affine, small_input=small_input, fused=fused)
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
@@ -255,7 +261,7 @@ class Finet(nn.Module):
         self.conv_head = ConvNorm(prev_chs, num_features, fused=fused, **dd)
         self.act2 = nn.ReLU(inplace=True)
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
-        # FC1 as a 1x1 convolution: the same sums on a pooled map, and a dense head where pooling is switched off
+        # FC1 is a 1x1 convolution: it computes the same sums on a pooled map, and gives a dense head without pooling
         pooled_chs = num_features * self.global_pool.feat_mult()
         self.fc1 = ConvNorm(pooled_chs, num_features, fused=fused, **dd)
         self.act3 = nn.ReLU(inplace=True)
@@ -305,17 +311,18 @@ class Finet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """ Forward features that returns intermediates.
+        """Run the stem and the stages, and return intermediate feature maps.
 
         Args:
-            x: Input image tensor
-            indices: Take last n levels if int, all if None, select matching indices if sequence
-            norm: Has no effect, levels are taken as they are
-            stop_early: Stop iterating over stages when last desired intermediate hit
-            output_fmt: Shape of intermediate feature outputs
-            intermediates_only: Only return intermediate features
+            x: Images `(N, C, H, W)`.
+            indices: Levels to return: the last n for an int, all for None, those listed for a sequence.
+            norm: Has no effect; levels are returned as they are.
+            stop_early: Stop after the last level asked for.
+            output_fmt: Layout of the feature maps; only 'NCHW'.
+            intermediates_only: Return only the levels.
+
         Returns:
-            The levels of `feature_info`, after the final features unless `intermediates_only`
+            The chosen levels of `feature_info`; unless `intermediates_only`, a tuple of the final features and these.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
@@ -349,8 +356,7 @@ class Finet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ):
-        """ Prune layers not required for specified intermediates.
-        """
+        """Remove the layers that are not needed for the levels `indices`."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         prune_end = max_index < len(self.feature_info) - 1
         self.stages = self.stages[:max(0, max_index - 1)]
@@ -399,7 +405,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    # Best first: without a tag, pretrained=True takes in1k, else the first.
+    # Best first: without a tag, pretrained=True loads in1k or, without it, the first tag.
     'finet_large_se_g4.tiny_in200': _cfg(
         file=str(WEIGHTS / 'finet_large_se_g4.tiny_in200.safetensors'), **TINY_IN200.cfg()),
     'finet_large_se_g4.cifar10': _cfg(file=str(WEIGHTS / 'finet_large_se_g4.cifar10.safetensors'), **CIFAR10.cfg()),
@@ -407,7 +413,7 @@ default_cfgs = generate_default_cfgs({
     'finet_small_se_g4.tiny_in200': _cfg(
         file=str(WEIGHTS / 'finet_small_se_g4.tiny_in200.safetensors'), **TINY_IN200.cfg()),
     'finet_small_g4.cifar10': _cfg(file=str(WEIGHTS / 'finet_small_g4.cifar10.safetensors'), **CIFAR10.cfg()),
-    # `*` keeps the paper's network the default; timm lets a tag with weights take over unless this one comes last
+    # `*` keeps the paper's network the default. It must come last, else timm makes a tag with weights the default.
     'finet_small.untrained*': _cfg(),
     'finet_small_g2.untrained*': _cfg(),
     'finet_small_g4.untrained*': _cfg(),
@@ -430,7 +436,7 @@ default_cfgs = generate_default_cfgs({
     'finet_large_se_g8.untrained*': _cfg(),
 })
 
-# What weights need and no cfg of timm's can say. It stays when a default changes.
+# Arguments that the weights need and that timm's cfgs cannot hold. They stay as they are if a default changes.
 TRAINED_WITH = {
     'finet_large_se_g4.tiny_in200': dict(act_place='depthwise'),
     'finet_large_se_g4.cifar10': dict(act_place='depthwise'),
@@ -453,7 +459,7 @@ SMALL, LARGE = (30, 60, 120), (100, 200, 400)  # channels, Table 1
 
 @register_model
 def finet_small(pretrained: bool = False, **kwargs: Any) -> Finet:
-    """Finet small on plain BatchNorm, the paper's baseline."""
+    """Finet small with plain BatchNorm, the paper's baseline."""
     return _create_finet('finet_small', pretrained, **{**dict(channels=SMALL), **kwargs})
 
 
@@ -483,7 +489,7 @@ def finet_small_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
 
 @register_model
 def finet_small_se(pretrained: bool = False, **kwargs: Any) -> Finet:
-    """Finet small with Squeeze-and-Excitation on plain BatchNorm, the paper's baseline."""
+    """Finet small with Squeeze-and-Excitation and plain BatchNorm, the paper's baseline."""
     return _create_finet('finet_small_se', pretrained, **{**dict(channels=SMALL, use_se=True), **kwargs})
 
 
@@ -517,7 +523,7 @@ def finet_small_se_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
 
 @register_model
 def finet_large(pretrained: bool = False, **kwargs: Any) -> Finet:
-    """Finet large on plain BatchNorm, the paper's baseline."""
+    """Finet large with plain BatchNorm, the paper's baseline."""
     return _create_finet('finet_large', pretrained, **{**dict(channels=LARGE), **kwargs})
 
 
@@ -547,7 +553,7 @@ def finet_large_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
 
 @register_model
 def finet_large_se(pretrained: bool = False, **kwargs: Any) -> Finet:
-    """Finet large with Squeeze-and-Excitation on plain BatchNorm, the paper's baseline."""
+    """Finet large with Squeeze-and-Excitation and plain BatchNorm, the paper's baseline."""
     return _create_finet('finet_large_se', pretrained, **{**dict(channels=LARGE, use_se=True), **kwargs})
 
 

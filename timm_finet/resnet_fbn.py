@@ -1,4 +1,4 @@
-"""ResNet with Fine-grained Batch Normalization (arXiv 2005.06828, Table 7): timm's, its conv + BN pairs replaced."""
+"""timm's ResNet with Fine-grained Batch Normalization in place of conv + BN pairs (arXiv 2005.06828, Table 7)."""
 import re
 from math import gcd
 from typing import Any, Dict, List, Optional, Tuple
@@ -20,26 +20,27 @@ __all__ = ['ResNetFBN']
 
 
 def _pairs(modules: Dict[str, nn.Module]) -> List[Tuple[str, str]]:
-    """Names of convolutions and their norms: `bn2` behind `conv2` in the blocks, neighbours elsewhere."""
+    """Names of each convolution and its norm: `conv2` and `bn2` in the blocks, neighbours in an `nn.Sequential`."""
     pairs = neighbours(modules[''])
     for name, norm in modules.items():
         if isinstance(norm, _BatchNorm) and re.search(r'bn\d?$', name):
             layer = re.sub(r'bn(\d?)$', r'conv\1', name)
-            if isinstance(modules[layer], nn.Sequential):  # the deep stems'
+            if isinstance(modules[layer], nn.Sequential):  # in a deep stem
                 layer = f'{layer}.{len(modules[layer]) - 1}'
             pairs.append((layer, name))
     return pairs
 
 
 class ResNetFBN(ResNet):
-    """timm's ResNet whose convolutions use FBN; the stem, with three input channels, keeps plain BN.
+    """timm's ResNet with FBN in its convolutions; the stem has three input channels and keeps plain BN.
 
     Args:
         block, layers, **kwargs: As for timm's ResNet.
-        fbn_groups: FBN groups of every convolution behind the stem; 1 is plain BN.
-        affine: FBN's gamma and beta.
+        fbn_groups: FBN groups of every convolution after the stem; 1 is plain BN.
+        affine: Whether FBN has gamma and beta.
         small_input: Stem for 32 px images: 3x3, stride 1 and no max-pool (section 5.3).
-        bn_eps, bn_momentum: Of every BatchNorm, FBN's own included; None is torch's 1e-5 and 0.1.
+        bn_eps, bn_momentum: `eps` and `momentum` of every BatchNorm, including FBN's own; None keeps torch's 1e-5 and
+            0.1.
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
 
     Raises:
@@ -72,14 +73,14 @@ class ResNetFBN(ResNet):
                     f'fbn_groups={fbn_groups} does not divide the {width} channels of {conv}: '
                     f'give a divisor of {gcd(*widths.values())}.')
         convert_named(self, converted, fbn_groups, affine)
-        self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # in checkpoints of timm, and here
+        self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # in timm's checkpoints: here
         if fused:
             self.eval()
             fuse_named(self, [names for names in pairs if names not in converted], [name for name, _ in converted])
             self.train()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """Takes the checkpoints of timm's and torchvision's ResNets too, where `fbn_groups` is 1."""
+        """Load a state dict; with `fbn_groups=1` it may also be that of a ResNet of timm or torchvision."""
         names = {}
         for key in state_dict:
             module, _, leaf = key.rpartition('.')
@@ -87,8 +88,9 @@ class ResNetFBN(ResNet):
         if any(key != name for key, name in names.items()):
             if self.fbn_groups != 1:
                 raise RuntimeError(
-                    f'The checkpoint has plain BatchNorm, this {type(self).__name__} has fbn_groups={self.fbn_groups}: '
-                    f'build it with fbn_groups=1, or load the checkpoint into its own network and use convert_fbn.')
+                    f'The checkpoint has plain BatchNorm, but this {type(self).__name__} has '
+                    f'fbn_groups={self.fbn_groups}: build it with fbn_groups=1, or load the checkpoint into its own '
+                    'network and use convert_fbn.')
             state_dict = {names[key]: value for key, value in state_dict.items()}
         check_form(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
@@ -141,5 +143,5 @@ def resnet50_fbn(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
 
 @register_model
 def resnet50_fbn_g4(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
-    """ResNet-50, G = 4, which did not fit the paper's card."""
+    """ResNet-50, G = 4, which did not fit in the memory of the paper's GPU."""
     return _create_resnet('resnet50_fbn_g4', pretrained, **{**RESNET50, 'fbn_groups': 4, **kwargs})
