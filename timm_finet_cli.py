@@ -1,7 +1,6 @@
-"""The command `timm-finet`: its arguments.
+"""Arguments of the command `timm-finet`.
 
-It stands beside the package, whose import takes seconds for torch and timm, so that --help and mistakes are answered at
-once.
+This module is outside of the package, which takes seconds to import torch and timm, so --help and errors come at once.
 """
 import argparse
 from importlib.metadata import version
@@ -17,7 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser('demo', help='classify images with embedded weights, before and after fusion')
     sub.add_argument(
-        'paths', nargs='*', metavar='PATH', help='your own images or folders of them, instead of the shipped ones')
+        'paths', nargs='*', metavar='PATH', help='your own images, or folders of them, instead of the shipped images')
     sub.add_argument('--output', default='finet_demo.png', help='contact sheet to write (default: %(default)s)')
 
     sub = commands.add_parser('flops', help='count multiply-adds and parameters of any network of timm or torchvision')
@@ -26,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="default: each network's own")
     form = sub.add_mutually_exclusive_group()
     form.add_argument('--fused', action='store_true', default=True, help='count the deploy form (the default)')
-    form.add_argument('--train-form', action='store_false', dest='fused', help='count the form that is trained')
+    form.add_argument('--train-form', action='store_false', dest='fused', help='count the train form')
     sub.add_argument('--csv', action='store_true', dest='as_csv', help='print CSV')
 
     sub = commands.add_parser('export', help='write a fused network as an ONNX or ExecuTorch file, checked on images')
@@ -36,40 +35,45 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('--checkpoint', metavar='FILE', help='weights to use, in train or fused form')
     sub.add_argument(
         '--calibration', nargs='+', default=(), metavar='PATH',
-        help='images for --int8, of the training set, or folders of them')
+        help='training images for --int8, or folders of them')
     sub.add_argument(
-        '--img-size', type=int, metavar='PX', help='height and width (default: those that the weights are tested at)')
-    sub.add_argument('--dynamic-batch', action='store_true', help='take any number of images at a time (onnx only)')
+        '--img-size', type=int, metavar='PX', help='height and width (default: the size the weights are tested at)')
+    sub.add_argument('--dynamic-batch', action='store_true', help='accept any batch size (onnx only)')
     sub.add_argument('--output', metavar='FILE', help='default: NAME.onnx, NAME.pte, NAME.int8.onnx or NAME.int8.pte')
 
     sub = commands.add_parser(
         'run', help="run timm's train, validate, benchmark, inference or onnx_export with our models")
     sub.add_argument(
-        'script', metavar='SCRIPT', help="a path, or a bare name: looked up in $TIMM_SCRIPTS, else fetched")
+        'script', metavar='SCRIPT',
+        help='a path, or a bare name, which is looked up in $TIMM_SCRIPTS or else downloaded')
     sub.add_argument(
-        'args', nargs=argparse.REMAINDER, help="the script's own arguments; recipe:NAME stands for our YAML")
+        'args', nargs=argparse.REMAINDER,
+        help="the script's own arguments; recipe:NAME stands for a YAML file of this package")
 
     sub = commands.add_parser(
-        'finetune', help='fine-tune a network on your own images, a folder a class', allow_abbrev=False,
-        epilog="Other options, e.g. --epochs 5 or --config recipe:modern_finetune, are those of timm's train.py.")
+        'finetune', help='fine-tune a network on your own images, one folder per class', allow_abbrev=False,
+        epilog="Other options, e.g. --epochs 5 or --config recipe:modern_finetune, are passed to timm's train.py.")
     sub.add_argument('folder', metavar='FOLDER', help='CLASS/*.jpg, or train/CLASS/*.jpg and validation/CLASS/*.jpg')
     sub.add_argument('--weights', metavar='NAME.TAG', help=(
-        'any of timm, hf-hub:ORG/NAME, local-dir:FOLDER or a checkpoint; default: finet_large_se_g4.tiny_in200'))
-    sub.add_argument('--output', metavar='FOLDER', help='a new one; default: output/finetune/FOLDER')
+        'weights of timm, hf-hub:ORG/NAME, local-dir:FOLDER or a checkpoint; default: finet_large_se_g4.tiny_in200'))
+    sub.add_argument('--output', metavar='FOLDER', help='a new folder; default: output/finetune/FOLDER')
 
     sub = commands.add_parser('push', help='push a checkpoint, with its card, to the Hugging Face Hub')
     sub.add_argument(
-        'checkpoint', metavar='CHECKPOINT', help="of timm's train.py (its EMA, where it has one), or a state dict")
-    sub.add_argument('--model', required=True, dest='name', metavar='NAME', help='the network, as in results.csv')
-    sub.add_argument('--repo-id', required=True, metavar='ORG/NAME', help='created where it does not exist')
+        'checkpoint', metavar='CHECKPOINT',
+        help="a checkpoint of timm's train.py (its EMA weights, if it has them), or a state dict")
+    sub.add_argument(
+        '--model', required=True, dest='name', metavar='NAME', help="the network's name, as in the --results file")
+    sub.add_argument('--repo-id', required=True, metavar='ORG/NAME', help='created if it does not exist')
     sub.add_argument('--private', action='store_true', help='create it as a private repository')
-    sub.add_argument('--revision', metavar='BRANCH', help='push to this branch, created where it does not exist')
+    sub.add_argument('--revision', metavar='BRANCH', help='push to this branch, created if it does not exist')
     sub.add_argument('--fused', action='store_true', help='push the fused form, which is for inference only')
     sub.add_argument(
         '--results', metavar='CSV', help="accuracies for the card, as timm's validate.py --results-file writes them")
     sub.add_argument(
-        '--class-names', metavar='FILE', help='one a line; default: those of the data set, where it is still there')
-    sub.add_argument('--dry-run', action='store_true', help='print the card and the files, push nothing')
+        '--class-names', metavar='FILE',
+        help='class names, one per line; default: those of the data set, if it is still there')
+    sub.add_argument('--dry-run', action='store_true', help='print the card and the list of files, push nothing')
 
     commands.add_parser('space', help='serve a web page that classifies images, in train and in fused form')
 

@@ -1,4 +1,4 @@
-"""Images: those shipped with the package, those at a path, and sheets of them."""
+"""Read the shipped images and image files, and draw sheets of images."""
 from contextlib import suppress
 from pathlib import Path
 from typing import List, Sequence, Tuple, Union
@@ -10,13 +10,13 @@ from .data.files import replace_file
 
 __all__ = ['contact_sheet', 'draw_confusion', 'find_images', 'read_image', 'read_images', 'shipped_images']
 
-# Tiles of 32 px, class by class: 40 a class, and 10 a class
+# Tiles of 32 px in order of class: 40 test images per class, and 10 training images per class
 IMAGES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
 TRAINING_IMAGES = Path(__file__).parent / 'weights' / 'cifar10_train.webp'
 
 
 def shipped_images(file: Path = IMAGES) -> Tuple[List[Image.Image], List[int]]:
-    """The 400 shipped CIFAR-10 test images, or the 100 of the training set, and their labels."""
+    """The shipped CIFAR-10 images and their labels: 400 test images, or 100 training images."""
     with Image.open(file) as sprite:
         sprite = sprite.convert('RGB')
     tiles = [
@@ -25,7 +25,7 @@ def shipped_images(file: Path = IMAGES) -> Tuple[List[Image.Image], List[int]]:
 
 
 def find_images(paths: Sequence[str]) -> List[Path]:
-    """Image files, and all files in folders and the folders in these, but for hidden ones.
+    """List image files; a folder stands for all files in it and its subfolders, except hidden ones.
 
     Raises:
         ValueError: A folder is empty.
@@ -40,48 +40,49 @@ def find_images(paths: Sequence[str]) -> List[Path]:
 
 
 def read_image(file: Union[str, Path]) -> Image.Image:
-    """Read an image file as a photograph is looked at: turned as its EXIF data say, in RGB of 8 bits.
+    """Read an image file as 8-bit RGB, turned as its EXIF data say.
 
-    Gray of more bits is scaled: of 16 bits from 0 to 65535, of floats from 0 to 1. Of what moves, the first image is
-    taken. Transparency is dropped, as timm's and torchvision's loaders do, so that what lies below it is seen.
+    Gray images of more than 8 bits are scaled to 8 bits: integers from 0 to 65535, floats from 0 to 1. An animation
+    gives its first frame. Transparency is dropped, as by timm's and torchvision's loaders, so transparent pixels show
+    their colour.
 
     Raises:
-        ValueError: The file is no image that Pillow can read, has too many pixels, or levels out of these ranges.
+        ValueError: Pillow cannot read the file, it has too many pixels, or its levels are outside of these ranges.
         FileNotFoundError: There is no such file.
     """
     try:
         with Image.open(file) as image:
             image.load()
-            with suppress(Exception):  # of data that it cannot write back, once the pixels are turned
+            with suppress(Exception):  # it may fail to write the data back after it has turned the pixels
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in 'IF':
                 return to_8_bits(image).convert('RGB')
-            if image.mode == 'P':  # straight to RGB Pillow warns of several transparent colours
+            if image.mode == 'P':  # converting straight to RGB, Pillow warns about several transparent colours
                 image = image.convert('RGBA')
             return image.convert('RGB')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{file} does not exist: give images, or folders that hold some.') from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f'{file} has more pixels than Pillow takes for safe: give a smaller image.') from error
+        raise ValueError(f'{file} has more pixels than Pillow considers safe: give a smaller image.') from error
     except UnidentifiedImageError as error:
         if is_heif(file):
             raise ValueError(f'{file} is HEIC or AVIF, which this Pillow cannot read: convert it to JPEG.') from error
         raise ValueError(f'{file} is not an image that Pillow can read.') from error
-    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-        raise ValueError(f'{file} cannot be read ({reason}): save it anew as JPEG or PNG.') from error
+        raise ValueError(f'{file} cannot be read ({reason}): save it again as JPEG or PNG.') from error
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """An image of mode I;16, I or F in mode L: Pillow's own `convert` cuts all levels above 255 off."""
+    """Scale an image of mode I;16, I or F to mode L; Pillow's own `convert` would clip all levels above 255."""
     levels, highest = np.asarray(image), 1 if image.mode == 'F' else 65535
-    if not (levels.min() >= 0 and levels.max() <= highest):  # nor NaN
+    if not (levels.min() >= 0 and levels.max() <= highest):  # true for NaN too
         raise ValueError(f'levels from {levels.min():g} to {levels.max():g}, not within 0 to {highest}')
     return Image.fromarray((levels * (255 / highest) + 0.5).astype(np.uint8))
 
 
 def is_heif(file: Union[str, Path]) -> bool:
-    """Whether a file is of the kind of containers that phones write: HEIC, AVIF."""
+    """Whether a file is HEIC or AVIF, the containers that phones write."""
     with open(file, 'rb') as start:
         head = start.read(12)
     return head[4:8] == b'ftyp' and head[8:] in (
@@ -89,14 +90,17 @@ def is_heif(file: Union[str, Path]) -> bool:
 
 
 def read_images(files: Sequence[Union[str, Path]]) -> List[Image.Image]:
-    """`read_image` of each file; it says what is raised."""
+    """Read each file with `read_image`, which raises the errors."""
     return [read_image(file) for file in files]
 
 
 def contact_sheet(
         images: Sequence[Image.Image], names: Sequence[str], right: Sequence[bool], file: str, size: int = 64,
 ) -> None:
-    """Draw images, cut to squares, with their names, all of as many lines, below them; in red where not right."""
+    """Draw images, cropped to squares, with their names below; a name is red if it is not right.
+
+    All names have the same number of lines.
+    """
     label, columns = 14 * (1 + names[0].count('\n')), min(1280 // size, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new('RGB', (columns * size, rows * (size + label)), 'white')
@@ -111,7 +115,10 @@ def contact_sheet(
 
 
 def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], file: str) -> None:
-    """Draw how many images of a class, a row, were taken for a class, a column: blue where right, red where wrong."""
+    """Draw a confusion matrix: how many images of a class (row) were classified as a class (column).
+
+    Right guesses are blue, wrong ones red.
+    """
     n, corner, short = len(names), 'row: class\ncolumn: guess', [f'{name:.20}' for name in names]
     cell = max(6, min(32, 2400 // n))
     font = dict(font_size=min(12, cell * 2 // 3))

@@ -140,7 +140,7 @@ def test_avif_is_read_where_pillow_can(tmp_path):
 def test_damaged_file_is_named_with_the_reason(tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / 'image.jpg')
     (tmp_path / 'image.jpg').write_bytes((tmp_path / 'image.jpg').read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r'image.jpg cannot be read \(.*truncated.*\): save it anew'):
+    with pytest.raises(ValueError, match=r'image.jpg cannot be read \(.*truncated.*\): save it again'):
         read_image(tmp_path / 'image.jpg')
     (tmp_path / 'empty.jpg').touch()
     with pytest.raises(ValueError, match='empty.jpg is not an image that Pillow can read'):
