@@ -326,12 +326,12 @@ def full(folder):
 
 BAD = dict(
     missing=(None, ['none'], r"FOLDER='.*none' does not exist: give a folder with"),
-    no_folders=(None, ['empty'], r"FOLDER='.*empty' has 0 class folders: give one with two or more"),
+    no_folders=(None, ['empty'], r"FOLDER='.*empty' has 0 class folders: give a folder with two or more"),
     no_images=(no_images, ['mine'], "FOLDER='.*mine' has no images in 'cat': add some"),
-    one_image=(one_image, ['mine'], "FOLDER='.*mine' has one image in 'cat': two are needed"),
+    one_image=(one_image, ['mine'], "FOLDER='.*mine' has only one image in 'cat': give two"),
     outside=(outside, ['mine'], "FOLDER='.*mine' has .*x.png outside of a class folder: move it to FOLDER/CLASS"),
     unreadable=(unreadable, ['mine'], "FOLDER='.*mine': .*bad.jpg is not an image .* Repair or remove it"),
-    other_classes=(other_classes, ['mine'], "FOLDER='.*mine' has 'deer' in one of train and validation alone"),
+    other_classes=(other_classes, ['mine'], "FOLDER='.*mine' has 'deer' in only one of train and validation"),
     weights=(None, ['mine', '--weights', 'finet_large'], "--weights='finet_large' are unknown: use finet_large_se_g4"),
     model=(None, ['mine', '--model=finet_large'], '--model is not for finetune: .* --weights'),
     in_chans=(None, ['mine', '--in-chans', '1'], '--in-chans is not for finetune: all images are read in three'),

@@ -1,8 +1,8 @@
-"""CIFAR as the paper augments it (section 5.3), and folders of photographs that are turned as their EXIF data say.
+"""CIFAR with the paper's augmentation (section 5.3), and folders of photographs, turned as their EXIF data say.
 
-CIFAR's images are zero-padded to 36 px and cropped to 32 px at random; timm's loader flips them. Importing this module
-makes `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2`, `torch/cifar10_first1000`, `torch/cifar100_first100`,
-`torch/cifar10_sample` and `torch/photographs` known to timm.
+CIFAR's training images are zero-padded to 36 px and cropped to 32 px at random; timm's loader flips them. Importing
+this module registers `--dataset torch/cifar10_pad2`, `torch/cifar100_pad2`, `torch/cifar10_first1000`,
+`torch/cifar100_first100`, `torch/cifar10_sample` and `torch/photographs` with timm.
 """
 import os
 import random
@@ -30,18 +30,20 @@ def first_of_each_class(targets, count):
 
 
 class _Pad2:
-    """torchvision's CIFAR dataset, with the padded crop for training and two more places to read from.
+    """torchvision's CIFAR dataset, with the padded crop for training and two more sources of images.
 
     Args:
-        root: A folder that holds torchvision's download; or `<name>.npz` (arrays `train`, `train_labels`, `test`,
-            `test_labels`; images `(n, 32, 32, 3)` uint8) or such a file itself; or the folders `train` and
-            `validation` with one folder of 32 px images a class.
+        root: One of these:
+            - a folder with torchvision's download;
+            - a folder with `<name>.npz`, or the path of an .npz file, with the arrays `train`, `train_labels`, `test`
+              and `test_labels`; images are `(n, 32, 32, 3)` uint8;
+            - a folder with the folders `train` and `validation`, each with one folder of 32 px images per class.
 
     Raises:
-        FileNotFoundError: None of the three is there.
+        FileNotFoundError: `root` is none of these.
     """
 
-    images_per_class = None  # how many of the training images, the first of each class; None for all
+    images_per_class = None  # only the first so many training images of each class are used; None for all
 
     def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
         arrays = self._read(root, train)
@@ -61,12 +63,14 @@ class _Pad2:
                 self.data, self.targets = self.data[first], [self.targets[i] for i in first]
             self.data = np.pad(self.data, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
             self.seed, self.seeded, self.has_workers = torch.initial_seed(), -1, True
-            self.epoch = torch.tensor(-1).share_memory_()  # loader workers outlive an epoch
-            if not is_distributed_env():  # there train.py must tell the sampler, which it does where this is missing
+            self.epoch = torch.tensor(-1).share_memory_()  # loader workers live longer than an epoch
+            # In several processes train.py has to call the sampler's set_epoch. Up to timm 1.0.28 it does so only if
+            # the dataset has none.
+            if not is_distributed_env():
                 self.set_epoch = self._set_epoch
 
     def _read(self, root, train):
-        """Images and labels, or None if torchvision shall look for its download."""
+        """Images and labels, or None if torchvision has to read its own download."""
         root = os.fspath(root or '.')
         archive = root if root.endswith('.npz') else os.path.join(root, f'{self.name}.npz')
         folder = os.path.join(root, 'train' if train else 'validation')
@@ -79,13 +83,13 @@ class _Pad2:
             return np.stack([np.asarray(image) for image, _ in files]), files.targets
 
     def _set_epoch(self, epoch):
-        """Start every random number anew, from the seed and the epoch: a resumed run then repeats an unbroken one.
+        """Reseed all random numbers from the seed and the epoch, so that a resumed run repeats an unbroken one.
 
-        timm's train.py calls it before each epoch. In loader workers the first image of an epoch does the same.
+        timm's train.py calls this before each epoch. Loader workers do the same at their first image of an epoch.
         """
         self._start(epoch, 0)
         if self.epoch >= 0 and self.has_workers:
-            torch.empty((), dtype=torch.int64).random_()  # as torch's loader draws before its first epoch alone
+            torch.empty((), dtype=torch.int64).random_()  # torch's loader makes this draw before its first epoch only
         self.epoch.fill_(epoch)
 
     def _start(self, epoch, process):
@@ -131,7 +135,7 @@ class CIFAR100First100(CIFAR100Pad2):
 
 
 class CIFAR10Sample(CIFAR10Pad2):
-    """The shipped images, without a download: of each class thirty to train and ten to validate on."""
+    """The shipped CIFAR-10 images, which need no download: 30 per class for training, 10 for validation."""
 
     def __init__(self, root=None, *args, **kwargs):
         super().__init__(root, *args, **kwargs)
@@ -143,11 +147,13 @@ class CIFAR10Sample(CIFAR10Pad2):
 
 
 class Photographs(ImageDataset):
-    """timm's folder a class, under `train` and `validation`, whose images are read by `read_image`; timm turns none.
+    """timm's image folders, one per class under `train` and `validation`, read by `read_image`.
+
+    timm's own class does not turn images as their EXIF data say.
 
     Raises:
         RuntimeError: The folder holds no images.
-        ValueError: An image cannot be read, where timm's would take the next one instead.
+        ValueError: An image cannot be read. timm's own class would use the next image instead.
     """
 
     def __init__(self, root, train=True, download=False):
@@ -159,7 +165,7 @@ class Photographs(ImageDataset):
         return image if self.transform is None else self.transform(image), target
 
 
-# A private dict of timm's, pinned by a test: there is no public way to name a new dataset for its scripts.
+# A private dict of timm, pinned by a test: timm has no public way to register a dataset for its scripts.
 dataset_factory._TORCH_BASIC_DS.update(
     cifar10_pad2=CIFAR10Pad2, cifar100_pad2=CIFAR100Pad2, cifar10_first1000=CIFAR10First1000,
     cifar100_first100=CIFAR100First100, cifar10_sample=CIFAR10Sample, photographs=Photographs)

@@ -1,8 +1,9 @@
-"""CIFAR held on the GPU whole; crop, flip and normalisation are done there, a batch at a time.
+"""CIFAR held on the GPU, which crops, flips and normalises whole batches.
 
-For networks that outrun the host's loader: `--dataset torch/cifar10_gpu --no-prefetcher --workers 0`, or
-`cifar100_gpu`, draws from the same distribution as `--dataset torch/cifar10_pad2`; `cifar10_first1000_gpu` and
-`cifar100_first100_gpu` as the names without `_gpu`. Importing this module makes the names known to timm.
+This is for networks that train faster than the host's loader can load images. `--dataset torch/cifar10_gpu
+--no-prefetcher --workers 0` draws from the same distribution as `--dataset torch/cifar10_pad2`. In the same way,
+`cifar100_gpu` replaces `cifar100_pad2`, `cifar10_first1000_gpu` replaces `cifar10_first1000`, and
+`cifar100_first100_gpu` replaces `cifar100_first100`. Importing this module registers the names with timm.
 """
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ class Batch(tuple):
     """Images and labels that need no collation."""
 
 
-default_collate_fn_map[Batch] = lambda batch, *, collate_fn_map=None: tuple(batch[0])  # torch's own way to extend it
+# torch's own way to add a type that its loader can collate
+default_collate_fn_map[Batch] = lambda batch, *, collate_fn_map=None: tuple(batch[0])
 
 
 def changes_nothing(transform):
-    """Whether timm's transform leaves a 32 px image as it is."""
+    """Whether a transform leaves a 32 px image unchanged."""
     if isinstance(transform, RandomResizedCropAndInterpolation):
         return tuple(transform.size) == (32, 32) and {*transform.scale, *transform.ratio} == {1}
     if isinstance(transform, ColorJitter):
@@ -36,14 +38,14 @@ def changes_nothing(transform):
 
 
 class _OnGPU:
-    """Does to whole batches on the device what the transforms that timm hands the dataset do to one image.
+    """Apply the transforms that timm sets for single images to whole batches on the device.
 
-    Shapes and values are those of timm's loader: float32 `(N, 3, 32, 32)`, normalised. Without a GPU it works on the
-    CPU.
+    Batches are the same as those of timm's loader: float32 `(N, 3, 32, 32)`, normalised. Without a GPU, the device is
+    the CPU.
 
     Raises:
-        ValueError: At the first batch: timm's prefetcher or loader workers are on, or there are more transforms than
-            crop, flip and normalisation.
+        ValueError: At the first batch, if timm's prefetcher or loader workers are on, or if there are transforms other
+            than crop, flip and normalisation.
     """
 
     images = None
@@ -54,16 +56,17 @@ class _OnGPU:
 
     def _set_up(self):
         if get_worker_info() is not None:
-            raise ValueError('Images that lie on the GPU need no loader workers: --workers 0.')
+            raise ValueError('Images on the GPU need no loader workers: use --workers 0.')
         transforms = [t for t in self.transform.transforms if not changes_nothing(t)]
         self.flip = sum(t.p for t in transforms if isinstance(t, RandomHorizontalFlip))
         normalize = next((t for t in transforms if isinstance(t, Normalize)), None)
         if normalize is None:
             raise ValueError(
-                'Images that lie on the GPU need no prefetcher, and are normalised there: --no-prefetcher.')
+                'Images on the GPU are normalised there and need no prefetcher: use --no-prefetcher.')
         others = [type(t).__name__ for t in transforms if not isinstance(t, (RandomHorizontalFlip, Normalize))]
         if others:
-            raise ValueError(f"{', '.join(others)}: not done on the GPU; switch it off, or use torch/{self.name}_pad2.")
+            raise ValueError(
+                f"{', '.join(others)} cannot be done on the GPU: switch it off, or use torch/{self.name}_pad2.")
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
         self.mean, self.std = (torch.as_tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
         labels = self.targets if self.target_transform is None else [*map(self.target_transform, self.targets)]
@@ -80,7 +83,7 @@ class _OnGPU:
             draws[1:3].random_(2 * PAD + 1)
             draws[3] = torch.rand(len(indices)) < self.flip
         if self.side.is_cuda:
-            draws = draws.pin_memory()  # from other memory a copy waits for all that the GPU has still to do
+            draws = draws.pin_memory()  # a copy from other memory would wait for all work queued on the GPU
         index, top, left, flip = draws.to(self.side.device, non_blocking=True)[:, :, None]
         rows = top + self.side
         columns = left + torch.where(flip == 1, 31 - self.side, self.side)

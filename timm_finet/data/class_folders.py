@@ -1,4 +1,4 @@
-"""Folders of images, one a class: found, tried, split and linked."""
+"""Find, check, split and link folders of images, one per class."""
 import random
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
@@ -10,7 +10,7 @@ from ..images import read_image
 
 __all__ = ['find_images', 'hold_out', 'link']
 
-HELD_OUT = 5  # one image in as many is for validation, where the folder does not tell
+HELD_OUT = 5  # one image in HELD_OUT is for validation, if the folder is not split
 
 Classes = Dict[str, List[Path]]
 
@@ -19,18 +19,19 @@ def find_classes(root: Path) -> Classes:
     """The images of each class folder in `root`, in order.
 
     Raises:
-        ValueError: There are no two classes, or images in no class folder, or a class without images.
+        ValueError: There are fewer than two classes, images outside of a class folder, or a class without images.
     """
     folder = f'FOLDER={str(root)!r}'
     classes = {path: [] for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != '.'}
     if len(classes) < 2:
-        raise ValueError(f'{folder} has {len(classes)} class folders: give one with two or more, FOLDER/CLASS/*.jpg.')
+        raise ValueError(
+            f'{folder} has {len(classes)} class folders: give a folder with two or more, as FOLDER/CLASS/*.jpg.')
     try:
         files = create_dataset('', str(root), search_split=False).filenames(absolute=True)
-    except RuntimeError:  # there are none
+    except RuntimeError:  # no images
         files = []
     for file in map(Path, files):
-        if file.parent not in classes:  # timm would make another class of its folder
+        if file.parent not in classes:  # timm would make its folder another class
             raise ValueError(f'{folder} has {file} outside of a class folder: move it to FOLDER/CLASS/{file.name}.')
         classes[file.parent].append(file)
     for path, images in classes.items():
@@ -40,7 +41,9 @@ def find_classes(root: Path) -> Classes:
 
 
 def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
-    """The images to train on, and to validate on where the folder has these apart; all are tried.
+    """Training images and, if the folder is split, validation images, else None.
+
+    Every image is read once, to check it.
 
     Raises:
         FileNotFoundError, ValueError: There is no such folder, or something in it cannot be used.
@@ -48,9 +51,9 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
     folder, validation = f'FOLDER={str(source)!r}', None
     if not source.is_dir():
         found = 'is a file' if source.exists() else 'does not exist'
-        raise FileNotFoundError(f'{folder} {found}: give a folder with a folder of images a class.')
+        raise FileNotFoundError(f'{folder} {found}: give a folder with one folder of images per class.')
     root = source / 'train'
-    if not root.is_dir() or not any(path.is_dir() for path in root.iterdir()):  # it may be a class, of railways
+    if not root.is_dir() or not any(path.is_dir() for path in root.iterdir()):  # a class may be called train
         root = source
     training = find_classes(root)
     apart = [path for path in (source / 'validation', source / 'val', source / 'valid') if path.is_dir()]
@@ -59,13 +62,13 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
         odd = sorted(training.keys() ^ validation)
         if odd:
             raise ValueError(
-                f'{folder} has {odd[0]!r} in one of train and {apart[0].name} alone: both need all classes.')
+                f'{folder} has {odd[0]!r} in only one of train and {apart[0].name}: both need all classes.')
     else:
         for name, images in training.items():
             if len(images) == 1:
-                raise ValueError(f'{folder} has one image in {name!r}: two are needed, one of them for validation.')
+                raise ValueError(f'{folder} has only one image in {name!r}: give two, as one is for validation.')
     files = sum([*training.values(), *(validation or {}).values()], [])
-    with tqdm(files, 'try images', unit='image', leave=False, disable=None) as bar:  # an error too clears the bar
+    with tqdm(files, 'check images', unit='image', leave=False, disable=None) as bar:  # errors clear the bar too
         for file in bar:
             try:
                 read_image(file)
@@ -75,7 +78,7 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
 
 
 def hold_out(classes: Classes) -> Tuple[Classes, Classes]:
-    """Split each class, always alike: images to train on, and to validate on."""
+    """Split each class into training and validation images, always in the same way."""
     training, held = {}, {}
     for name, images in classes.items():
         held[name] = random.Random(0).sample(images, max(1, len(images) // HELD_OUT))
@@ -84,7 +87,7 @@ def hold_out(classes: Classes) -> Tuple[Classes, Classes]:
 
 
 def link(splits: Dict[str, Classes], folder: Path) -> None:
-    """Make `folder`/SPLIT/CLASS/IMAGE, links to the images: these stay where they are, and timm reads them so."""
+    """Link the images as `folder`/SPLIT/CLASS/IMAGE, where timm reads them; the images themselves are not moved."""
     for split, classes in splits.items():
         for name, images in classes.items():
             (folder / split / name).mkdir(parents=True)

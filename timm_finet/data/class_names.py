@@ -1,4 +1,4 @@
-"""What the classes of a data set are called."""
+"""Names of a data set's classes."""
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -10,7 +10,7 @@ __all__ = ['class_names']
 
 
 def class_names(args: Dict[str, Any]) -> Optional[List[str]]:
-    """The classes, in order, of the data that arguments of train.py name; None where that cannot be told.
+    """Class names, in order, of the data set that train.py's arguments `args` select; None if they are not known.
 
     Raises:
         RuntimeError, AssertionError, ValueError, OSError: The folder holds no images, or `class_map` cannot be read.
@@ -22,5 +22,5 @@ def class_names(args: Dict[str, Any]) -> Optional[List[str]]:
         return None
     data = create_dataset(dataset, root, args.get('train_split') or 'train', class_map=args.get('class_map') or None)
     reader = getattr(data, 'reader', data)
-    indices = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx  # the latter is timm's tar reader's
+    indices = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx  # timm's tar reader has the latter
     return sorted(map(str, indices), key=lambda name: indices[name])

@@ -1,4 +1,4 @@
-"""The data sets that weights come from, a record each: what networks, cards, commands and recipes say of them."""
+"""Records of the data sets that weights are trained on, which networks, cards, commands and scripts share."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
@@ -18,14 +18,14 @@ class Dataset:
         hub: Its name on the Hub.
         title: Its name in a sentence.
         classes: The names of its classes, in the order of a network's outputs; None where they are not known.
-        split: The one that networks are judged by.
-        terms: Under what terms its photographs may be used: the end of a sentence.
-        license: The licence of weights trained on it, as a card's metadata name it.
-        size: Height and width of the images that it is trained at, in pixels.
-        test_size: The same for tests, where it is another.
+        split: The split that networks are tested on.
+        terms: Terms of use, as the end of a sentence that begins with 'The photographs of CIFAR-10'.
+        license: The licence of weights trained on it, as in a card's metadata.
+        size: Height and width of training images, in pixels.
+        test_size: Height and width of test images, in pixels; None for `size`.
         pool_size: Height and width of the last feature map at `size`.
-        mean, std: Of its pixels in RGB, between 0 and 1.
-        crop_pct, interpolation: As timm's cfgs have them.
+        mean, std: Mean and standard deviation of its RGB pixels, which are between 0 and 1.
+        crop_pct, interpolation: As in timm's cfgs.
     """
 
     hub: str
@@ -43,7 +43,7 @@ class Dataset:
     interpolation: str = 'bilinear'
 
     def cfg(self) -> Dict[str, Any]:
-        """What timm's cfg says of weights trained on it."""
+        """Entries of timm's cfg for weights trained on this data set."""
         cfg = dict(
             description=f'trained on {self.title}', license=self.license, num_classes=len(self.classes),
             label_names=self.classes, input_size=(3, self.size, self.size),
@@ -59,7 +59,7 @@ def names_in(file: str) -> Tuple[str, ...]:
 
 
 OF_CIFAR = 'were collected from the web for research and come without a licence'
-OF_IMAGENET = "are ImageNet's, which may be used for non-commercial research and teaching alone"
+OF_IMAGENET = 'are from ImageNet and may be used only for non-commercial research and teaching'
 
 CIFAR10 = Dataset(
     'uoft-cs/cifar10', 'CIFAR-10',
@@ -78,11 +78,11 @@ UNKNOWN = Dataset('imagefolder', "the owner's images")
 DATASETS = {  # by the tag of weights, and by train.py's --dataset
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
-    'torch/cifar10_first1000': replace(CIFAR10, title='the first 1,000 training images a class of CIFAR-10'),
-    'torch/cifar100_first100': replace(CIFAR100, title='the first 100 training images a class of CIFAR-100'),
+    'torch/cifar10_first1000': replace(CIFAR10, title='the first 1,000 training images of each class of CIFAR-10'),
+    'torch/cifar100_first100': replace(CIFAR100, title='the first 100 training images of each class of CIFAR-100'),
     'torch/cifar10_sample': Dataset(
         'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10.classes, terms=OF_CIFAR),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET, 'tiny_in200': TINY_IN200,
 }
-# train.py's --dataset for a folder a class; the first is also for a tar of them
+# train.py's --dataset for one folder per class; '' is also for a tar of such folders
 FOLDERS = ('', 'torch/folder', 'torch/image_folder', 'torch/photographs')

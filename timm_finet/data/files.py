@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and refused before the work where they cannot be."""
+"""Write files completely or not at all, and check in advance that they can be written."""
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +7,7 @@ __all__ = ['check_output', 'replace_file']
 
 
 def check_output(file: str) -> None:
-    """Raise ValueError where `file` cannot be written: no such folder, no right to it, or a folder itself."""
+    """Raise ValueError if `file` cannot be written, e.g. because its folder does not exist or it is a folder."""
     part = Path(f'{file}.part')
     try:
         if Path(file).is_dir():
@@ -22,7 +22,7 @@ def check_output(file: str) -> None:
 
 @contextmanager
 def replace_file(file: str):
-    """The name of a file to write, which takes the place of `file` at the end and is deleted after an error."""
+    """Yield the name of a file to write, which replaces `file` at the end or is deleted after an error."""
     part = f'{file}.part'
     try:
         yield part
