@@ -56,7 +56,7 @@ def test_own_images_and_folders(cli, tmp_path, monkeypatch):
     best = re.findall(r'^/.*: ([\w -]+ \d+%),', out, re.M)
     read = read_images([folder / 'plane.jpg', tmp_path / 'gray.png'])
     contact_sheet(read, best, [True] * 2, str(tmp_path / 'expected.png'), size=128)
-    assert 'It knows only 200 classes: for an image of anything else the percentages mean little.\n' in out
+    assert 'The network knows only 200 classes: for any other image the percentages mean little.\n' in out
     assert '156,085,376' in out  # multiply-adds at the size that they are tested at
     with Image.open(tmp_path / 'out.png') as sheet, Image.open(tmp_path / 'expected.png') as expected:
         assert sheet.size == (256, 142) and sheet.tobytes() == expected.tobytes()
@@ -116,7 +116,7 @@ def test_file_that_cannot_be_read_is_skipped_by_name_and_the_others_are_done(cli
 @pytest.mark.parametrize('name, message', [
     ('no.png', 'no.png does not exist'), ('text.png', 'text.png is not an image'),
     ('empty', 'empty is an empty folder'),
-    ('texts', 'none of 2 files can be read, to begin with: .*a.txt is not'), ('bomb.png', 'bomb.png has more pixels')])
+    ('texts', 'none of 2 files can be read; the first: .*a.txt is not'), ('bomb.png', 'bomb.png has more pixels')])
 def test_bad_images_give_one_line_and_no_file(name, message, refused, tmp_path, monkeypatch):
     (tmp_path / 'text.png').write_text('no image')
     (tmp_path / 'empty').mkdir()

@@ -169,7 +169,7 @@ def test_network_of_other_classes_is_not_scored_on_the_shipped_images(
     assert 'right: ' not in capsys.readouterr().out
     refused(
         ['export', 'finet_small_g4', '--to', 'onnx', '--int8', '--checkpoint', file],
-        'calibration: give images that finet_small_g4')
+        'calibration is missing: give training images of finet_small_g4')
     for i, tile in enumerate(shipped_images()[0][::10]):
         (tmp_path / 'train' / str(i % 3)).mkdir(parents=True, exist_ok=True)
         tile.save(tmp_path / 'train' / str(i % 3) / f'{i}.png')
@@ -228,7 +228,7 @@ def test_a_file_may_disagree_by_rounding_alone(
     with pytest.raises(SystemExit) if refused else nullcontext():
         exported('--checkpoint', file, *['--int8'] * int8)
     out, err = capsys.readouterr()
-    assert re.search(f'is not written, it disagrees: .*{refused}' if refused else '^$', err)
+    assert re.search(f'is not written because it disagrees with PyTorch: .*{refused}' if refused else '^$', err)
     assert f'right: 10.00% in PyTorch, {10 - 2.5 * wrong:.2f}% in the file' in out  # first come airplanes
 
 
@@ -236,7 +236,7 @@ def test_a_file_may_disagree_by_rounding_alone(
 def test_random_weights_are_said_to_be_random(by, trained, exported, monkeypatch, capsys):
     monkeypatch.setattr(export, 'shipped_images', lambda: [part[:1] for part in shipped_images()])
     exported(*(['--checkpoint', trained(dataset='')[0]] if by == 'checkpoint' else ['--img-size', 32]))
-    assert ('its weights are random' in capsys.readouterr().out) == (by == 'name')
+    assert ('the weights are random' in capsys.readouterr().out) == (by == 'name')
 
 
 class Recorded(nn.Module):
@@ -317,7 +317,8 @@ def test_file_that_disagrees_is_not_written(error, tmp_path, monkeypatch, refuse
     monkeypatch.setattr(export, 'shipped_images', few_images)
     old = tmp_path / 'model.onnx'
     old.write_text('kept')
-    refused(['export', NAME, '--to', 'onnx', '--output', old], 'is not written, it disagrees: 100% equal top-1')
+    refused(['export', NAME, '--to', 'onnx', '--output', old],
+            'is not written because it disagrees with PyTorch: 100% equal top-1')
     assert [p.read_text() for p in tmp_path.iterdir()] == ['kept']
 
 
@@ -337,17 +338,17 @@ def test_missing_package_says_what_to_install(to, package, tmp_path, monkeypatch
     (['finet_small', '--to', 'onnx', '--output', '{tmp}'], 'output=.*cannot be written'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/no.pth'], 'checkpoint=.*no.pth.* does not exist'),
     (['finet_small', '--to', 'onnx', '--output', '/proc/model.onnx'], "output='/proc/model.onnx' cannot be written"),
-    (['finet_small', '--to', 'onnx', '--output', '{tmp}/model.pte'], 'output=.*model.pte.* does not go with --to onnx'),
+    (['finet_small', '--to', 'onnx', '--output', '{tmp}/model.pte'], 'output=.*model.pte.* does not fit --to onnx'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}'], 'checkpoint=.* is a folder'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/text.pth'], 'checkpoint=.*text.pth.* cannot be read'),
     (['finet_small', '--to', 'onnx', '--checkpoint', '{tmp}/other.pth'],
      'checkpoint=.*other.pth.* does not fit finet_small'),
-    (['finet_small', '--to', 'onnx', '--int8'], 'calibration: give images that finet_small was trained on'),
+    (['finet_small', '--to', 'onnx', '--int8'], 'calibration is missing: give training images of finet_small'),
     (['finet_small', '--to', 'onnx', '--int8', '--calibration', '{tmp}/no.png'], 'no.png does not exist'),
     (['finet_small', '--to', 'onnx', '--calibration', '{tmp}'], 'needs --int8'),
     (['finet_small', '--to', 'onnx', '--img-size', '31'],
-     '--img-size=31 is too small for finet_small, which reduces its input 32 times: give at least 32'),
-    (['finet_small', '--to', 'executorch', '--dynamic-batch'], '--dynamic-batch does not go with --to executorch'),
+     '--img-size=31 is too small for finet_small, which reduces its input by a factor of 32: give at least 32'),
+    (['finet_small', '--to', 'executorch', '--dynamic-batch'], '--dynamic-batch does not work with --to executorch'),
 ])
 def test_bad_input_gives_one_line(args, message, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)

@@ -293,7 +293,7 @@ def test_images_apart_are_validated_on_and_hidden_folders_are_none(name, stand_i
 @pytest.mark.parametrize('join', [lambda option: [f'{option}=x'], lambda option: [option, 'x']], ids=['=', 'apart'])
 def test_options_that_finetune_sets_are_refused(option, join, stand_in, refused, tmp_path):
     write_classes(tmp_path / 'mine', 2, CIFAR10.classes[:2])
-    refused(['finetune', 'mine', '--output', 'out', *join(option)], f'^timm-finet finetune: {option} is not for')
+    refused(['finetune', 'mine', '--output', 'out', *join(option)], f'^timm-finet finetune: {option} cannot be used')
     assert not Path('out').exists()
 
 
@@ -332,10 +332,10 @@ BAD = dict(
     outside=(outside, ['mine'], "FOLDER='.*mine' has .*x.png outside of a class folder: move it to FOLDER/CLASS"),
     unreadable=(unreadable, ['mine'], "FOLDER='.*mine': .*bad.jpg is not an image .* Repair or remove it"),
     other_classes=(other_classes, ['mine'], "FOLDER='.*mine' has 'deer' in only one of train and validation"),
-    weights=(None, ['mine', '--weights', 'finet_large'], "--weights='finet_large' are unknown: use finet_large_se_g4"),
-    model=(None, ['mine', '--model=finet_large'], '--model is not for finetune: .* --weights'),
-    in_chans=(None, ['mine', '--in-chans', '1'], '--in-chans is not for finetune: all images are read in three'),
-    full=(full, ['mine'], "--output='out' is not empty: name another folder, or go on .* --resume out/last.pth.tar"),
+    weights=(None, ['mine', '--weights', 'finet_large'], "--weights='finet_large' is unknown: use finet_large_se_g4"),
+    model=(None, ['mine', '--model=finet_large'], '--model cannot be used with finetune: .* --weights'),
+    in_chans=(None, ['mine', '--in-chans', '1'], '--in-chans cannot be used with finetune: all images are'),
+    full=(full, ['mine'], "--output='out' is not empty: name another folder, or continue .* --resume out/last.pth.tar"),
     recipe=(None, ['mine', '--config', 'recipe:none'], "'recipe:none' is unknown: use one of"),
 )
 
@@ -356,14 +356,15 @@ def test_hint_to_go_on_can_be_pasted(stand_in, refused, tmp_path):
     write_classes(tmp_path / 'mine', 2, CIFAR10.classes[:2])
     (tmp_path / 'my runs').mkdir()
     (tmp_path / 'my runs' / 'last.pth.tar').touch()
-    refused(['finetune', 'mine', '--output', 'my runs'], "or go on with --resume 'my runs/last.pth.tar'.$")
+    refused(['finetune', 'mine', '--output', 'my runs'], "or continue with --resume 'my runs/last.pth.tar'.$")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='torch finds a GPU: run it where there is none')
 def test_gpu_that_is_not_there_is_named_in_one_line(stand_in, refused, tmp_path):
     write_classes(tmp_path / 'mine', 2, CIFAR10.classes[:2])
     refused(['finetune', 'mine', '--device', 'cuda', '--output', 'out'],
-            "^timm-finet finetune: --device='cuda' cannot be used, torch finds no such GPU here: use --device cpu.$")
+            "^timm-finet finetune: --device='cuda' cannot be used because torch finds no such GPU here: "
+            "use --device cpu.$")
     assert not Path('out').exists()
 
 

@@ -101,7 +101,7 @@ def test_script_is_fetched_once_at_the_installed_versions_tag(cache, monkeypatch
         monkeypatch.setattr(launch, 'URL', f'http://127.0.0.1:{server.server_port}/timm')
         for _ in range(2):
             assert launch.find_script('train').read_text() == 'print(1)'
-        with pytest.raises(FileNotFoundError, match='404.*Three ways out'):
+        with pytest.raises(FileNotFoundError, match='404.*Give the path'):
             launch.find_script('validate')
         server.shutdown()
     assert asked == [f'/timm/v{timm.__version__}/train.py', f'/timm/v{timm.__version__}/validate.py']
@@ -180,7 +180,7 @@ def test_train_takes_device_classes_and_size_that_nobody_gave_and_says_so(train,
     args = json.loads(out)
     assert (args['device'], args['num_classes']) == ('cpu', 4)
     assert err == (
-        'timm-finet run train: takes --num-classes 4, --device cpu, --img-size 32 of the weights, '
+        'timm-finet run train: uses --num-classes 4, --device cpu, --img-size 32 from the weights, '
         'as nothing else was given.\n')
 
 
@@ -202,7 +202,7 @@ def test_size_that_was_given_stays(size, train, classes, tmp_path):
 def test_of_several_processes_the_first_speaks(rank, says, train, classes, monkeypatch):
     monkeypatch.setenv('RANK', rank)
     status, out, err = train('--dataset', '', '--data-dir', 'data')
-    assert json.loads(out)['num_classes'] == 4 and ('takes --num-classes 4' in err) == says
+    assert json.loads(out)['num_classes'] == 4 and ('uses --num-classes 4' in err) == says
 
 
 @pytest.mark.parametrize('args', [
@@ -257,7 +257,7 @@ BAD = dict(
     classes=(
         ['--dataset', '', '--data-dir', 'data', '--num-classes', '10'], '--num-classes=10 does not fit: .* 4 classes'),
     untold=(['--pretrained', '--dataset', 'hfids/x'], '--num-classes is missing'),
-    device=(['--device', 'gpu'], "--device='gpu' is no device of torch: use cpu or cuda"),
+    device=(['--device', 'gpu'], "--device='gpu' is not a device of torch: use cpu or cuda"),
     misspelt=(['--outptu', 'x'], 'unrecognized arguments: --outptu: did you mean --output\\?'),
     ambiguous=(['--data', 'x'], 'ambiguous option: --data could match --data-dir, --dataset'),
     no_number=(['--num-classes', 'x'], "argument --num-classes: invalid int value: 'x'$"),
@@ -276,7 +276,8 @@ def test_wrong_arguments_of_train_are_named_in_one_line(case, train, classes, re
 @pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
 def test_gpu_that_is_not_there_is_named_in_one_line(device, train, refused):
     refused(['run', 'train', '--device', device],
-            f"^timm-finet run train: --device='{device}' cannot be used, torch finds no such GPU here: use --device")
+            f"^timm-finet run train: --device='{device}' cannot be used because torch finds no such GPU here: "
+            "use --device")
 
 
 def test_network_of_a_module_of_ones_own_is_known(train, tmp_path, monkeypatch):

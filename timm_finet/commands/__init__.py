@@ -1,1 +1,1 @@
-"""The command `timm-finet`: a file for each of its commands, and what they print, draw and refuse."""
+"""The commands of `timm-finet`, one file each."""

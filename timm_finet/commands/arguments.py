@@ -1,4 +1,4 @@
-"""The arguments of timm's scripts, checked before the work begins, and what train.py's leave open."""
+"""Check the arguments of timm's scripts before the work begins, and choose what train.py's arguments leave open."""
 import difflib
 import importlib
 import os
@@ -25,12 +25,12 @@ ROOM = 64 << 20  # bytes, about a checkpoint of finet_large_se with momentum
 
 
 def check_arguments(path: str, args: List[str]) -> List[str]:
-    """Check the arguments of a script of timm by its own parser, for which it is imported.
+    """Check the arguments of a timm script with its own parser, for which the script is imported.
 
-    A script that would run when it is imported, or has no parser, is not checked.
+    A script that would run on import, or that has no parser, is not checked.
 
     Returns:
-        The arguments, with a number of classes and a device where train.py's have none.
+        The arguments; those of train.py with a number of classes and a device, if they had none.
 
     Raises:
         ValueError, OSError: An argument is wrong.
@@ -41,7 +41,7 @@ def check_arguments(path: str, args: List[str]) -> List[str]:
         return args
     options = parse(script, args)
     has_device = any(arg.split('=')[0] == '--device' for arg in args)
-    for module in options.get('device_modules') or ():  # the scripts do so later: one may register --model
+    for module in options.get('device_modules') or ():  # before --model is checked, which one may register
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -55,10 +55,10 @@ def check_arguments(path: str, args: List[str]) -> List[str]:
 
 
 def parse(script: Dict[str, Any], args: List[str]) -> Dict[str, Any]:
-    """What a script's own parsers make of its arguments."""
+    """Parse arguments with a script's own parsers."""
     parser, config_parser = script['parser'], script.get('config_parser')
 
-    def fail(message):  # argparse's own way prints the usage as well, 200 lines of train.py's
+    def fail(message):  # argparse would also print the usage, 200 lines for train.py
         unknown = re.match('unrecognized arguments: (--[^ =]+)', message)
         near = unknown and difflib.get_close_matches(unknown[1], re.findall(r'--[\w-]+', parser.format_help()), 1)
         raise ValueError(f'{message}: did you mean {near[0]}?' if near else message)
@@ -75,7 +75,7 @@ def parse(script: Dict[str, Any], args: List[str]) -> Dict[str, Any]:
 def check_names(options: Dict[str, Any]) -> None:
     """Raise ValueError or FileNotFoundError for a network, a file or a folder that a script of timm would not find."""
     model = options.get('model') or ''
-    # validate.py also takes patterns, and a file of names
+    # validate.py also accepts patterns, and a file of names
     is_one_name = model not in ('', 'all') and not re.search('[:*?]', model) and not Path(model).is_file()
     if is_one_name and not is_model(model.split('/')[-1]):
         raise ValueError(f'--model={model!r} is unknown: {hint(model, timm.list_models())}')
@@ -100,15 +100,15 @@ def check_device(device: str) -> None:
     try:
         is_cuda = torch.device(device).type == 'cuda'
     except RuntimeError as error:
-        raise ValueError(f'--device={device!r} is no device of torch: use cpu or cuda, for example.') from error
+        raise ValueError(f'--device={device!r} is not a device of torch: use cpu or cuda, for example.') from error
     if is_cuda and not torch.cuda.is_available():
-        raise ValueError(f'--device={device!r} cannot be used, torch finds no such GPU here: use --device cpu.')
+        raise ValueError(f'--device={device!r} cannot be used because torch finds no such GPU here: use --device cpu.')
 
 
 def count_classes(options: Dict[str, Any]) -> Optional[int]:
-    """How many classes the data set has, where that can be told; ValueError where --num-classes says otherwise."""
+    """Number of classes of the data set, or None if unknown; ValueError if --num-classes is another number."""
     try:
-        names = class_names({'train_split': options.get('split'), **options})  # validate.py's is called so
+        names = class_names({'train_split': options.get('split'), **options})  # validate.py's name for it
     except (RuntimeError, AssertionError) as error:
         folder = options.get('data_dir') or options.get('data')
         raise ValueError(f'--data-dir={folder!r}: {one_line(error)}') from error
@@ -119,14 +119,14 @@ def count_classes(options: Dict[str, Any]) -> Optional[int]:
 
 
 def choose(options: Dict[str, Any], has_device: bool) -> List[str]:
-    """Options for what train.py needs and nobody gave, which the first process prints."""
+    """Options that train.py needs and that were not given; the first process prints them."""
     chosen, classes = [], count_classes(options)
     if options.get('num_classes', 0) is None:
         if classes:
             chosen.append(f'--num-classes={classes}')
         elif options['pretrained']:
             raise ValueError(
-                '--num-classes is missing, and the data set does not tell it: give the number of its classes.')
+                '--num-classes is missing and cannot be read from the data set: give its number of classes.')
     if options.get('device') == 'cuda' and not has_device and not torch.cuda.is_available():  # cuda is the default
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
         chosen.append(f'--device={found.type}')
@@ -136,17 +136,17 @@ def choose(options: Dict[str, Any], has_device: bool) -> List[str]:
         cfg = timm.get_pretrained_cfg(options.get('model') or '')
         has_size = options.get('input_size') or options.get('img_size')
         if options.get('pretrained') and cfg and cfg.has_weights and not has_size:
-            said.append(f'--img-size {cfg.input_size[-1]} of the weights')
+            said.append(f'--img-size {cfg.input_size[-1]} from the weights')
         if said:
-            print(f"timm-finet run train: takes {', '.join(said)}, as nothing else was given.", file=sys.stderr)
+            print(f"timm-finet run train: uses {', '.join(said)}, as nothing else was given.", file=sys.stderr)
     return chosen
 
 
 def check_output(output: Optional[str]) -> None:
-    """Write and delete ROOM bytes where train.py will save its runs: it finds out at its first checkpoint.
+    """Write and delete ROOM bytes where train.py saves its runs, as it would fail only at its first checkpoint.
 
     Raises:
-        OSError: That cannot be done.
+        OSError: They cannot be written.
     """
     output = Path(output or './output/train')
     folder = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
@@ -155,5 +155,5 @@ def check_output(output: Optional[str]) -> None:
             file.write(bytes(ROOM))
     except OSError as error:
         raise OSError(
-            f'--output={str(output)!r} cannot be written to ({error}): name a folder, on a disk with {ROOM >> 20} MB '
-            'to spare for each checkpoint.') from error
+            f'--output={str(output)!r} cannot be written to ({error}): name a folder on a disk with {ROOM >> 20} MB '
+            'free for each checkpoint.') from error

@@ -1,4 +1,4 @@
-"""`timm-finet demo`: classify images with embedded weights, before and after fusion, and draw what was seen."""
+"""`timm-finet demo`: classify images with embedded weights, before and after fusion, and draw the results."""
 import sys
 import time
 from pathlib import Path
@@ -19,9 +19,9 @@ from ..rewrite import fuse_fbn
 __all__ = ['demo']
 
 SHIPPED = 'finet_small_g4.cifar10'  # for the shipped images
-PHOTOGRAPHS = 'finet_large_se_g4.tiny_in200'  # for one's own
+PHOTOGRAPHS = 'finet_large_se_g4.tiny_in200'  # for the user's own images
 BATCH = 50
-TOP = 3  # classes that are named of one's own image
+TOP = 3  # classes that are printed for each of the user's images
 
 
 def count(number: int, noun: str) -> str:
@@ -31,7 +31,7 @@ def count(number: int, noun: str) -> str:
 
 @torch.inference_mode()
 def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple[torch.Tensor, float]]:
-    """Each network's logits for `x` `(n, 3, H, W)` and its images a second: median over batches, taken in turns."""
+    """Logits of each network for `x` `(n, 3, H, W)`, and images per second: median over batches, timed in turns."""
     logits, seconds = [[] for _ in networks], [[] for _ in networks]
     for network in networks:
         network(x[:BATCH])  # warm-up
@@ -44,7 +44,7 @@ def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple
 
 
 def read_what_can_be(files: Sequence[Path]) -> Tuple[Dict[Path, Image.Image], List[str]]:
-    """The images of the files that can be read, and for each other file the reason, which names it.
+    """Images of the files that can be read, and for each of the other files the reason, which names the file.
 
     Raises:
         ValueError, FileNotFoundError: None of them can be read.
@@ -58,15 +58,15 @@ def read_what_can_be(files: Sequence[Path]) -> Tuple[Dict[Path, Image.Image], Li
     if len(errors) == 1 == len(files):
         raise errors[0]
     if not images:
-        raise ValueError(f'none of {len(files)} files can be read, to begin with: {errors[0]}')
+        raise ValueError(f'none of {len(files)} files can be read; the first: {errors[0]}')
     return images, [str(error) for error in errors]
 
 
 def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
-    """Classify the shipped images or those at `paths`, print what it took, and write a contact sheet.
+    """Classify the shipped images or those at `paths`, print accuracy, cost and speed, and write a contact sheet.
 
     Returns:
-        Whether every file was read. Those that were not are named, each with the reason.
+        Whether every file was read. The reason why a file was skipped is printed.
 
     Raises:
         ValueError, OSError: `output` cannot be written, a folder is empty, or no file can be read.
@@ -102,7 +102,7 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
             named = [f'{classes[c]} {p:.0%}' for p, c in zip(ps, cs)]
             print(f"{file}: {', '.join(named)}")
             titles.append(named[0])
-        print(f'It knows only {len(classes)} classes: for an image of anything else the percentages mean little.')
+        print(f'The network knows only {len(classes)} classes: for any other image the percentages mean little.')
         contact_sheet(images, titles, [True] * len(images), output, size=128)
     else:
         pairs = list(zip(guesses[:, 0].tolist(), labels))

@@ -1,4 +1,4 @@
-"""`timm-finet export`: a fused network as an ONNX or ExecuTorch file, float32 or int8, checked before it is written."""
+"""`timm-finet export`: check a fused network in ONNX or ExecuTorch, float32 or int8, and write it to a file."""
 import math
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -25,16 +25,15 @@ SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
 WRITE = {'onnx': to_onnx, 'executorch': to_executorch}
 LOAD = {'onnx': load_onnx, 'executorch': load_executorch}
 
-CALIBRATION = 400  # of a whole training set as many images: more move int8's ranges little
+CALIBRATION = 400  # images used of a whole training set: more hardly change int8's ranges
 
-# What a file must reach against the fused network in PyTorch, on the shipped test images, to be written.
-# First the share of images with the same top-1; rounding to int8 turns close calls.
-LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}
-LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest of them; float32 alone
+# A file is written only if it agrees with the fused network in PyTorch on the images that it is checked on.
+LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}  # share of images with equal top-1, of which int8 changes some
+LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest logit; for float32 only
 
 
 def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
-    """A network, fused, with its pretrained weights, those of a checkpoint in either form, or random ones.
+    """Build a fused network with a checkpoint's weights, in either form, else its pretrained ones, else random ones.
 
     Raises:
         ValueError: The name is unknown, or the checkpoint does not fit.
@@ -51,28 +50,29 @@ def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
 
 
 def make_config(name: str, model: nn.Module, img_size: Optional[int] = None) -> Dict[str, Any]:
-    """timm's data config that the weights are tested with, or the same with squares of `img_size` pixels.
+    """timm's data config for testing the weights, with square images of `img_size` pixels if it is given.
 
     Raises:
-        ValueError: The network takes no such images.
+        ValueError: The network does not accept images of this size.
     """
     if img_size is None:
         return resolve_input_data_config(model, use_test_size=True)
     least = least_size(model)
     if img_size < least:
         raise ValueError(
-            f'--img-size={img_size} is too small for {name}, which reduces its input {least} times: '
+            f'--img-size={img_size} is too small for {name}, which reduces its input by a factor of {least}: '
             f'give at least {least}.')
     try:
         return resolve_input_data_config(model, {'img_size': img_size}, use_test_size=True)
-    except ValueError as error:  # a network of one size
+    except ValueError as error:  # the network accepts only one size
         raise ValueError(f'--img-size={img_size} does not fit {name}: {error}') from error
 
 
 def make_metadata(name: str, model: nn.Module, config: Dict[str, Any], dynamic_batch: bool = False) -> Dict[str, str]:
-    """What a file says of itself: its classes, and how an image becomes its input, of timm's data `config`.
+    """Metadata of a file: its classes, and the preprocessing of its input, from timm's data `config`.
 
-    What is no plain word is a Python literal; numbers and lists are JSON too. ultralytics reads the first seven keys.
+    Values are plain words or Python literals; numbers and lists are valid JSON too. ultralytics reads the first seven
+    keys.
     """
     channels, *size = config['input_size']
     names = model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes))
@@ -86,22 +86,23 @@ def make_metadata(name: str, model: nn.Module, config: Dict[str, Any], dynamic_b
 
 def check_options(output: Path, to: str, int8: bool, calibration: Sequence[str], dynamic_batch: bool) -> None:
     if output.suffix in SUFFIXES.values() and output.suffix != SUFFIXES[to]:
-        raise ValueError(f'output={str(output)!r} does not go with --to {to}: end it in {SUFFIXES[to]}.')
+        raise ValueError(f'output={str(output)!r} does not fit --to {to}: its name must end in {SUFFIXES[to]}.')
     if calibration and not int8:
         raise ValueError(f'calibration={calibration} needs --int8.')
     if dynamic_batch and to != 'onnx':
-        raise ValueError(f'--dynamic-batch does not go with --to {to}: leave it out, or use --to onnx.')
+        raise ValueError(f'--dynamic-batch does not work with --to {to}: leave it out, or use --to onnx.')
     check_output(output)
 
 
 def calibration_images(name: str, paths: Sequence[str], knows_cifar10: bool) -> List[Image.Image]:
     if paths:
         files = find_images(paths)
-        step = math.ceil(len(files) / CALIBRATION)  # of every class alike, as they are in order
+        step = math.ceil(len(files) / CALIBRATION)  # the files are in order, so every class gets its share
         return read_images(files[::step])
     if not knows_cifar10:
         raise ValueError(
-            f'calibration: give images that {name} was trained on, or folders of them; those shipped are of CIFAR-10.')
+            f'calibration is missing: give training images of {name}, or folders of them, as the shipped images are '
+            'from CIFAR-10.')
     return shipped_images(TRAINING_IMAGES)[0]
 
 
@@ -115,7 +116,7 @@ def print_input(name: str, precision: str, config: Dict[str, Any], dynamic_batch
 def compare(
         model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the fused network and of the file, which gets `batch` at a time, for images `x` `(n, 3, H, W)`."""
+    """Logits of the fused network and of the file for images `x` `(n, 3, H, W)`; the file gets `batch` at a time."""
     return torch.cat([model(part) for part in x.split(50)]), torch.cat([run(part).clone() for part in x.split(batch)])
 
 
@@ -126,25 +127,25 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def export(
         name: str, to: str, output: Optional[str] = None, int8: bool = False, checkpoint: Optional[str] = None,
         calibration: Sequence[str] = (), img_size: Optional[int] = None, dynamic_batch: bool = False) -> None:
-    """Write a network, unless the file disagrees with PyTorch; print its preprocessing and what was found.
+    """Write a network to a file, unless the file disagrees with PyTorch; print its preprocessing and the agreement.
 
-    An ONNX file says in its metadata what it is: `make_metadata`.
+    An ONNX file contains the metadata of `make_metadata`.
 
     Args:
-        name: A network of timm, ours among them.
+        name: Any network of timm, including ours.
         to: 'onnx' or 'executorch'.
-        output: The file to write, by default the network's name in the current folder.
+        output: The file to write, by default named after the network, in the current folder.
         int8: Post-training quantisation, weights per channel, calibrated on images.
-        checkpoint: Weights, in train or fused form, instead of the pretrained ones; of train.py, with its input's size
-            and the rest as its arguments say.
-        calibration: Images or folders of them, also with a folder a class, `CALIBRATION` of which are used; by default
-            100 training images of CIFAR-10, for networks of its classes.
-        img_size: Height and width of the input, by default those that the weights are tested at.
-        dynamic_batch: Any number of images at a time, instead of one; ONNX alone.
+        checkpoint: Weights, in train or fused form, instead of the pretrained ones. The arguments in a checkpoint of
+            train.py determine the size and preprocessing of the input.
+        calibration: Images, or folders of them, also with one folder per class; at most `CALIBRATION` of them are used.
+            By default 100 training images of CIFAR-10, for networks with its classes.
+        img_size: Height and width of the input, by default the size that the weights are tested at.
+        dynamic_batch: Accept any number of images at a time, instead of one; ONNX only.
 
     Raises:
         ValueError, FileNotFoundError: An argument is wrong.
-        RuntimeError: A package or the weights are missing, or the file disagrees.
+        RuntimeError: A package or the weights are missing, or the file disagrees with PyTorch.
     """
     precision = 'int8' if int8 else 'float32'
     output = Path(output or name.replace(':', '_').replace('/', '_') + ('.int8' if int8 else '') + SUFFIXES[to])
@@ -158,7 +159,7 @@ def export(
     if int8:
         chosen = calibration_images(name, calibration, knows_cifar10)
         calibrating = torch.stack([transform(image) for image in chosen])
-        if not knows_cifar10:  # images of other classes would judge int8 by chance
+        if not knows_cifar10:  # on images of other classes the agreement of int8 would be chance
             images, of = chosen, 'calibration images'
     x = torch.stack([transform(image) for image in images])
 
@@ -172,7 +173,7 @@ def export(
         difference, largest = (expected - got).abs().max().item(), expected.abs().max().item()
         print_input(name, precision, config, dynamic_batch)
         if checkpoint is None and not (model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('file')):
-            print('its weights are random: it has no pretrained ones, and no --checkpoint was given')
+            print('the weights are random: the network has no pretrained ones, and no --checkpoint was given')
         print(f'top-1 as in PyTorch: {agreement:.2%} of {len(x)} {of}; '
               f'largest difference of the logits: {difference:.2g}, largest logit: {largest:.2g}')
         if knows_cifar10:
@@ -181,6 +182,6 @@ def export(
         if not (agreement >= LEAST_AGREEMENT[precision] and (int8 or difference <= LARGEST_DIFFERENCE * largest)):
             limit = '' if int8 else f' and a difference of {LARGEST_DIFFERENCE:g} of the largest logit at most'
             raise RuntimeError(
-                f'{output} is not written, it disagrees: '
-                f'{LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are asked for.')
+                f'{output} is not written because it disagrees with PyTorch: '
+                f'{LEAST_AGREEMENT[precision]:.0%} equal top-1{limit} are required.')
     print(f'wrote {output}, {size / 2 ** 20:.2f} MiB')

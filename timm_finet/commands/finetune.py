@@ -1,4 +1,4 @@
-"""`timm-finet finetune`: class folders in; a fine-tuned network, its confusion and its mistakes out."""
+"""`timm-finet finetune`: fine-tune a network on class folders, and draw its confusion matrix and mistakes."""
 import shlex
 import shutil
 from pathlib import Path
@@ -21,30 +21,33 @@ from .demo import PHOTOGRAPHS
 
 __all__ = ['draw_confusion', 'prepare', 'train']
 
-BATCH = 64  # of the recipes
-MISTAKES = 60  # drawn, the surest first
+BATCH = 64  # as in the recipes
+MISTAKES = 60  # how many are drawn, the most confident first
 SET_HERE = ('--class-map', '--data-dir', '--dataset', '--experiment', '--model')
 
 
 def start_from(weights: str) -> List[str]:
-    """train.py's options that build the network of these weights and begin from them.
+    """Options with which train.py builds the network of these weights and starts from them.
 
     Args:
-        weights: A name of timm's, ours among them, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or a checkpoint of train.py.
+        weights: A name of timm, including ours, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or a checkpoint of train.py.
 
     Raises:
-        ValueError: They are none of these.
+        ValueError: `weights` is none of these.
     """
     if not Path(weights).is_file():
         if not weights.startswith(('hf-hub:', 'local-dir:')) and not is_model_pretrained(weights):
             known = list_models(pretrained=True)
             raise ValueError(
-                f"--weights={weights!r} are unknown: use {', '.join(list_models(module=MODULES, pretrained=True))}, "
-                f'another of the {len(known)} of timm, hf-hub:ORG/NAME, local-dir:FOLDER or a checkpoint of train.py.')
+                f"--weights={weights!r} is unknown: use {', '.join(list_models(module=MODULES, pretrained=True))}, "
+                f'another of the {len(known)} names of timm, hf-hub:ORG/NAME, local-dir:FOLDER or a checkpoint of '
+                'train.py.')
         return ['--model', weights]
     name = training_args(Path(weights)).get('model')
     if not name:
-        raise ValueError(f'--weights={weights!r} has no arguments of train.py in it, or in args.yaml beside it.')
+        raise ValueError(
+            f'--weights={weights!r} has no training arguments: give a checkpoint of train.py, or put its args.yaml '
+            'beside the file.')
     model, args = load_checkpoint(weights, name)
     cfg, model_kwargs = model.pretrained_cfg, args.get('model_kwargs') or {}
     options = ['--model', name, '--pretrained-path', weights]
@@ -56,25 +59,29 @@ def start_from(weights: str) -> List[str]:
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Raise ValueError for an option of train.py that finetune gives by itself, or cannot take."""
+    """Raise ValueError for an option of train.py that finetune sets itself or does not support."""
     names = [option.split('=')[0] for option in options]
     for name in SET_HERE:
         if name in names:
-            raise ValueError(f'{name} is not for finetune: give images as FOLDER, --weights NAME.TAG, --output FOLDER.')
+            raise ValueError(
+                f'{name} cannot be used with finetune: use FOLDER, --weights NAME.TAG and --output FOLDER instead.')
     if '--in-chans' in names:
-        raise ValueError('--in-chans is not for finetune: all images are read in three channels, grey ones too.')
+        raise ValueError(
+            '--in-chans cannot be used with finetune: all images are read in three channels, grey ones too.')
 
 
 def prepare(
         folder: str, weights: Optional[str], output: Optional[str], options: Sequence[str],
 ) -> Tuple[List[str], str, Path]:
-    """Check the arguments and the images, link these where they are to be split, and make train.py's command line.
+    """Check the arguments and images, split the images if necessary, and make train.py's command line.
+
+    Images are split by links to them in the output folder.
 
     Returns:
-        The command line, the network as train.py gets it, and the output folder.
+        The command line, the network's name for train.py, and the output folder.
 
     Raises:
-        ValueError, OSError: Something is wrong with them; nothing is left behind.
+        ValueError, OSError: An argument or an image is wrong; no file is left behind.
     """
     start = start_from(weights or PHOTOGRAPHS)
     check_options(options)
@@ -84,17 +91,17 @@ def prepare(
     last, links = output / 'last.pth.tar', output.absolute() / 'images'
     resumes = last.is_file() and any(option.split('=')[0] == '--resume' for option in options)
     if output.is_dir() and any(output.iterdir()) and not resumes:
-        raise ValueError(f'--output={str(output)!r} is not empty: name another folder, or go on '
+        raise ValueError(f'--output={str(output)!r} is not empty: name another folder, or continue '
                          f'with --resume {shlex.quote(str(last))}.')
     if resumes and links.is_dir():
-        data = links  # the split stays, whatever came since
+        data = links  # keep the split, even if images have been added since
     training, validation = find_images(data)
     is_split_here = validation is None
     if is_split_here:
         data = links
         training, validation = hold_out(training)
     count, held = sum(map(len, training.values())), sum(map(len, validation.values()))
-    batch = ['--batch-size', str(count)] if count < BATCH else []  # train.py drops what does not fill a batch
+    batch = ['--batch-size', str(count)] if count < BATCH else []  # train.py drops an incomplete batch
     command = run.resolve('train', [
         '--config', 'recipe:finetune', *batch, *start, *options, '--dataset', 'torch/photographs',
         '--data-dir', str(data), '--output', str(output.parent), '--experiment', output.name])
@@ -104,19 +111,19 @@ def prepare(
         except OSError as error:
             clear(output)
             raise OSError(f'--output={str(output)!r} cannot hold links to the images ({error.strerror}): name a folder '
-                          'on a disk that can, and on Windows turn on its Developer Mode.') from error
+                          'on a disk that can; on Windows, turn on Developer Mode.') from error
     print(f'{len(training)} classes, {count} images to train on and {held} to validate on', flush=True)
     return command, start[1], output
 
 
 def clear(output: Path) -> None:
-    """Remove an output folder without a checkpoint. It was empty or missing before, or `prepare` had refused it."""
+    """Remove the output folder if it has no checkpoint; `prepare` has checked that it was empty or missing."""
     if not (output / 'last.pth.tar').is_file():
         shutil.rmtree(output, ignore_errors=True)
 
 
 def train(command: List[str], weights: str, output: Path) -> None:
-    """Run train.py, then report; what ends before the first checkpoint leaves nothing behind."""
+    """Run train.py, then report; a run that ends before its first checkpoint leaves no file behind."""
     try:
         run.run(command, 'finetune')
     finally:
@@ -125,7 +132,7 @@ def train(command: List[str], weights: str, output: Path) -> None:
 
 
 def report(output: Path, weights: str) -> None:
-    """Judge the best checkpoint by the validation images, draw its confusion and mistakes, print what comes next."""
+    """Test the best checkpoint on the validation images, draw confusions and mistakes, and print the next steps."""
     checkpoint = output / 'model_best.pth.tar'
     model, args = load_checkpoint(str(checkpoint), weights)
     names = model.pretrained_cfg['label_names']
@@ -154,12 +161,12 @@ def report(output: Path, weights: str) -> None:
     print('next, fuse it into a file for a phone:', shlex.join(['timm-finet', *fuse]), sep='\n')
     if is_model_in_modules(name, MODULES):
         push = ['push', str(checkpoint), '--model', name, '--repo-id', 'ORG/NAME', '--dry-run']
-        print('and see its card, which goes to the Hub without --dry-run:', shlex.join(['timm-finet', *push]), sep='\n')
+        print('and see its card; without --dry-run, push it to the Hub:', shlex.join(['timm-finet', *push]), sep='\n')
 
 
 @torch.inference_mode()
 def classify(model: nn.Module, dataset: Dataset, device: str, workers: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The probabilities `(images, classes)` that a network gives to the images of a data set, and their labels."""
+    """A network's probabilities `(images, classes)` for the images of a data set, and their labels."""
     dataset.transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
     model.to(device)
     probabilities, labels = [], []

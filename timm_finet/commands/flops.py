@@ -1,4 +1,4 @@
-"""`timm-finet flops`: a table of networks' multiply-adds and parameters."""
+"""`timm-finet flops`: print a table of networks' multiply-adds and parameters."""
 import csv
 import sys
 from typing import Any, Dict, Optional, Sequence, Tuple
@@ -24,7 +24,10 @@ def create(name: str) -> nn.Module:
 
 
 def count_row(name: str, input_size: Optional[Tuple[int, int, int]] = None, fused: bool = True) -> Dict[str, Any]:
-    """Multiply-adds of one network in one form, its parameters in both; torchvision's networks at 224 px by default."""
+    """Count a network's multiply-adds in one form and its parameters in both.
+
+    `input_size` defaults to the network's own, and to 224 px for networks of torchvision.
+    """
     model = create(name).eval()
     if input_size is None:
         input_size = (3, 224, 224) if name.startswith(TORCHVISION) else model.pretrained_cfg['input_size']
@@ -45,10 +48,10 @@ def count_row(name: str, input_size: Optional[Tuple[int, int, int]] = None, fuse
 def flops(
         names: Sequence[str] = (), input_size: Optional[Tuple[int, int, int]] = None, fused: bool = True,
         as_csv: bool = False) -> None:
-    """Print a table, or CSV, of networks' multiply-adds and parameters; without `names`, of all of ours.
+    """Print networks' multiply-adds and parameters as a table or as CSV; `names` defaults to all of ours.
 
     Raises:
-        ValueError: An unknown name, or an `input_size` that does not fit.
+        ValueError: A name is unknown, or `input_size` does not fit a network.
     """
     names = find_names(names) if names else timm.list_models(module=MODULES)
     rows = []
@@ -76,8 +79,8 @@ def print_table(rows: Sequence[Dict[str, Any]], form: str) -> None:
         padded = [cell.ljust(width) for cell, width in zip(line[:2], widths)]
         padded += [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
         print('  '.join(padded))
-    print("\nOne multiply-add is one FLOP; `both` is the paper's figure.")
-    print('Not counted, since fvcore does not know them (calls):')
+    print("\nOne multiply-add counts as one FLOP; `both` is the figure that the paper gives.")
+    print('Not counted, since fvcore does not know these operators (with numbers of calls):')
     alike = {}
     for row in rows:
         alike.setdefault(row['uncounted'], []).append(row['model'])

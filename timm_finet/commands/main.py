@@ -1,4 +1,4 @@
-"""What each command of `timm-finet` does with its arguments, which `timm_finet_cli` has read."""
+"""Run the commands of `timm-finet` with the arguments that `timm_finet_cli` has parsed."""
 import argparse
 import sys
 
@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the arguments say; one line and status 2 for what was wrong with them, 1 where `demo` skipped files."""
+    """Run a command; exit with one line and status 2 for errors in its arguments, with 1 if `demo` skipped files."""
     options = {key: value for key, value in vars(args).items() if key != 'command'}
     try:
         result = COMMANDS[args.command](**options)
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(2)
     if args.command == 'demo' and not result:
         sys.exit(1)
-    # Outside the net: what a script of timm raises is its own.
+    # Outside of the try block, because errors in timm's scripts are not ours to catch.
     if args.command == 'run':
         scripts.run(result)
     elif args.command == 'finetune':

@@ -8,20 +8,20 @@ import torchvision
 
 __all__ = ['find_names', 'hint']
 
-TORCHVISION = 'torchvision:'  # before names of torchvision's
+TORCHVISION = 'torchvision:'  # prefix of torchvision's names
 
 
 def find_names(patterns: Sequence[str]) -> List[str]:
-    """Names of networks, wildcards resolved: timm's, ours among them, and torchvision's behind `torchvision:`.
+    """Resolve wildcards in names of networks: timm's, including ours, and torchvision's after `torchvision:`.
 
     Raises:
-        ValueError: A name is unknown, or a pattern fits none.
+        ValueError: A name is unknown, or a pattern matches none.
     """
     known = timm.list_models() + [TORCHVISION + name for name in torchvision.models.list_models(torchvision.models)]
     names = []
     for pattern in patterns:
         found = fnmatch.filter(known, pattern)
-        if not found and timm.models.is_model(pattern):  # which looks past a tag
+        if not found and timm.models.is_model(pattern):  # it ignores a tag
             found = [pattern]
         if not found:
             raise ValueError(f'NAME={pattern!r} is unknown: {hint(pattern, known)}')

@@ -1,4 +1,4 @@
-"""`timm-finet run`: timm's own scripts, which its wheel lacks, run with our models and data sets registered."""
+"""`timm-finet run`: run timm's own scripts, which its wheel lacks, with our models and data sets registered."""
 import os
 import runpy
 import signal
@@ -20,10 +20,12 @@ RECIPES = Path(__file__).parents[1] / 'recipes'
 
 
 def find_script(name: str) -> Path:
-    """The file of a script: a path, or a bare name in `$TIMM_SCRIPTS`, else in a cache filled from timm's repository.
+    """Find the file of a script, given by its path or its bare name.
+
+    A bare name is looked up in `$TIMM_SCRIPTS` or, if that is not set, in a cache filled from timm's repository.
 
     Raises:
-        FileNotFoundError: It is not there and cannot be fetched.
+        FileNotFoundError: The script does not exist and cannot be fetched.
     """
     if name.endswith('.py') or os.sep in name:
         if not Path(name).is_file():
@@ -53,14 +55,14 @@ def fetch(url: str, path: Path) -> None:
         part.replace(path)
     except OSError as error:
         raise FileNotFoundError(
-            f'{url} cannot be fetched ({error}). Three ways out: give the path of the script; set TIMM_SCRIPTS to a '
-            f'checkout of timm at tag v{timm.__version__}; or put the file at {path}.') from error
+            f'{url} cannot be fetched ({error}). Give the path of the script, set TIMM_SCRIPTS to a '
+            f'checkout of timm at tag v{timm.__version__}, or put the file at {path}.') from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def find_recipe(name: str) -> str:
-    """The file of `recipe:NAME`; any other string stays.
+    """Replace `recipe:NAME` by the recipe's file; return any other string as it is.
 
     Raises:
         FileNotFoundError: There is no recipe of that name.
@@ -75,19 +77,19 @@ def find_recipe(name: str) -> str:
 
 
 def resolve(script: str, args: List[str]) -> List[str]:
-    """The command line of a script of timm, in whose `args` `recipe:NAME` stands for a recipe's file."""
+    """Make the command line of a timm script; `recipe:NAME` in `args` stands for a recipe's file."""
     return [str(find_script(script)), *map(find_recipe, args)]
 
 
 def run(argv: List[str], command: Optional[str] = None) -> None:
-    """Run a script as `__main__`. It finds our models and data sets registered, as this package has been imported.
+    """Run a script as `__main__`, with our models and data sets registered by the import of this package.
 
     Args:
-        argv: The script's path and its arguments. What is wrong with them ends the process with one line and status 2.
-        command: That of `timm-finet` which that line names, by default `run` and the script.
+        argv: The script's path and its arguments. Wrong arguments end the process with one line and status 2.
+        command: The command of `timm-finet` that this line names, by default `run` and the script.
 
     Raises:
-        KeyboardInterrupt: At Ctrl-C, which train.py takes for its end.
+        KeyboardInterrupt: After Ctrl-C, which train.py itself treats as the end of training.
     """
     path, *args = argv
     script, interrupts = Path(path).stem, []

@@ -1,4 +1,4 @@
-"""A network as a file of ONNX or ExecuTorch: written, in float32 or int8, and loaded again."""
+"""Write a network as an ONNX or ExecuTorch file, in float32 or int8, and load such files."""
 import logging
 import warnings
 from contextlib import contextmanager, redirect_stdout
@@ -15,7 +15,7 @@ PACKAGES = {'onnx': 'onnx onnxscript onnxruntime', 'executorch': 'executorch tor
 
 @contextmanager
 def needs(to: str):
-    """Turn a missing package into an error that says what to install, and keep the exporters' chatter away."""
+    """Turn a missing package into an error that says what to install, and silence the exporters."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(None):
@@ -30,22 +30,22 @@ def needs(to: str):
 def to_onnx(
         model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None,
         metadata: Optional[Dict[str, str]] = None, dynamic_batch: bool = False) -> None:
-    """Write a fused `model` for one image shaped like `x` `(1, 3, H, W)`, or for any number of them.
+    """Write a fused `model` for one image shaped like `x` `(1, 3, H, W)`, or for any number of such images.
 
-    It is in int8 where there are `calibration` images `(n, 3, H, W)`, and keeps `metadata` in its `metadata_props`.
+    Given `calibration` images `(n, 3, H, W)`, the file is int8. `metadata` goes into its `metadata_props`.
     """
     with needs('onnx'):
         import onnx
         import onnxruntime  # noqa: F401 (torch's own message for a missing package is long)
         import onnxscript  # noqa: F401
-        if dynamic_batch:  # torch takes a dimension of one for a constant
+        if dynamic_batch:  # torch treats a dimension of one as constant
             x = x.expand(2, -1, -1, -1)
         torch.onnx.export(
             model, (x,), file, input_names=['input'], output_names=['logits'], dynamo=True, external_data=False,
             verbose=False, dynamic_shapes=({0: torch.export.Dim('batch')},) if dynamic_batch else None)
         if calibration is not None:
             quantise_onnx(file, calibration)
-        if metadata:  # after quantisation, which leaves its own
+        if metadata:  # after quantisation, which writes metadata too
             written = onnx.load(file)
             onnx.helper.set_model_props(written, metadata)
             onnx.save(written, file)
@@ -67,7 +67,7 @@ def quantise_onnx(file: str, calibration: torch.Tensor) -> None:
 
 
 def to_executorch(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None) -> None:
-    """As `to_onnx`, for ExecuTorch with XNNPACK."""
+    """Do the same as `to_onnx` for ExecuTorch with XNNPACK."""
     with needs('executorch'):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower

@@ -1,4 +1,4 @@
-"""`timm-finet space`: a web page that classifies an image, in train form at any G and fused, and times both."""
+"""`timm-finet space`: serve a web page that classifies an image in train form at any G and fused, and times both."""
 import os
 import time
 from functools import lru_cache
@@ -21,21 +21,24 @@ __all__ = ['app', 'space']
 
 GROUPS = (1, 2, 4, 8)
 ROUNDS = 20
-COLUMN = 240  # px at least: three stand beside each other on a laptop, one below the other on a phone
+COLUMN = 240  # px, the least width: three columns side by side on a laptop, one below the other on a phone
 TEXT = '''
 # Finet
 
-An image in, its likeliest classes out, by one trained network in two forms with the same outputs. **Train form**: each
-1x1 convolution makes G partial sums, batch-normalises every one and adds them up, as the paper (arXiv 2005.06828)
-writes it. **Fused**: all of it folded into one plain convolution. At another G than the trained one these are still the
-trained weights, split into another number of partial sums, not a network trained with that G; layers whose channels G
-does not divide stay as trained. A network knows the classes that it was trained on, and takes every image for one of
-them.
+This page shows the likeliest classes of an image. One trained network classifies it in two forms, which have the same
+outputs. **Train form**: each 1x1 convolution makes G partial sums, batch-normalises each of them and adds the results,
+as in the paper (arXiv 2005.06828). **Fused**: all of this is folded into one plain convolution. If you choose a G that
+the network was not trained with, it keeps its trained weights and only splits them into another number of partial sums;
+layers whose channels G does not divide keep their own G. A network knows only the classes that it was trained on, and
+assigns every image to one of them.
 '''
 
 
 def regroup(layer: FBNConv2d, fbn_groups: int) -> FBNConv2d:
-    """The same function in eval mode, of `fbn_groups` partial sums where that divides the channels, each on its own."""
+    """Split a layer into `fbn_groups` separately computed partial sums, with the same outputs in eval mode.
+
+    A layer whose channels `fbn_groups` does not divide keeps its own groups.
+    """
     if fbn_groups != layer.fbn_groups and layer.in_channels % fbn_groups == 0:
         conv = layer.fuse()
         layer = FBNConv2d(
@@ -51,7 +54,7 @@ def regroup(layer: FBNConv2d, fbn_groups: int) -> FBNConv2d:
 
 @lru_cache(maxsize=8)
 def forms(name: str, fbn_groups: int) -> Tuple[nn.Module, nn.Module]:
-    """A network with weights, its train form at G = `fbn_groups` and its fused form."""
+    """A trained network in train form at G = `fbn_groups`, and in fused form."""
     model = timm.create_model(name, pretrained=True).eval()
     fused = fuse_fbn(model)
     for key, module in list(model.named_modules()):
@@ -61,7 +64,7 @@ def forms(name: str, fbn_groups: int) -> Tuple[nn.Module, nn.Module]:
 
 
 def read_upload(path: str, name: Optional[str]) -> Image.Image:
-    """`read_image`, whose ValueError names the file as its owner does, not where the server keeps it."""
+    """Call `read_image`; its ValueError has the file's original name instead of the server's path."""
     try:
         return read_image(path)
     except (OSError, ValueError) as error:
@@ -70,7 +73,7 @@ def read_upload(path: str, name: Optional[str]) -> Image.Image:
 
 @torch.inference_mode()
 def classify(image: Image.Image, name: str, fbn_groups: int) -> List[Union[dict, str]]:
-    """The five likeliest classes by each form, with its milliseconds: median of `ROUNDS`, the forms in turns."""
+    """The five likeliest classes and the milliseconds of each form: median of `ROUNDS`, timed in turns."""
     networks = forms(name, fbn_groups)
     cfg = networks[0].pretrained_cfg
     x = create_transform(**resolve_data_config(pretrained_cfg=cfg, use_test_size=True))(image.convert('RGB'))[None]
@@ -90,8 +93,8 @@ def classify(image: Image.Image, name: str, fbn_groups: int) -> List[Union[dict,
 
 
 def app():
-    """The page, as `gradio.Blocks`."""
-    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # read as gradio is imported
+    """Build the page as `gradio.Blocks`."""
+    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # gradio reads it on import
     try:
         import gradio as gr
     except ImportError as error:
@@ -105,7 +108,7 @@ def app():
     def read(payload):
         if payload is None:
             return None
-        try:  # gradio's own way turns 16 bits white, and prints a traceback for what is no image
+        try:  # gradio itself turns 16-bit images white, and prints a traceback for other files
             return read_upload(payload.path, payload.orig_name)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -126,10 +129,10 @@ def app():
                     outputs += [gr.Label(label=title), gr.Textbox(label=f'{title}: time for this image')]
         inputs = [image, name, fbn_groups]
         examples = gr.Examples([[tile] for tile in shipped_images()[0][::40]], image, label='Test images of CIFAR-10')
-        examples.dataset.click(lambda: SHIPPED, None, name)  # which knows these
+        examples.dataset.click(lambda: SHIPPED, None, name)  # the network for these images
         button.click(answer, inputs, outputs)
         threads = count(torch.get_num_threads(), 'CPU thread')
-        gr.Markdown(f'Times are medians of {ROUNDS} runs on {threads}, the two forms in turns.')
+        gr.Markdown(f'Times are medians of {ROUNDS} runs on {threads}; the two forms were timed in turns.')
     return page
 
 
