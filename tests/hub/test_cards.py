@@ -121,7 +121,7 @@ def test_card_of_a_fused_network_tells_its_form_and_the_counts_of_both():
     assert f'\n| parameters | {train:,} | {sum(p.numel() for p in model.parameters()):,} |\n' in text
     macs = f'{macs["conv"] + macs["linear"]:,}'
     assert f'\n| multiply-adds at 3x32x32 | {macs} | {macs} |\n' in text
-    assert '.topk(3)' in text and 'at 3x24x24: it knows these 3 classes' in text
+    assert '.topk(3)' in text and 'at 3x24x24. It knows only these 3 classes' in text
     assert [result.metric_value for result in made.data.eval_results] == [51.5, 90.75]
     assert '| train |  | 51.25 | 90.5 |' in text and '| fused |  | 51.5 | 90.75 |' in text
 
@@ -142,12 +142,12 @@ def test_data_are_those_of_the_tag_before_those_of_the_arguments(cfg, args, titl
 
 
 @pytest.mark.parametrize('licence, said', [
-    (None, ' The owner has not stated a licence of these weights.'), ('mit', ' These weights are under mit.'),
+    (None, ' The owner has not stated a licence for these weights.'), ('mit', ' These weights are under mit.'),
     ('other', '')])
 @pytest.mark.parametrize('dataset, terms', [(CIFAR10, ' The photographs of CIFAR-10 were'), (UNKNOWN, ' Please')])
 def test_licence_of_the_weights_and_terms_of_the_photographs_are_told(licence, said, dataset, terms):
     text = licence_section(dict(license=licence), dataset, '')
-    assert text.startswith(f'The code, timm-finet, is under Apache-2.0.{said}{terms}')
+    assert text.startswith(f'The code of timm-finet is under Apache-2.0.{said}{terms}')
     assert metadata('net', dict(license=licence), dataset, 'train', []).license_name == (
         'research-and-teaching' if licence == 'other' else None)
 
@@ -159,11 +159,11 @@ def test_training_is_told_by_what_is_not_usual_and_by_this_checkpoints_figures()
         cfg, Run(args, 'summary.csv', epochs=3, top1=48.256), CIFAR10)
     assert 'CIFAR-10' in first and 'args.yaml' in first and 'summary.csv' in log and notes == 'Noted.'
     assert settings == '| epochs | world_size | amp |\n|---|---|---|\n| 3 | 2 | True |'
-    assert weights == 'These weights are those after 3 epochs, with 48.26% top-1 as train.py measured it in bfloat16.'
+    assert weights == 'These are the weights after 3 epochs; train.py measured 48.26% top-1 in bfloat16.'
     first, settings, weights = training_section(
         dict(architecture='net'), Run(dict(epochs=1, grad_accum_steps=4), epochs=1, top1=48.), CIFAR10)
     assert settings.startswith('| epochs | grad_accum_steps |\n')
-    assert weights == 'These weights are those after 1 epoch, with 48.0% top-1 as train.py measured it.'
+    assert weights == 'These are the weights after 1 epoch; train.py measured 48.0% top-1.'
     assert training_section(cfg, Run(), CIFAR10) == [
         'Data set: CIFAR-10. The training arguments were not recorded.', 'Noted.']
 
@@ -172,4 +172,4 @@ def test_times_are_told_by_their_quartiles():
     row = dict(form='train', images_per_second='200', ms_low='4.9', ms_high='5.2', img_size='32', threads='1',
                device='a CPU', runtime='PyTorch')
     text = speed_section([row])
-    assert '| train | 200 | 4.9 to 5.2 |' in text and 'Batch 1, 32 px, 1 thread of a CPU, PyTorch' in text
+    assert '| train | 200 | 4.9 to 5.2 |' in text and 'Batch size 1, 32 px, 1 thread of a CPU, PyTorch' in text

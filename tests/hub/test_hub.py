@@ -114,10 +114,10 @@ def test_a_card_gives_the_accuracy_of_this_checkpoint_and_what_it_began_from(hub
     checkpoint.with_name('summary.csv').write_text('epoch,eval_top1\n6,41.5\n7,47.25\n')
     assert push(path=checkpoint.with_name(name), model='finet_large_se_g4')[0] == 0
     card = hub.repos['me/net'].files()['README.md'].decode()
-    assert f'those after {epoch + 1} epochs, with {top1}% top-1' in card
+    assert f'the weights after {epoch + 1} epochs; train.py measured {top1}% top-1' in card
     assert ('47.25' in card) == (top1 == 47.25) and '41.5' not in card
     assert 'Training began from `finet_large_se_g4.cifar10`.' in card
-    assert 'What goes for `finet_large_se_g4.cifar10`' in card
+    assert 'The terms of `finet_large_se_g4.cifar10`' in card
 
 
 @pytest.mark.parametrize('arguments, files', [
@@ -197,7 +197,7 @@ def test_checkpoint_is_built_as_its_arguments_say(name, kwargs, tmp_path):
 
 
 @pytest.mark.parametrize('metric, epoch, said', [
-    ('top1', 0, 'after 1 epoch, with 48.5% top-1'), ('loss', 2, 'after 3 epochs.')])
+    ('top1', 0, 'after 1 epoch; train.py measured 48.5% top-1'), ('loss', 2, 'after 3 epochs.')])
 def test_a_card_without_a_log_says_what_the_checkpoint_knows(metric, epoch, said, push, checkpoint):
     saved = torch.load(checkpoint, weights_only=False)
     saved.update(epoch=epoch, metric=48.5)
@@ -249,7 +249,7 @@ def test_killed_push_leaves_nothing_half_done(hub, push, checkpoint, model):
 @pytest.mark.parametrize('token, repo, message', [
     ('', 'me/net', 'no token for the Hub: run `hf auth login`, or set HF_TOKEN'),
     ('hf_wrong', 'me/net', 'the token is not valid'),
-    ('hf_writer', 'you/net', 'you/net: the token has no right to write to it'),
+    ('hf_writer', 'you/net', 'you/net: the token has no permission to write to it'),
 ])
 def test_refused_push_says_why_in_one_line(hub, push, checkpoint, monkeypatch, token, repo, message):
     monkeypatch.setenv('HF_TOKEN', token)
@@ -260,7 +260,7 @@ def test_refused_push_says_why_in_one_line(hub, push, checkpoint, monkeypatch, t
 
 
 @pytest.mark.parametrize('status, said', [
-    (401, 'the token is not valid'), (403, 'no right to write'), (404, 'no right to write'), (429, 'Too many')])
+    (401, 'the token is not valid'), (403, 'no permission'), (404, 'no permission'), (429, 'Too many')])
 def test_an_answer_of_the_hub_is_told_in_words(status, said):
     response = types.SimpleNamespace(status_code=status, headers={}, request=None)
     assert said in why_refused(HfHubHTTPError('Too many requests', response=response))
@@ -318,7 +318,7 @@ def test_odd_training_arguments_are_refused_in_one_line(args, message, push, tmp
 
 
 @pytest.mark.parametrize('value, message', [
-    (7, 'is no tensor'), (torch.full((10,), torch.nan), 'not finite in head.fc.bias')])
+    (7, 'is not a tensor'), (torch.full((10,), torch.nan), 'not finite in head.fc.bias')])
 def test_weights_that_are_no_numbers_are_refused(value, message, push, model, tmp_path):
     key = [key for key in model.state_dict() if key.endswith('.bias')][-1]
     torch.save({**model.state_dict(), key: value}, tmp_path / 'bad.pth')
@@ -341,7 +341,7 @@ def test_results_are_found_with_and_without_a_tag(name, row, found, tmp_path):
 
 def test_results_of_several_tags_are_not_guessed_at(tmp_path):
     (tmp_path / 'results.csv').write_text('model,top1,top5\nfinet_small.a,1,2\nfinet_small.b,3,4\n')
-    with pytest.raises(ValueError, match='rows for finet_small.a, finet_small.b: which'):
+    with pytest.raises(ValueError, match='rows for finet_small.a, finet_small.b: give one'):
         card.read_results(tmp_path / 'results.csv', 'finet_small')
 
 
@@ -389,7 +389,7 @@ def test_class_names_that_are_not_known_are_asked_for(hub, push, own, tmp_path):
     for number in (2, 4):
         (tmp_path / 'names.txt').write_text('name\n' * number)
         status, _, err = push('--class-names', tmp_path / 'names.txt', path=own())
-        assert status == 2 and "--class-names '" in err and f'has {number} names, the network 3 classes' in err
+        assert status == 2 and "--class-names '" in err and f'has {number} names, but the network has 3 classes' in err
 
 
 def test_state_dict_that_does_not_fit_is_refused(push, tmp_path):

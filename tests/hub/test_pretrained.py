@@ -148,7 +148,7 @@ def test_weights_on_the_hub_must_have_the_recorded_sha256(hub, register, trained
     register('finet_large_se_g2.toys', trained, hf_hub_id='me/toys')
     same(timm.create_model('finet_large_se_g2.toys', pretrained=True), trained)
     hub.repos['me/toys'].branches['main'] = pinned
-    message = 'sha256 is not the one of finet_large_se_g2.toys.safetensors.*me/toys again'
+    message = 'sha256 is not the one recorded for finet_large_se_g2.toys.safetensors.*me/toys again'
     with pytest.raises(RuntimeError, match=message):
         timm.create_model('finet_large_se_g2.toys', pretrained=True)
 

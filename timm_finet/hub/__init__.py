@@ -1,11 +1,11 @@
-"""The Hugging Face Hub: which weights are loaded, checkpoints as networks, cards, and what is saved and pushed."""
+"""The Hugging Face Hub: pretrained weights, checkpoints, model cards, and saving and pushing networks."""
 from typing import Any
 
 __all__ = ['push', 'push_checkpoint', 'save', 'save_for_hf']
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pushing part, which needs the networks, when it is asked for: the networks need `hub.pretrained`."""
+    """Import `repository` on first use: it imports the networks, which themselves import `hub.pretrained`."""
     if name in __all__:
         from . import repository
         return getattr(repository, name)

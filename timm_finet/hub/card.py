@@ -1,4 +1,4 @@
-"""Model cards: card.md, filled in with the figures of a network, of its training and of results files."""
+"""Model cards: card.md filled in with figures of a network, its training and results files."""
 import csv
 from dataclasses import replace
 from pathlib import Path
@@ -26,17 +26,19 @@ RECIPE = (
     'epochs', 'batch_size', 'world_size', 'grad_accum_steps', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum',
     'weight_decay', 'smoothing', 'drop', 'mixup', 'cutmix', 'reprob', 'aa', 'pretrained', 'model_ema', 'amp')
 CHOICE = (
-    "The paper gives no code: its parameter counts are reproduced exactly, but where a block's second\n"
-    'ReLU stands is a choice of this implementation (`act_place`). ')
+    "The paper gives no code. Its parameter counts are reproduced exactly, but the position of a block's\n"
+    'second ReLU is a choice of this implementation (`act_place`). ')
 
 
 def read_results(file: str, name: str) -> List[Dict[str, str]]:
-    """The rows of a results file for one network: at least `model`, `top1` and `top5`, as timm's validate.py writes.
+    """Read the rows for one network from a results file of timm's validate.py.
 
-    Where no row has that very name, a row with a tag stands for a name without one, and the other way round.
+    If no row has exactly this name, a name without a tag matches rows with a tag, and a name with a tag matches rows
+    without one.
 
     Raises:
-        ValueError: It lacks these columns, or such rows, or has rows of several tags.
+        ValueError: The file lacks the columns `model`, `top1` and `top5`, has no row for the network, or has rows for
+            several tags.
     """
     with open(file, newline='') as lines:
         rows = list(csv.DictReader(lines))
@@ -51,26 +53,26 @@ def read_results(file: str, name: str) -> List[Dict[str, str]]:
     if not found:
         raise ValueError(f'--results {file!r} has no row for {name!r}: it has {names}.')
     if ',' in names:
-        raise ValueError(f'--results {file!r} has rows for {names}: which is it? Give one of them as --model.')
+        raise ValueError(f'--results {file!r} has rows for {names}: give one of them as --model.')
     return found
 
 
 def make_card(
         model: nn.Module, name: str, source: str, run: Run = Run(), results: Sequence[Dict[str, str]] = (),
         speed: Sequence[Dict[str, str]] = (), figure: str = '') -> ModelCard:
-    """The model card.
+    """Make the model card of a network.
 
     Args:
-        model: In either form; its `pretrained_cfg` describes the weights.
+        model: The network in either form; its `pretrained_cfg` describes the weights.
         name: Title of the card.
-        source: What `timm.create_model` loads: a name with a tag, or `hf-hub:ORG/NAME`.
-        run: The training.
-        results: Rows of a results file, one a form.
-        speed: Rows as those of results/weights_speed.csv.
-        figure: A picture of the network and what it shows, in Markdown.
+        source: Name with which `timm.create_model` loads it: with a tag, or `hf-hub:ORG/NAME`.
+        run: The training run.
+        results: Rows of a results file, one per form.
+        speed: Rows with the columns of results/weights_speed.csv.
+        figure: A picture of the network and its caption, in Markdown.
 
     Raises:
-        ValueError: There are several `results` for the form that the network is in.
+        ValueError: `results` has several rows for the form of the network.
     """
     cfg, model_args, is_finet = model.pretrained_cfg, get_model_args(model), isinstance(model, Finet)
     dataset = dataset_of(cfg, run.args)
@@ -82,7 +84,7 @@ def make_card(
     body = TEMPLATE.read_text(encoding='utf-8').format(
         model=model, name=name, source=source, cfg=cfg, dataset=dataset, train=train, fused=fused,
         groups=', '.join(map(str, sorted({m.fbn_groups for m in twin.modules() if isinstance(m, FBNConv2d)}))),
-        family='a light-weight Finet, whose 1x1 convolutions' if is_finet else 'a ResNet, whose convolutions',
+        family='a light-weight Finet whose 1x1 convolutions' if is_finet else 'a ResNet whose convolutions',
         choice=CHOICE if is_finet else '',
         form='train form' if form == 'train' else 'fused form, for inference',
         fuse='\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n'
@@ -126,17 +128,17 @@ def metadata(
 
 
 def table(*rows: Sequence[Any]) -> str:
-    """In Markdown; the first row is the head."""
+    """A Markdown table; the first row is its head."""
     head, *rest = ('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
     return '\n'.join([head, '|' + '---|' * len(rows[0]), *rest])
 
 
 def training_section(cfg: Dict[str, Any], run: Run, dataset: Dataset) -> List[str]:
-    """Its paragraphs."""
+    """Paragraphs about the training."""
     args = run.args
-    arguments = "Arguments of timm's train.py, the rest of which is in [args.yaml](args.yaml):"
+    arguments = "Arguments of timm's train.py ([args.yaml](args.yaml) lists all of them):"
     paragraphs = [f"Data set: {dataset.title}. {arguments if args else 'The training arguments were not recorded.'}"]
-    usual = dict(world_size=1, grad_accum_steps=1)  # a step has batch_size images times both
+    usual = dict(world_size=1, grad_accum_steps=1)  # a step has batch_size times both images
     settings = [key for key in RECIPE if args.get(key) and args[key] != usual.get(key)]
     if settings:
         paragraphs.append(table(settings, [args[key] for key in settings]))
@@ -144,8 +146,8 @@ def training_section(cfg: Dict[str, Any], run: Run, dataset: Dataset) -> List[st
         paragraphs.append(f'Training began from `{run.base}`.')
     if run.epochs:
         dtype = f" in {args.get('amp_dtype') or 'float16'}" if args.get('amp') else ''
-        measured = '' if run.top1 is None else f', with {round(run.top1, 2)}% top-1 as train.py measured it{dtype}'
-        paragraphs.append(f"These weights are those after {run.epochs} epoch{'s' * (run.epochs > 1)}{measured}.")
+        measured = '' if run.top1 is None else f'; train.py measured {round(run.top1, 2)}% top-1{dtype}'
+        paragraphs.append(f"These are the weights after {run.epochs} epoch{'s' * (run.epochs > 1)}{measured}.")
     if run.log:
         paragraphs.append('Accuracy by epoch is in [summary.csv](summary.csv).')
     notes = yaml.safe_load(NOTES.read_text(encoding='utf-8'))
@@ -161,26 +163,26 @@ def accuracy_section(results: Sequence[Dict[str, str]], dataset: Dataset, args: 
     seed = f", seed {args['seed']}" if 'seed' in args else ''
     return (
         table(('form', 'input, px', 'top-1', 'top-5', 'measured by'), *rows)
-        + f'\n\nPercent of the {dataset.split} set ({dataset.title}), weights of one run{seed}.')
+        + f'\n\nAccuracy in percent on the {dataset.split} set ({dataset.title}), for the weights of one run{seed}.')
 
 
 def speed_section(rows: Sequence[Dict[str, str]]) -> str:
     if not rows:
         return 'Not measured.'
     times = [(row['form'], row['images_per_second'], f"{row['ms_low']} to {row['ms_high']}") for row in rows]
-    setting = 'Batch 1, {img_size} px, {threads} thread of {device}, {runtime}, the forms in turns.'
+    setting = 'Batch size 1, {img_size} px, {threads} thread of {device}, {runtime}; the forms were timed in turns.'
     return table(('form', 'images a second', 'ms, quartiles'), *times) + '\n\n' + setting.format(**rows[0])
 
 
 def licence_section(cfg: Dict[str, Any], dataset: Dataset, base: str) -> str:
-    lines = ['The code, timm-finet, is under Apache-2.0.']
+    lines = ['The code of timm-finet is under Apache-2.0.']
     if not cfg['license']:
-        lines.append('The owner has not stated a licence of these weights.')
+        lines.append('The owner has not stated a licence for these weights.')
     elif cfg['license'] != 'other':
         lines.append(f"These weights are under {cfg['license']}.")
     if dataset.terms:
         lines.append(
-            f'The photographs of {dataset.title} {dataset.terms}: take these weights for research and teaching.')
+            f'The photographs of {dataset.title} {dataset.terms}: use these weights for research and teaching.')
     if base:
-        lines.append(f'What goes for `{base}`, which training began from, goes for these weights too.')
+        lines.append(f'The terms of `{base}`, from which training began, apply to these weights too.')
     return ' '.join([*lines, 'Please cite the paper:'])

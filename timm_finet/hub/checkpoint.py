@@ -1,4 +1,4 @@
-"""A checkpoint of timm's train.py as the network that was trained: built, fed and named as its arguments say."""
+"""Load checkpoints of timm's train.py as the networks that were trained, built as the training arguments say."""
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
@@ -20,14 +20,17 @@ __all__ = ['Run', 'load_checkpoint', 'read_run']
 
 
 def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The network of a checkpoint of train.py (its EMA, where it has one) or of a state dict, in the form it is in.
+    """Load the network of a checkpoint of train.py or of a state dict, in train or fused form as it was saved.
+
+    EMA weights are used if the checkpoint has them.
 
     Args:
-        checkpoint: Its training arguments, in it or in `args.yaml` beside it, tell how the network is built and fed.
-        name: The network, any of timm's; its tag, or the lack of one, tells the same where there are no such arguments.
+        checkpoint: Path of the checkpoint. Its training arguments, inside it or in `args.yaml` beside it, determine how
+            the network is built and how its input is preprocessed.
+        name: Any network of timm. Without training arguments, its tag, or the lack of one, determines the same.
 
     Returns:
-        The network in eval mode, whose `pretrained_cfg` describes these weights, and the training arguments.
+        The network in eval mode, with a `pretrained_cfg` that describes these weights, and the training arguments.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -41,19 +44,19 @@ def load_checkpoint(checkpoint: str, name: str) -> Tuple[nn.Module, Dict[str, An
         weights, args = load_state_dict(str(path)), training_args(path)
         for key, weight in weights.items():
             if not isinstance(weight, torch.Tensor):
-                raise TypeError(f'{key} is no tensor')
-    except Exception as error:  # whatever torch and safetensors raise for a file that is none of theirs
+                raise TypeError(f'{key} is not a tensor')
+    except Exception as error:  # torch and safetensors raise many kinds of errors for other files
         raise ValueError(
-            f"checkpoint={str(checkpoint)!r} cannot be read, as timm's train.py or torch.save leave one: "
+            f"checkpoint={str(checkpoint)!r} cannot be read as a checkpoint of timm's train.py or torch.save: "
             f'{one_line(error)}') from error
     for key, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(
-                f'checkpoint={str(checkpoint)!r} has values that are not finite in {key}: take an earlier one.')
+                f'checkpoint={str(checkpoint)!r} has values that are not finite in {key}: use an earlier one.')
     try:
         model = build(name, weights, args)
         describe(model, args)
-    except Exception as error:  # odd arguments go wrong anywhere in timm
+    except Exception as error:  # wrong arguments can fail anywhere in timm
         raise ValueError(f'checkpoint={str(checkpoint)!r} does not fit {name}: {one_line(error)}') from error
     return model, args
 
@@ -73,19 +76,19 @@ def training_args(path: Path) -> Dict[str, Any]:
         return {}
     args = yaml.safe_load(beside.read_text())
     if not isinstance(args, dict) or not isinstance(args.get('model', ''), str):
-        raise ValueError(f'{beside} does not hold the arguments of train.py, of which model is a name.')
+        raise ValueError(f'{beside} does not hold the arguments of train.py, with a name as model.')
     return args
 
 
 @dataclass
 class Run:
-    """How weights came about.
+    """How weights were trained.
 
     Args:
         args: The arguments of train.py.
-        log: Its summary.csv.
-        epochs: How many made these weights.
-        top1: Of these weights, as train.py then measured it, in percent.
+        log: Path of its summary.csv.
+        epochs: Number of epochs after which the weights were saved.
+        top1: Top-1 of the weights in percent, as measured by train.py.
         base: The weights that training began from: a name, a file's name, or '' for random ones.
     """
 
@@ -97,7 +100,7 @@ class Run:
 
 
 def read_run(checkpoint: str, args: Dict[str, Any]) -> Run:
-    """What is known of the run that left a checkpoint of train.py; of a resumed run the checkpoint's own epoch."""
+    """Collect what is known about the run that saved a checkpoint; its number of epochs is the checkpoint's own."""
     run, log = Run(args, base=first_weights(args)), Path(checkpoint).with_name('summary.csv')
     if log.is_file():
         run.log = log
@@ -121,15 +124,16 @@ def first_weights(args: Dict[str, Any]) -> str:
 
 
 def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> nn.Module:
-    """The network `name`, as train.py built it with `args`, with these weights."""
+    """Build the network `name` as train.py did with `args`, and load the weights."""
     built_as, architecture = args.get('model', name), name.split('.')[0]
     is_ours = is_model_in_modules(architecture, MODULES)
-    # What a tag says of how its network is built comes with its weights; those of a file may bear a name without any.
+    # A tag's way to build the network comes with its pretrained weights. A run that began from a file may have used a
+    # name without pretrained weights.
     by_tag = args.get('pretrained', False) and not (args.get('pretrained_path') and not is_model_pretrained(built_as))
     model = timm.create_model(
         built_as, pretrained=is_ours and by_tag, **sizes(name, weights, args), global_pool=args.get('gp'),
         bn_eps=args.get('bn_eps'), **args.get('model_kwargs') or {}).eval()
-    # A function that is registered may build another's network and change it, as people do in modules of their own.
+    # A registered function may build another network and change it, as users' own modules do.
     if is_model(name) and architecture not in (built_as.split('.')[0], model.pretrained_cfg['architecture']):
         raise ValueError(f'it was trained as {built_as}.')
     if is_ours and not any(key.endswith('running_var') for key in weights):
@@ -139,7 +143,7 @@ def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
 
 
 def sizes(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> Dict[str, Optional[int]]:
-    """How many classes and input channels a network has, by its first and last layer, else by train.py's arguments."""
+    """Numbers of classes and input channels, from the last and first layer or else from train.py's arguments."""
     cfg = timm.get_pretrained_cfg(args.get('model', name), allow_unregistered=True)
     cfg = cfg or timm.get_pretrained_cfg(name, allow_unregistered=True)
     found = dict(num_classes=args.get('num_classes'), in_chans=args.get('in_chans'))
@@ -147,14 +151,14 @@ def sizes(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
         found['in_chans'] = args['input_size'][0]
     if cfg and f'{cfg.classifier}.weight' in weights:
         found['num_classes'] = weights[f'{cfg.classifier}.weight'].shape[0]
-    # The first layers of other networks than ours are not always given their channels so.
+    # Networks other than ours may pass `in_chans` to their first layer in another way.
     if cfg and is_model_in_modules(name.split('.')[0], MODULES) and f'{cfg.first_conv}.weight' in weights:
         found['in_chans'] = weights[f'{cfg.first_conv}.weight'].shape[1]
     return found
 
 
 def describe(model: nn.Module, args: Dict[str, Any]) -> None:
-    """Make `model.pretrained_cfg`, which came with the name, that of the weights trained with `args`."""
+    """Change `model.pretrained_cfg`, which came with the name, to describe the weights trained with `args`."""
     cfg = dict(model.pretrained_cfg)
     data = resolve_data_config(args, model=model)
     data['input_size'] = (getattr(model, 'in_chans', data['input_size'][0]), *data['input_size'][1:])
@@ -162,7 +166,7 @@ def describe(model: nn.Module, args: Dict[str, Any]) -> None:
         data['pool_size'] = None
     try:
         names = class_names(args) if args else cfg.get('label_names')
-    except (RuntimeError, AssertionError, ValueError, OSError):  # the folder is no longer what it was
+    except (RuntimeError, AssertionError, ValueError, OSError):  # the folder has changed since training
         names = None
     cfg.update(
         data, num_classes=model.num_classes, label_names=names if names and len(names) == model.num_classes else None)

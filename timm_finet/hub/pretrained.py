@@ -1,4 +1,4 @@
-"""What `pretrained=True` loads: which tag, from where, and that it is the recorded file."""
+"""Choose, find and verify the weights that `pretrained=True` loads."""
 import hashlib
 import warnings
 from dataclasses import replace
@@ -14,34 +14,35 @@ from timm.models._input import update_model_args
 
 __all__ = ['build_model']
 
-MODULES = ['finet', 'resnet_fbn']  # ours, as timm knows them
-WEIGHTS = Path(__file__).parents[1] / 'weights'  # SHA256SUMS in it records the weights on the Hub as well
-FUNCTIONAL = ('small_input', 'act_place')  # arguments that change the function and no shape of a weight
-SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')  # in a cfg: where its weights come from
-UNTRAINED = 'untrained'  # the tag of the networks as in the paper: 224 px, 1000 classes
+MODULES = ['finet', 'resnet_fbn']  # our modules, by timm's names
+WEIGHTS = Path(__file__).parents[1] / 'weights'  # its SHA256SUMS also lists the weights on the Hub
+FUNCTIONAL = ('small_input', 'act_place')  # arguments that change the function but not the shape of any weight
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')  # keys of a cfg that say where its weights come from
+UNTRAINED = 'untrained'  # tag of the paper's networks: 224 px, 1000 classes
 
 
 def build_model(
         model_cls, variant: str, pretrained: bool = False, trained_with: Optional[Dict[str, Dict[str, Any]]] = None,
         **kwargs: Any) -> nn.Module:
-    """timm's `build_model_with_cfg`, strict about `pretrained=True`.
+    """Call timm's `build_model_with_cfg`, with strict rules for `pretrained=True`.
 
-    A tag's weights are the embedded file, else the Hub's, and must have the recorded sha256. Without a tag they are
-    `in1k`, else, with a warning, the first tag registered with weights. A source of the caller's own stays: `hf-hub:`,
-    `local-dir:`, or one in the cfg or its overlay. Networks for images up to 32 px get the small-input stem, and
-    those named in `trained_with` ('architecture.tag') the arguments there; weights load with what they were trained
-    with and nothing else. Every network records such arguments and its form, and timm's `save_for_hf` writes them.
+    - A tag's weights come from the embedded file, or else from the Hub; the file must have the recorded sha256.
+    - Without a tag, `in1k` is loaded or, with a warning, the first tag registered with weights.
+    - A source that the caller gives is used as it is: `hf-hub:`, `local-dir:`, or one in the cfg or its overlay.
+    - Networks for images up to 32 px get the small-input stem. Names in `trained_with` ('architecture.tag') get the
+      arguments given there. Weights load only with the arguments that they were trained with.
+    - Every network records these arguments and its form, and timm's `save_for_hf` writes them.
 
     Raises:
         RuntimeError: There are no such weights, or the file is not the recorded one.
-        ValueError: An argument makes another function of the weights than the one they were trained for.
-        FileNotFoundError: The embedded file is missing, and nothing on the Hub stands in for it.
+        ValueError: With an argument, the network would compute another function than the weights were trained for.
+        FileNotFoundError: The embedded file is missing, and the tag has no repository on the Hub.
     """
     cfg = kwargs.pop('pretrained_cfg', None)
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     if isinstance(cfg, dict):
         cfg = PretrainedCfg(**cfg)
-    if cfg in get_arch_pretrained_cfgs(variant).values():  # timm's scripts look the name up by themselves
+    if cfg in get_arch_pretrained_cfgs(variant).values():  # timm's scripts pass the cfg of a name
         cfg = None if cfg.tag == UNTRAINED else cfg.tag
     has_source = isinstance(cfg, PretrainedCfg) or any(overlay.get(key) for key in SOURCES)
     if pretrained and not has_source:
@@ -53,7 +54,7 @@ def build_model(
     cfg = resolve_pretrained_cfg(variant, cfg, overlay)
     needed = {'small_input': max(size[1:]) <= 32, **(trained_with or {}).get(f'{variant}.{cfg.tag}', {})}
     if pretrained:
-        # Of a saved network timm hands on what its config records.
+        # For a saved network timm passes on the arguments that its config records.
         check_function(variant, kwargs.get('pretrained_model_args') or {} if has_source else needed, kwargs)
     kwargs = {**needed, **kwargs}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg, **kwargs)
@@ -72,7 +73,7 @@ def check_function(variant: str, trained_with: Dict[str, Any], kwargs: Dict[str,
 
 
 def choose(variant: str, tag: Optional[str]) -> PretrainedCfg:
-    """The cfg of a tag's weights; without a tag that of ImageNet's, else, with a warning, the first registered."""
+    """Choose the cfg of a tag or, without a tag, of `in1k`, else of the first tag with weights, with a warning."""
     tags = {cfg.tag: cfg for cfg in get_arch_pretrained_cfgs(variant).values() if cfg.has_weights}
     if not tags:
         names = ', '.join(list_models(module=MODULES, pretrained=True))
@@ -87,7 +88,7 @@ def choose(variant: str, tag: Optional[str]) -> PretrainedCfg:
     warnings.warn(
         f"{variant} has no ImageNet weights: pretrained=True gives {variant}.{tag}, {cfg.description}, "
         f"{cfg.num_classes} classes, input {'x'.join(map(str, size))}. Name the tag to silence this.",
-        stacklevel=6)  # of the one who calls timm.create_model
+        stacklevel=6)  # the caller of timm.create_model
     return cfg
 
 
@@ -96,15 +97,15 @@ def find_file(cfg: PretrainedCfg, cache_dir=None) -> Path:
     name, way_out = path.name, 'Reinstall timm-finet, or use pretrained=False.'
     record = WEIGHTS / 'SHA256SUMS'
     if not record.is_file():
-        raise FileNotFoundError(f'{record}, which records what the weights are, is missing. {way_out}')
+        raise FileNotFoundError(f'{record}, which records the checksums of the weights, is missing. {way_out}')
     sums = dict(line.split()[::-1] for line in record.read_text().splitlines())
     if not path.is_file():
         if not cfg.hf_hub_id:
             raise FileNotFoundError(f'The weight file {path} is missing. {way_out}')
         repo_id, _, revision = cfg.hf_hub_id.partition('@')
         path = Path(hf_hub_download(repo_id, 'model.safetensors', revision=revision or None, cache_dir=cache_dir))
-        way_out = f'Delete it to download {cfg.hf_hub_id} again; should that not help, upgrade timm-finet.'
+        way_out = f'Delete it to download {cfg.hf_hub_id} again; if that does not help, upgrade timm-finet.'
     if hashlib.sha256(path.read_bytes()).hexdigest() != sums.get(name):
         raise RuntimeError(
-            f'The weight file {path} is damaged or altered: its sha256 is not the one of {name}. {way_out}')
+            f'The weight file {path} is damaged or altered: its sha256 is not the one recorded for {name}. {way_out}')
     return path

@@ -10,7 +10,7 @@ import timm
 import torch.nn as nn
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is httpx's, under whatever name that has
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of the HTTP package in use
 from timm.data import resolve_input_data_config
 from timm.models import get_model_args, is_model_in_modules, list_models
 
@@ -27,7 +27,7 @@ LOCAL_ARGS = (
 
 
 def read_names(file: str, num_classes: int) -> List[str]:
-    """The class names in a text file, one a line in the order of the outputs.
+    """Read class names from a text file, one per line in the order of the outputs.
 
     Raises:
         ValueError: There are more or fewer than `num_classes`.
@@ -35,24 +35,25 @@ def read_names(file: str, num_classes: int) -> List[str]:
     names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
     if len(names) != num_classes:
         raise ValueError(
-            f'--class-names {file!r} has {len(names)} names, the network {num_classes} classes: give one a line.')
+            f'--class-names {file!r} has {len(names)} names, but the network has {num_classes} classes: '
+            'give one name per line.')
     return names
 
 
 def save_for_hf(
         model: nn.Module, folder: str, safe_serialization: Union[bool, Literal['both']] = True, **kwargs: Any) -> None:
-    """timm's `save_for_hf`, of any of its networks, in a folder that transformers loads too.
+    """Save any network of timm as timm's `save_for_hf` does, in a folder that transformers can load too.
 
-    Arguments as there, but for the default: safetensors alone, as the Hub's other files. The size of the images in it
-    is the one that the weights are tested at: transformers knows no other than the first.
+    The arguments are timm's, but by default only safetensors are written. The config's `input_size` is the size that
+    the weights are tested at, because transformers ignores `test_input_size`.
     """
     kwargs = {'data_config': resolve_input_data_config(model, use_test_size=True), **kwargs}
     timm.models.save_for_hf(model, folder, safe_serialization=safe_serialization, **kwargs)
     file = Path(folder) / 'config.json'
     config = json.loads(file.read_text())
-    config.get('model_args', {}).pop('num_classes', None)  # transformers passes it by itself, out of the root
+    config.get('model_args', {}).pop('num_classes', None)  # transformers passes the one at the top level
     names = config['pretrained_cfg'].get('label_names')
-    if names:  # in keys of its own, as transformers saves a `label_names` unchanged after tuning to other classes
+    if names:  # in transformers' keys, as it saves `label_names` unchanged after fine-tuning on other classes
         config['id2label'] = dict(enumerate(names))
         config['label2id'] = {name: i for i, name in enumerate(names)}
     file.write_text(json.dumps(config, indent=2))
@@ -72,16 +73,16 @@ def save(
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: Optional[str] = None) -> str:
-    """Push a folder of `save` as one commit, or none where nothing differs, as timm's `push_to_hf_hub` does.
+    """Push a folder written by `save` as one commit, or as none if nothing has changed.
 
-    timm's function would write its own card, in a repository that has none, or keep the old one.
+    timm's `push_to_hf_hub` does the same, but keeps an old card, or writes its own in a repository without one.
 
     Returns:
         The address of the commit.
 
     Raises:
-        RuntimeError: No token, no right to the repository, or no network. The repository is as it was, or new and
-            empty.
+        RuntimeError: There is no token, no permission to write, or no network. The repository is then unchanged, or
+            new and empty.
     """
     if not get_token():
         raise RuntimeError('There is no token for the Hub: run `hf auth login`, or set HF_TOKEN.')
@@ -100,18 +101,18 @@ def push(folder: str, repo_id: str, private: bool = False, revision: Optional[st
 def why_refused(error: Exception) -> str:
     answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
     if not isinstance(answer, HfHubHTTPError):
-        return f'{constants.ENDPOINT} cannot be reached or broke off ({one_line(error)})'
+        return f'{constants.ENDPOINT} cannot be reached or closed the connection ({one_line(error)})'
     status = answer.response.status_code
     if status == 401:
         return 'the token is not valid: run `hf auth login`, or set HF_TOKEN'
-    return 'the token has no right to write to it' if status in (403, 404) else one_line(error)
+    return 'the token has no permission to write to it' if status in (403, 404) else one_line(error)
 
 
 def push_checkpoint(
         checkpoint: str, name: str, repo_id: str, private: bool = False, revision: Optional[str] = None,
         fused: bool = False, results: Optional[str] = None, class_names: Optional[str] = None,
         dry_run: bool = False) -> None:
-    """`timm-finet push`: a checkpoint with its card, arguments and log; a dry run prints what it would push."""
+    """`timm-finet push`: push a checkpoint with its card, arguments and log, or print them in a dry run."""
     if repo_id.count('/') != 1:
         raise ValueError(f'--repo-id {repo_id!r} must be ORG/NAME.')
     if not is_model_in_modules(name, MODULES):
@@ -127,7 +128,7 @@ def push_checkpoint(
         raise ValueError(f'checkpoint={checkpoint!r} is in fused form: add --fused to push it.')
     if not model.pretrained_cfg['label_names']:
         print(
-            'The names of the classes are not known, so images get numbers: --class-names FILE adds them.',
+            'The class names are not known, so images get numbers: add the names with --class-names FILE.',
             file=sys.stderr)
     rows = read_results(results, name) if results else []
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
