@@ -1,4 +1,4 @@
-"""Results files, what stands in them of the machine, and the documents' tables, for the scripts beside this one."""
+"""Results files, facts about the machine, and the tables in the documents, for the other scripts."""
 import argparse
 import csv
 import platform
@@ -20,7 +20,7 @@ def read_rows(file):
 
 
 def rows_so_far(file):
-    """The rows of a file to which rows are added, which may be the first."""
+    """The rows of a results file, or none if the file does not exist yet."""
     return read_rows(file) if file.exists() else []
 
 
@@ -34,7 +34,7 @@ def write_rows(file, rows):
 
 
 def merge_rows(file, rows, key):
-    """Write rows over those that are equal in all columns of `key`, and the others behind."""
+    """Replace the rows of a file that are equal in all columns of `key`, and append the other rows."""
     merged = {tuple(str(row[column]) for column in key): row for row in [*rows_so_far(file), *rows]}
     write_rows(file, list(merged.values()))
 
@@ -44,7 +44,7 @@ def command_line(description):
 
 
 def command(**private):
-    """This process's command line, its private paths by their names: `command(DATA=args.data)`."""
+    """This process's command line, with private paths replaced by names: `command(DATA=args.data)`."""
     names = {Path(path): name for name, path in private.items() if path}
     options = [arg.rpartition('=') for arg in sys.orig_argv[1:]]  # --output OUT as well as --output=OUT
     return shlex.join(['python', *(head + equals + names.get(Path(value), value) for head, equals, value in options)])
@@ -60,9 +60,9 @@ def device_name(device='cpu'):
 
 
 def facts(device='cpu', **private):
-    """The last columns of a results file: on what, with what and by which command its rows were made."""
+    """The last columns of a results file: device, versions, date and command."""
     import timm
-    import torch  # not above: who reads and writes results alone needs neither
+    import torch  # not at the top: reading and writing results needs neither
     return dict(
         device=device_name(device), torch=torch.__version__, timm=timm.__version__, date=date.today(),
         command=command(**private))
@@ -73,7 +73,7 @@ def markdown(head, rows):
 
 
 def mean_deviation(values):
-    """Mean and deviation of a sample; of a single value there is no deviation."""
+    """Mean and standard deviation of a sample; None is the deviation of a single value."""
     return mean(values), stdev(values) if len(values) > 1 else None
 
 
@@ -82,7 +82,7 @@ def pm(middle, deviation):
 
 
 def find_block(name):
-    """The document that has a place for a table between its markers, and the place."""
+    """Find the document with the markers of a table, and the place between them."""
     for document in DOCUMENTS:
         place = re.search(rf'(?<=<!-- {name} -->\n).*?(?=\n<!-- /{name} -->)', document.read_text(), re.S)
         if place:

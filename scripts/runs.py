@@ -1,7 +1,7 @@
-"""Runs of timm's train.py: started, gone on with where they were cut, and recorded.
+"""Start, resume and record runs of timm's train.py.
 
-A run is a setting and a seed. It has a folder of its own, in which every session leaves a log that begins with what the
-results must know of it. The scripts that know the settings are commands, with `arguments()` of this module.
+A run is a setting and a seed. It has its own folder, where each session writes a log that begins with facts for the
+results. The scripts that define settings are commands, which get their options from `arguments()`.
 """
 import ctypes
 import json
@@ -24,13 +24,13 @@ from scripts.report import ROOT, command_line, rows_so_far, write_rows
 
 
 class Setting(NamedTuple):
-    """All about a run but its seed: what a row of a table is the mean of.
+    """All of a run except its seed; a row of a table is the mean over the seeds of a setting.
 
     Args:
-        name: By which the results know it.
-        args: Of train.py. In them OUTPUT stands for the folder of all runs, SEED for the seed.
-        module: That makes its network or data set known.
-        processes: That train it together.
+        name: Its name in the results.
+        args: Arguments of train.py, in which OUTPUT stands for the folder of all runs, and SEED for the seed.
+        module: Module that registers its network or data set.
+        processes: Number of processes that train it together.
     """
     name: str
     args: Tuple[str, ...]
@@ -40,11 +40,11 @@ class Setting(NamedTuple):
 
 def arguments(description):
     parser = command_line(description)
-    parser.add_argument('--data-dir', help='without it nothing is trained: tables and plots are made')
+    parser.add_argument('--data-dir', help='without it, nothing is trained, only tables and plots are made')
     parser.add_argument(
-        '--output', default='output/runs', help='folder for checkpoints and logs, kept until all is done')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at once, which share the cores (default: 1)')
-    parser.add_argument('--results', type=Path, help="(default: the documents' own)")
+        '--output', default='output/runs', help='folder for checkpoints and logs, to be kept until all runs are done')
+    parser.add_argument('--jobs', type=int, default=1, help='number of runs that share the cores (default: 1)')
+    parser.add_argument('--results', type=Path, help='results file (default: that of the documents)')
     return parser
 
 
@@ -59,7 +59,7 @@ def folder(output, run):
 
 
 def curve_file(results, run):
-    """Where the epochs of a recorded run stand."""
+    """The file with the epochs of a recorded run."""
     return results.with_suffix('') / f"{folder('', run).name}.csv"
 
 
@@ -74,7 +74,7 @@ def torchrun(setting):
 
 
 def recorded_command(run):
-    """The command that anybody may repeat, from the repository's root, where `python -m` finds `setting.module`."""
+    """The command that repeats a run from the repository's root, where `python -m` finds `setting.module`."""
     setting = run[0]
     by_module = setting.module or setting.processes > 1
     start = ['python', *torchrun(setting), '-m', 'timm_finet'] if by_module else ['timm-finet']
@@ -86,7 +86,7 @@ def threads(setting, jobs):
 
 
 def command(run, args):
-    """train.py's command line as it is started, with what does not make the experiment."""
+    """The command line that is executed, with options that are not part of the experiment."""
     setting, home = run[0], folder(args.output, run)
     line = [sys.executable, *torchrun(setting), '-m', 'timm_finet', 'run', 'train']
     line += [arg.replace('OUTPUT', args.output) for arg in run_args(run)]
@@ -100,7 +100,7 @@ def command(run, args):
 
 
 def commit():
-    """What the package is that trains, or nothing where there is no history of it."""
+    """The commit of the package that trains, or '' without a git history."""
     def git(*args):
         return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)
 
@@ -111,14 +111,14 @@ def commit():
 
 
 def die_with_parent():
-    """In a child, before it becomes train.py: on Linux not even kill -9 of the runner leaves runs behind."""
+    """Called in a child before it becomes train.py: on Linux, kill -9 of the runner then ends its runs too."""
     if sys.platform == 'linux':
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def start(run, args):
-    """One more session of a run: its process."""
+    """Start another session of a run and return its process."""
     home = folder(args.output, run)
     home.mkdir(parents=True, exist_ok=True)
     log = (home / f"log{len(list(home.glob('log*.txt')))}.txt").open('w')
@@ -131,13 +131,16 @@ def start(run, args):
 
 
 def epochs_of(file):
-    """Rows of timm's summary.csv by epoch. A resumed run writes a header, and an epoch, again: the later one counts."""
+    """Rows of timm's summary.csv by epoch.
+
+    A resumed run writes the header again, and may repeat an epoch, of which the later row counts.
+    """
     rows = {row['epoch']: row for row in rows_so_far(file) if row['epoch'] != 'epoch'}
     return sorted(rows.values(), key=lambda row: int(row['epoch']))
 
 
 def collect(run, output):
-    """The results' line of a run, or None if it has not finished.
+    """The row of a run for the results, or None if it has not finished.
 
     Raises:
         ValueError: The run's folder holds another experiment.
@@ -157,7 +160,7 @@ def collect(run, output):
     args = yaml.safe_load((home / 'args.yaml').read_text()) if epochs else {}
     if not epochs or int(epochs[-1]['epoch']) + 1 < args['epochs'] or 'facts' not in sessions[-1]:
         return None
-    rates = {}  # of timm's log, the mean of the epoch so far: its last line stands
+    rates = {}  # timm's log gives the mean of the epoch so far, so an epoch's last line counts
     for log in logs:
         for epoch, updates, rate in re.findall(r'^Train: (\d+) \[ *\d+/(\d+) .*\([\d.]+s, +([\d.]+)/s\)', log, re.M):
             rates[epoch] = int(updates) * args['batch_size'] * setting.processes / float(rate)
@@ -177,10 +180,10 @@ def collect(run, output):
 
 
 def record(run, args, more=None):
-    """Add a finished run to the results, its line and beside them its epochs. Returns whether it has finished.
+    """Add a finished run's row to the results, and its epochs to a file beside them; return whether it has finished.
 
     Args:
-        more: A function of run and `args`, for further columns.
+        more: A function of `run` and `args` that returns further columns.
     """
     line = collect(run, args.output)
     if line is None:
@@ -197,14 +200,14 @@ def record(run, args, more=None):
 
 
 def train(runs, args, more=None):
-    """Keep `args.jobs` of the runs that the results lack going until all are done. Returns how many failed."""
+    """Run all that the results lack, `args.jobs` at a time, and return how many failed."""
     waiting, active, failed = missing(runs, args.results), {}, 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; it goes on when started again'))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; start it again to continue'))
     try:
         while active or waiting:
             while waiting and len(active) < args.jobs:
                 run = waiting.pop(0)
-                if not record(run, args, more):  # else it had finished before it could be recorded
+                if not record(run, args, more):  # else an earlier call ended before it could record it
                     active[run] = start(run, args)
             time.sleep(0.5)
             for run, process in list(active.items()):

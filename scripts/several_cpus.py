@@ -1,7 +1,7 @@
 """For train.py's `--device-modules scripts.several_cpus`: DistributedDataParallel and `--sync-bn` on CPUs, by torchrun.
 
-train.py of timm 1.0.31 gives DistributedDataParallel `device_ids=[cpu]`, where torch wants None, and torch's
-SyncBatchNorm wants a GPU. Importing this changes both classes; on other devices nothing changes.
+train.py of timm 1.0.31 passes `device_ids=[cpu]` to DistributedDataParallel, where torch requires None, and torch's
+SyncBatchNorm requires a GPU. Importing this module changes both classes, without effect on other devices.
 """
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ def init_without_devices(self, module, device_ids=None, **kwargs):
 
 
 def sync_forward_on_cpu(self, x):
-    """SyncBatchNorm for `x` `(N, C, ...)` on the CPU, statistics in float32 at least; processes' N may differ."""
+    """SyncBatchNorm of `x` `(N, C, ...)` on the CPU, with statistics in at least float32; N may differ by process."""
     if x.device.type != 'cpu' or not self.training or not dist.is_initialized():
         return sync_forward(self, x)
     mean, var = torch.zeros(2, self.num_features, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -33,7 +33,7 @@ def sync_forward_on_cpu(self, x):
 
 
 nn.parallel.DistributedDataParallel.__init__ = init_without_devices
-# It raises for a SyncBatchNorm on a CPU, and does nothing else.
+# All that this method does is to raise for a SyncBatchNorm on a CPU.
 nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
 nn.SyncBatchNorm.forward = sync_forward_on_cpu
-KNOWN_FORWARDS.append(sync_forward_on_cpu)  # FBN layers go on without calling it
+KNOWN_FORWARDS.append(sync_forward_on_cpu)  # FBN layers need not call it

@@ -2,8 +2,8 @@
 
     python -m scripts.tables
 
-A table's place is marked `<!-- NAME -->` to `<!-- /NAME -->`. The scripts that measure write results files alone, but
-for cifar_tables.py, which renews its tables and plots when its runs have ended.
+A table's place is between `<!-- NAME -->` and `<!-- /NAME -->`. The scripts that measure write results files only,
+except cifar_tables.py, which also writes its tables and plots when its runs have ended.
 """
 from functools import partial
 
@@ -12,7 +12,7 @@ from scripts.paper import cifar_tables, draw_block, table2, table4, table4_opera
 from scripts.report import RESULTS, command_line, read_rows, write_block
 from scripts.weights import int8, own_classes, plot_training, train_photos, transfer, validate_weights
 
-TABLES = {  # by place: what makes it, and of which results files
+TABLES = {  # by place: the function that makes it, and its results files
     'bench_training': (bench_training.table, 'bench_training'),
     'bench_training_gpu': (partial(bench_training.table, kind='GPU'), 'bench_training'),
     'headline': (bench_training.headline, 'bench_training'),
@@ -38,7 +38,7 @@ TABLES = {  # by place: what makes it, and of which results files
 
 
 def make(name):
-    """The text of a place."""
+    """Make the text of a place."""
     function, *files = TABLES[name]
     return function(*(read_rows(RESULTS / f'{file}.csv') for file in files))
 

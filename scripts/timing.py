@@ -1,4 +1,4 @@
-"""Time functions beside each other on a machine that has other work: in turns, after a warm-up, by medians."""
+"""Compare the times of functions on a machine with other work: in turns, after a warm-up, by medians."""
 import time
 from statistics import median, quantiles
 
@@ -20,8 +20,10 @@ def seconds(run, device='cpu'):
 
 
 def in_turns(runs, rounds, repeats=1, device='cpu'):
-    """Seconds of each of the functions `runs`, a value a round: the median of `repeats` calls. One more round, the
-    first, warms up and does not count."""
+    """Seconds of each of the functions `runs`, one value per round: the median of `repeats` calls.
+
+    An additional first round warms up and does not count.
+    """
     times = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
@@ -38,7 +40,7 @@ def spread(name, values, digits):
 
 
 def peak_bytes(run, device='cpu'):
-    """Peak of the bytes that `run` allocates above what was held before."""
+    """Peak of the bytes that `run` allocates in addition to those held before."""
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,7 +1,7 @@
-"""For train.py's --device-modules: print, when training ends, where, with which versions and in how much memory it ran.
+"""For train.py's --device-modules: print the device, the versions and the peak memory when training ends.
 
-The peak is of what PyTorch has allocated on the GPU over the whole run, evaluation and images held there included;
-without a GPU, of the process's resident memory, libraries and data set included.
+On a GPU, the peak is that of PyTorch's allocations over the whole run, including evaluation and images held there.
+Without a GPU, it is that of the process's resident memory, including libraries and the data set.
 """
 import atexit
 import json

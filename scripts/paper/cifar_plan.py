@@ -1,17 +1,17 @@
-"""What cifar_tables.py trains, networks of FBN and of BN on CIFAR, in sections, in order of worth."""
+"""What cifar_tables.py trains: networks with FBN and with BN on CIFAR, in sections, the most important first."""
 from typing import Dict, NamedTuple, Tuple
 
 from scripts.runs import Setting
 from timm_finet.data.datasets import DATASETS
 
 SEEDS, FIVE, TEN = (0, 1, 2), tuple(range(5)), tuple(range(10))
-RATES = (0.1, 0.05)  # tried on plain BN; all else of recipe:cifar_short takes the first
-SMALL = 'channels=(32,64,120)'  # the widths at G = 8, which divide at every G
-PARTS = {'cifar10': 'torch/cifar10_first1000', 'cifar100': 'torch/cifar100_first100'}  # of recipe:cifar_long
+RATES = (0.1, 0.05)  # tried on plain BN; all other runs of recipe:cifar_short use the first
+SMALL = 'channels=(32,64,120)'  # the widths at G = 8, which every G divides
+PARTS = {'cifar10': 'torch/cifar10_first1000', 'cifar100': 'torch/cifar100_first100'}  # for recipe:cifar_long
 
 
 class Section(NamedTuple):
-    """Rows of the table `title`, trained together. A row named `G = 1` is the plain BN that the others compare with."""
+    """Rows of the table `title`, trained together; a row named `G = 1` is plain BN, with which others are compared."""
     name: str
     title: str
     rows: Dict[str, Setting]
@@ -19,7 +19,7 @@ class Section(NamedTuple):
     dataset: str = 'cifar100'
 
     @property
-    def runs(self):  # seed by seed, so that rows to compare grow together
+    def runs(self):  # seed by seed, so that rows to compare have the same seeds when it is interrupted
         return [(setting, seed) for seed in self.seeds for setting in self.rows.values()]
 
 
@@ -55,7 +55,7 @@ def small(recipe, groups, *kwargs, **more):
 
 
 def weights(model, dataset, epochs, batch_size, rate, *options, **more):
-    """With label smoothing and random erasing, as nothing is compared."""
+    """A section for embedded weights: with label smoothing and random erasing, as nothing is compared."""
     options = (
         '--epochs', str(epochs), '--batch-size', str(batch_size), '--smoothing', '0.1', '--reprob', '0.25', *options)
     rows = {model: short(model, dataset=dataset, options=options, rate=rate, **more)}
@@ -64,7 +64,7 @@ def weights(model, dataset, epochs, batch_size, rate, *options, **more):
 
 ON_GPU = ('--warmup-epochs', '5', '--device', 'cuda')
 PROTOCOLS = {
-    'placement': [  # of a block's second ReLU, 10 epochs
+    'placement': [  # where does a block's second ReLU go? 10 epochs
         Section(place, 'finet_small_g4 by act_place, 10 epochs', {
             place: short('finet_small_g4', f'act_place={place}', options=('--epochs', '10'))}, SEEDS[:2])
         for place in ('depthwise', 'pointwise', 'output')],
@@ -76,7 +76,7 @@ PROTOCOLS = {
         Section('tied', 'finet_small', {
             'G = 8, tied affine': short('finet_small_g8_tied', SMALL, module='scripts.paper.tied_affine')}),
     ],
-    'long': [  # the same once the network fits its training set: 100 images a class, 50 epochs
+    'long': [  # and if the network fits its training set? 100 images per class, 50 epochs
         Section('deviation', 'finet_small', small(long, (1,)), FIVE),  # how many seeds the rest needs
         Section('small', 'finet_small', small(long, (1, 8)), TEN),
         Section('groups', 'finet_small', small(long, (2, 4)), FIVE),
@@ -96,15 +96,15 @@ PROTOCOLS = {
     ],
     'paper': [Section('paper', 'finet_large', {  # Table 5's own protocol, 200 epochs of all images
         f'G = {g}': setting('cifar100', model) for g, model in ((1, 'finet_large'), (8, 'finet_large_g8'))})],
-    'weights': [  # that the package embeds
+    'weights': [  # those that the package embeds
         weights('finet_large_se_g4', 'cifar10', 72, 512, 0.4, '--aa', 'rand-m5-mstd0.5-inc1', *ON_GPU,
                 module='timm_finet.cuda_graphs'),
-        # in two processes, which take less time than two threads of one
+        # two processes take less time than two threads of one process
         weights('finet_large_se_g4', 'cifar100', 30, 64, 0.1, processes=2),
         weights('resnet18_fbn', 'cifar10', 50, 256, 0.2, *ON_GPU, module='timm_finet.cuda_graphs'),
     ],
 }
-RESULTS_OF = {  # the first file of a protocol is that of cifar_tables.py
+RESULTS_OF = {  # cifar_tables.py writes the first file of a protocol
     'cifar_short': ('placement', 'evidence'), 'cifar_long': ('long',), 'cifar_long_gpu': ('long',),
     'cifar_paper': ('paper',), 'cifar_weights': ('weights',)}
 TOGETHER = {'paper': 'cifar_paper', 'long': 'cifar_long_gpu'}  # what cifar_together.py trains on one GPU

@@ -1,15 +1,17 @@
-"""FBN against BN on CIFAR: train the rows of the tables by timm's train.py, collect, compare.
+"""Compare FBN with BN on CIFAR: train the rows of the tables with timm's train.py, and collect the results.
 
     python -m scripts.paper.cifar_tables evidence --data-dir DATA --output OUT --jobs 2
     python -m scripts.paper.cifar_tables evidence             # tables and plots alone
 
-`placement` and `evidence` are short, for a CPU: where a block's second ReLU stands, and whether FBN beats BN at equal
-widths. `long` asks the latter of networks that fit the few images they are trained on. `weights` are those of CIFAR
-that the package embeds. Results go to results/cifar_short.csv, cifar_long.csv and cifar_weights.csv, the epochs and
-plots beside them, the tables to docs/cifar.md and docs/weights.md; with another `--results` they are printed.
+`placement` and `evidence` are short, for a CPU. They ask where a block's second ReLU goes, and whether FBN beats BN at
+equal widths. `long` asks the second question of networks that fit the few images they are trained on. `paper` is Table
+5's own protocol on CIFAR-100. `weights` trains the CIFAR weights that the package embeds.
 
-DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started, in
-order of worth, `--jobs` at a time; cut off, it goes on from each run's last epoch when started again with the same OUT.
+Results go to results/cifar_short.csv, cifar_long.csv, cifar_paper.csv and cifar_weights.csv, with epochs and plots
+beside them. Tables go to docs/cifar.md and docs/weights.md; with another `--results` they are printed.
+
+DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started `--jobs`
+at a time, the most important first. After an interruption, the same command continues from each run's last epoch.
 """
 import importlib
 import math
@@ -44,9 +46,9 @@ FIT = {'fit_loss': 'loss on the training images', 'fit_top1': 'top-1 on them'}
 
 @torch.no_grad()
 def fit(run, args):
-    """How well a finished run fits what it was trained on: columns of its results' line.
+    """Columns that tell how well a finished run fits its training images.
 
-    That is loss and top-1 in per cent on the training images, uncropped, in eval mode and float32.
+    These are loss and top-1 in per cent on the uncropped images, in eval mode and float32.
     """
     home = folder(args.output, run)
     trained = yaml.safe_load((home / 'args.yaml').read_text())
@@ -72,7 +74,7 @@ def tables_of(stem):
 
 
 def of(rows, setting):
-    """Lines of a setting, by seed."""
+    """Rows of a setting, by seed."""
     found = {int(row['seed']): row for row in rows if row['setting'] == setting.name}
     return dict(sorted(found.items()))
 
@@ -82,7 +84,7 @@ def top1(lines, column='top1_last'):
 
 
 def paired(differences):
-    """Mean of the differences by seed, its standard error and p of Student's paired t; a single one has neither."""
+    """Mean of differences, its standard error and p of Student's paired t; the last two are None for one difference."""
     n = len(differences)
     if n < 2:
         return mean(differences), None, None
@@ -91,7 +93,7 @@ def paired(differences):
 
 
 def student(t, freedom):
-    """Probability that Student's t with so many degrees of freedom is further from 0 than `t`: its closed form."""
+    """Probability, in closed form, that Student's t with `freedom` degrees of freedom is further from 0 than `t`."""
     angle = math.atan(abs(t) / freedom ** 0.5)
     cosines = term = 1 if freedom % 2 == 0 else math.cos(angle)
     for k in range(2 if freedom % 2 == 0 else 3, freedom, 2):
@@ -104,7 +106,7 @@ def student(t, freedom):
 
 
 def against_bn(lines, baseline):
-    """A row's difference to BN over the seeds that both have, as cells: difference, p, seeds."""
+    """Two cells for a table row: its difference from BN over the seeds that both have, and p with their number."""
     shared = sorted(lines.keys() & baseline.keys())
     if not shared or lines == baseline:
         return ['', '']
@@ -144,13 +146,13 @@ def table(rows, stem):
 
 
 def by_groups(found):
-    """G and what was found for it, of the rows that a plot against G shows."""
+    """Those of the rows that a plot against G shows, by G."""
     return {int(name.removeprefix('G = ')): of_g for name, of_g in found.items()
             if re.fullmatch(r'G = \d+', name) and of_g}
 
 
 def plot(rows, stem, results):
-    """Accuracy against G beside the paper's, and against epochs, where BN and FBN of one table are there."""
+    """Plot accuracy against G, beside the paper's, and against epochs, for tables with rows for several G."""
     families = []
     for (dataset, title), settings in tables_of(stem).items():
         points = by_groups({name: of(rows, setting) for name, setting in settings.items()})
@@ -174,7 +176,7 @@ def plot(rows, stem, results):
             ax.legend(fontsize=8)
     for name, figure in (('groups', figure_of_groups), ('epochs', figure_of_epochs)):
         if name == 'groups' and all(len(lines) == 1 for *_, points in families for lines in points.values()):
-            continue  # against G a single seed shows nothing
+            continue  # a single seed shows nothing about G
         figure.savefig(results.with_name(f'{results.stem}_{name}.png'), dpi=130, facecolor='white')
         plt.close(figure)
 
@@ -186,7 +188,7 @@ def plot_groups(ax, points, paper):
     for g, lines in points.items():
         ax.plot([g] * len(lines), top1(lines.values()), '.', color='#1b7fbd', alpha=0.4)
     paper = {g: figure for g, figure in paper.items() if g in x}
-    if paper and 1 in x:  # its accuracies are of longer runs, mostly of wider networks: shift them onto our BN
+    if paper and 1 in x:  # the paper's runs are longer, its networks mostly wider: shift its accuracies onto our BN
         shifted = [(g, y[x.index(1)] + figure - paper[1]) for g, figure in paper.items()]
         ax.plot(*zip(*shifted), color='#777777', marker='o', mfc='white', ls=':', label="BN and the paper's gain")
     ax.set(xlabel='FBN groups G (1 is plain BN)', xticks=x, ylabel='top-1 in %, not from 0: mean, deviation, seeds')

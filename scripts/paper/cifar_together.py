@@ -1,15 +1,15 @@
-"""Many networks on CIFAR at once, on one GPU, in one process: a single one leaves it idle.
+"""Train many networks on CIFAR at once, on one GPU and in one process, as a single network leaves the GPU idle.
 
     python -m scripts.paper.cifar_together long --only small groups --data-dir DATA --output OUT --jobs 30
     python -m scripts.paper.cifar_together paper --data-dir DATA --output OUT --amp-dtype bfloat16 --minutes 12
 
-`long` are the networks that cifar_tables.py trains under that name, with the same settings and as many seeds, by
-timm's optimizer and schedule; `paper` is Table 5's own protocol on CIFAR-100. Each network's training step, its
-optimizer's too, is a CUDA graph on a stream of its own; the images lie on the card. Results go to
+`long` trains the networks that cifar_tables.py trains under that name, with the same settings and number of seeds, and
+with timm's optimizer and schedule. `paper` is Table 5's own protocol on CIFAR-100. Each network's training step,
+including its optimizer, is a CUDA graph on its own stream, and the images are on the GPU. Results go to
 results/cifar_long_gpu.csv and cifar_paper.csv, with the columns of the other tables.
 
-The runs that the results lack are trained in order of worth, `--jobs` at a time. Once a minute all networks are saved
-to OUT; the same command goes on from there. Without a GPU they take turns, step by step.
+The runs that the results lack are trained `--jobs` at a time, the most important first. Once a minute all networks are
+saved to OUT, from where the same command continues. Without a GPU, the networks take turns step by step.
 """
 import argparse
 import importlib
@@ -38,7 +38,7 @@ EVAL_BATCH = 2000
 
 
 def train_args(setting):
-    """The recipe's values and over them the setting's, by the names of train.py's arguments."""
+    """The recipe's values, overridden by the setting's, by the names of train.py's arguments."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     for name in ('--config', '--model', '--dataset'):
         parser.add_argument(name)
@@ -54,14 +54,14 @@ def train_args(setting):
 
 
 def build(args):
-    """The network that train.py would build."""
+    """Build the network that train.py would build."""
     for module in args.device_modules:
         importlib.import_module(module)
     return timm.create_model(args.model, num_classes=args.num_classes, drop_rate=args.drop, **args.model_kwargs)
 
 
 def images(args, root, split):
-    """A data set on the device whose `__getitems__` crops, flips and normalises a batch; timm's loader tells it how."""
+    """A data set on the device; its `__getitems__` crops, flips and normalises a batch as timm's loader set it up."""
     data = create_dataset(args.dataset.removesuffix('_pad2') + '_gpu', root=root, split=split)
     create_loader(
         data, tuple(args.input_size), args.batch_size, is_training=split == 'train', use_prefetcher=False,
@@ -77,8 +77,8 @@ class Training:
     Args:
         run: A setting and a seed.
         data, test: Images to train and to test on.
-        device: On a GPU steps are replayed from a graph.
-        amp_dtype: Of autocast, in place of the recipe's.
+        device: On a GPU, steps are replayed from a graph.
+        amp_dtype: dtype of autocast, instead of the recipe's.
     """
 
     def __init__(self, run, data, test, device, amp_dtype=None):
@@ -89,13 +89,13 @@ class Training:
         self.precision = amp_dtype or (self.args.amp_dtype if vars(self.args).get('amp') else 'float32')
         random_seed(seed, 0)
         self.model = build(self.args).to(device, memory_format=torch.channels_last).train()
-        self.numbers = torch.get_rng_state()  # of the order and the crops; each network draws from its own
+        self.numbers = torch.get_rng_state()  # for order and crops; each network has its own
         on_gpu = device.type == 'cuda'
-        # Only the fused step reads its learning rate from the card, where it can change without another capture.
+        # Only the fused optimizer reads its learning rate from the GPU, where it can change without another capture.
         fused = dict(fused=True) if on_gpu else {}
         self.optimizer = create_optimizer_v2(
             self.model, **optimizer_kwargs(self.args), **self.args.opt_kwargs, **fused)
-        for parameter in self.model.parameters():  # SGD's first step is the same from zeros as from nothing
+        for parameter in self.model.parameters():  # SGD's first step is the same with zeros as without a buffer
             self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer, **scheduler_kwargs(self.args), updates_per_epoch=updates)
@@ -106,9 +106,9 @@ class Training:
 
     @contextmanager
     def its_own(self):
-        """Whatever runs inside takes this network's random numbers and, on a GPU, its stream.
+        """Run what is inside with this network's random numbers and, on a GPU, on its stream.
 
-        They are the host's: order, crops and flips. Dropout on a GPU draws from one generator for all networks.
+        The random numbers are the host's: order, crops and flips. Dropout on a GPU uses one generator for all networks.
         """
         before = torch.get_rng_state()
         torch.set_rng_state(self.numbers)
@@ -122,11 +122,11 @@ class Training:
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     def tensors(self):
-        """All that a step changes."""
+        """All tensors that a step changes."""
         return [*self.model.state_dict().values(), *(s['momentum_buffer'] for s in self.optimizer.state.values())]
 
     def compute(self):
-        """One step on `self.x` and `self.target`."""
+        """Take one step on `self.x` and `self.target`."""
         with self.autocast():
             loss = F.cross_entropy(self.model(self.x), self.target)
         loss.backward()
@@ -147,7 +147,7 @@ class Training:
         self.graph.replay()
 
     def capture(self, x, target):
-        """Record a step as a CUDA graph. The steps that warm up for it are undone."""
+        """Record a step as a CUDA graph, and undo the warm-up steps."""
         self.x, self.target = x.clone(), target.clone()
         before = [tensor.clone() for tensor in (*self.tensors(), self.loss)]
         for _ in range(3):
@@ -161,19 +161,19 @@ class Training:
                 tensor.copy_(value)
 
     def set_rate(self):
-        """On a GPU the schedule's number goes into the tensor that the graph reads."""
+        """On a GPU, write the schedule's learning rate into the tensor that the graph reads."""
         if self.stream is not None:
             for group in self.optimizer.param_groups:
                 self.rate.fill_(float(group['lr']))
                 group['lr'] = self.rate
 
     def order(self):
-        """Indices of an epoch's batches, shuffled; the smaller last one is dropped, as by train.py."""
+        """Shuffled indices of an epoch's batches; a smaller last batch is dropped, as in train.py."""
         size = self.args.batch_size
         return torch.randperm(len(self.data))[:self.updates * size].view(self.updates, size).tolist()
 
     def end_epoch(self):
-        """Note the epoch, test every fifth and the last, and move the schedule."""
+        """Record the epoch, test after every fifth and the last, and step the schedule."""
         self.epoch += 1
         train_loss, rate = self.loss.item() / self.updates, float(self.optimizer.param_groups[0]['lr'])
         self.loss.zero_()
@@ -191,7 +191,7 @@ class Training:
             yield x, target
 
     def uncropped_batches(self):
-        """The images that it is trained on, as they are tested."""
+        """Batches of the training images, preprocessed as for testing."""
         data = self.data
         data.__getitems__([0])  # moves the images to the device, if no step has done so
         for x, target in zip(data.images[:, PAD:-PAD, PAD:-PAD].split(EVAL_BATCH), data.labels.split(EVAL_BATCH)):
@@ -199,7 +199,7 @@ class Training:
 
     @torch.no_grad()
     def judge(self, batches):
-        """Mean loss, and top-1 and top-5 in per cent, in eval mode."""
+        """Mean loss, top-1 and top-5 in per cent, in eval mode."""
         self.model.eval()
         sums, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
         for x, target in batches:
@@ -227,14 +227,14 @@ class Training:
 
 
 def train(trainings, end, save):
-    """An epoch of every network, step by step in turns, until all are done or the time is up.
+    """Train the networks an epoch at a time, step by step in turns, until all are done or the time is up.
 
     Args:
         end: Time of the monotonic clock after which no epoch is started.
         save: Called once a minute and at the end, between epochs.
     """
     if trainings[0].stream:
-        torch.cuda.synchronize()  # their own streams do not wait for what has been built and loaded on the default one
+        torch.cuda.synchronize()  # the networks' streams do not wait for the default one, on which they were built
     saved = time.monotonic()
     active = [t for t in trainings if t.epoch < t.epochs]
     while active and time.monotonic() < end:
@@ -264,7 +264,7 @@ def train(trainings, end, save):
 
 
 def line(training, args, together):
-    """The results' line of a finished run, as `collect` of runs.py and `fit` of cifar_tables.py have it."""
+    """The row of a finished run, with the columns of `collect` in runs.py and of `fit` in cifar_tables.py."""
     setting, seed = training.run
     top1 = [row['eval_top1'] for row in training.rows]
     gpu = training.device.type == 'cuda'
@@ -287,7 +287,7 @@ def record(training, args, together):
 
 
 def train_together(runs, args, device, end):
-    """Train the runs at once and record those that end in time. Returns how many."""
+    """Train the runs at once, record those that finish in time, and return how many these are."""
     sets = {}
 
     def load(run):
@@ -330,11 +330,11 @@ def main():
     parser.add_argument('--jobs', type=int, default=30, help='networks at once (default: 30)')
     parser.add_argument('--data-dir', required=True)
     parser.add_argument('--output', required=True, help='folder of the checkpoint')
-    parser.add_argument('--minutes', type=float, default=float('inf'), help='start no epoch after so long')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='start no epoch after these minutes')
     parser.add_argument('--amp-dtype', choices=('bfloat16',), help="(default: the recipe's)")
-    parser.add_argument('--epochs', type=int, help="instead of the recipe's: for a rehearsal, which records nothing")
-    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
-    parser.add_argument('--results', type=Path, help="(default: the documents' own)")
+    parser.add_argument('--epochs', type=int, help="instead of the recipe's, for a rehearsal that records nothing")
+    parser.add_argument('--commit', default=commit(), help='to record, for a copy of the repository without history')
+    parser.add_argument('--results', type=Path, help='results file (default: that of the documents)')
     args = parser.parse_args()
     args.results = args.results or RESULTS / f'{TOGETHER[args.protocol]}.csv'
     sections = [section for section in PROTOCOLS[args.protocol] if section.name in args.only]

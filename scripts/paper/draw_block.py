@@ -1,4 +1,4 @@
-"""Draw a block of Finet as it is trained and as it is deployed, from the traced graphs of the two forms.
+"""Draw a block of Finet as it is trained and as it is deployed, from traced graphs of both forms.
 
 Boxes in one column run one after the other; the right column is Squeeze-and-Excitation, which reads the block's input.
 """
@@ -16,14 +16,14 @@ HEIGHT, GAP, WIDTH = 0.62, 0.38, 3.3
 
 
 class LayerTracer(Tracer):
-    """Stops at convolutions of this package too."""
+    """A tracer that does not trace into convolutions, including this package's."""
 
     def is_leaf_module(self, module, name):
         return isinstance(module, (nn.Conv2d, FBNConv2d)) or super().is_leaf_module(module, name)
 
 
 def describe(node, block):
-    """A box's text and kind, or None for what does nothing in eval mode."""
+    """A box's text and kind, or None for a module that does nothing."""
     if node.op != 'call_module':
         name = node.target if isinstance(node.target, str) else node.target.__name__
         return {'placeholder': "the block's input", 'output': "the block's output"}.get(
@@ -46,7 +46,7 @@ def describe(node, block):
 
 def draw_block(ax, block, title):
     boxes, behind_conv1, bottoms = {}, set(), [0.0, 0.0]
-    sources = {}  # the node whose box stands for a node: another's, where it draws none itself
+    sources = {}  # for each node, the node whose box it uses: its own, or that of its input
     for node in LayerTracer().trace(block).nodes:
         inputs = [sources[i] for i in node.all_input_nodes]
         if node.target == 'conv1' or any(i in behind_conv1 for i in inputs):

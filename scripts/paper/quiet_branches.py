@@ -1,6 +1,7 @@
 """For train.py's --device-modules: finet_small_g8_quiet, whose gammas start at 1 / sqrt(G).
 
-A sum of G normalised terms is sqrt(G) times as large as one: this control starts each block's branch as BN does.
+A sum of G normalised terms is sqrt(G) times as large as one term. In this control, each block's branch starts at the
+same scale as with BN.
 """
 import torch.nn as nn
 from timm.models import register_model

@@ -1,9 +1,9 @@
-"""Table 2 again: multiply-adds and parameters of Finet and of those it is compared with, beside the paper's figures.
+"""Reproduce Table 2: multiply-adds and parameters of Finet and other networks, beside the paper's figures.
 
     python -m scripts.paper.table2
 
-Counts what `timm-finet flops` counts, fused, at 224 px where not said, into results/table2.csv. The accuracies are the
-paper's own; none of them is measured here.
+This counts what `timm-finet flops` counts, fused, at 224 px unless stated, and writes results/table2.csv. The
+accuracies are the paper's own; none of them is measured here.
 """
 from datetime import date
 
@@ -44,7 +44,7 @@ PAPER = {
 SIZES = {'mobilenetv2_035': 192}  # the published checkpoint with this accuracy and this count is the one for 192 px
 FC1 = 1024 * 1024
 README = ('finet_small_g4', 'finet_small_se_g4', 'finet_large_g4', 'finet_large_se_g4', 'mobilenetv3_large_100')
-# Where the plot's labels stand, so that they do not cover each other: left of the point, or this much above it.
+# Positions of the plot's labels that keep them apart: left of the point, or this much above it.
 LEFT = ('mobilenetv3_small_075', 'torchvision:shufflenet_v2_x1_5', 'semnasnet_100', 'mobilenetv2_100')
 SHIFT = {'finet_large_se': 5, 'finet_large_g4': -4, 'finet_large_se_g4': 3, 'finet_large_se_g2': -3}
 
@@ -64,7 +64,7 @@ class Elements(TorchDispatchMode):
 
 
 def note(name, row, model):
-    """Why ours is not the paper's figure."""
+    """Why our figure differs from the paper's."""
     paper_madds, paper_params, _ = PAPER[name]
     madds = row['conv_linear']
     if name.startswith('finet'):
@@ -110,7 +110,7 @@ def table(rows):
 
 
 def models(rows):
-    """The README's choice of them."""
+    """The README's table of some of the networks."""
     chosen = [row for name in README for row in rows if row['model'] == name]
     return markdown(['', 'parameters, fused', 'multiply-adds', "the paper's top-1 on ImageNet"], [
         (f"`{row['model']}`", f"{int(row['params_fused']):,}", f"{int(row['madds']):,}", row['paper_top1'])
@@ -122,7 +122,7 @@ def series_of(name):
 
 
 def plot(rows):
-    """The paper's accuracies against the multiply-adds counted here, a panel for each size."""
+    """Plot the paper's accuracies against the multiply-adds counted here, with a panel for each size."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
     series = {'Finet': ('#1b7fbd', 'D'), 'Finet + SE': ('#0b4a73', 's'), 'other networks': ('#777777', 'o')}
     for ax, title, sizes in zip(axes, ('small', 'large'), ((0, 1e8), (1e8, 1e9))):

@@ -1,10 +1,11 @@
-"""Table 4 again: images a second at batch 1 and 224 px, in five runtimes, the networks taken in turns.
+"""Reproduce Table 4: images per second at batch 1 and 224 px, in five runtimes, with the networks timed in turns.
 
     OMP_NUM_THREADS=1 python -m scripts.paper.table4 onnxruntime --threads 1
 
-Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; weights are random. ONNX files are those
-of `timm-finet export`, for OpenVINO too. A round runs each network ten times and takes the median; ratios are taken
-within a round. Rows are merged into results/table4.csv. Needs the extras export and executorch, and openvino.
+Every network is fused by `fuse_fbn`, which leaves no BatchNorm in any of them; weights are random. ONNX files, also
+those for OpenVINO, are written as in `timm-finet export`. A round runs each network ten times and takes the median;
+ratios are within a round. Rows are merged into results/table4.csv. This needs the extras export and executorch, and
+openvino.
 """
 import tempfile
 from importlib.metadata import version
@@ -70,7 +71,7 @@ def load(runtime, name, x, threads, folder):
 def load_openvino(file, threads, **options):
     import openvino
     compiled = openvino.Core().compile_model(file, 'CPU', {
-        'INFERENCE_PRECISION_HINT': 'f32',  # else bfloat16 where the processor has it
+        'INFERENCE_PRECISION_HINT': 'f32',  # else bfloat16 if the processor has it
         'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY', **options})
     request = compiled.create_infer_request()
 
@@ -118,7 +119,7 @@ def table(rows):
 
 
 def plot(rows):
-    """Milliseconds an image, bars by runtime, a panel for each number of threads."""
+    """Plot milliseconds per image as bars by runtime, with a panel for each number of threads."""
     colors = ('#999999', '#1b7fbd', '#0b4a73', '#f2b37c', '#d95f02', '#8c510a')
     threads = sorted({row['threads'] for row in rows})
     fig, axes = plt.subplots(

@@ -1,8 +1,8 @@
-"""Where the time of Table 4 goes: milliseconds an image by kind of operator, one thread, by the runtimes' profilers.
+"""Where the time of Table 4 goes: milliseconds per image by kind of operator, from the runtimes' profilers.
 
     OMP_NUM_THREADS=1 python -m scripts.paper.table4_operators
 
-Writes results/table4_operators.csv. Profilers cost time themselves, most of all in eager mode.
+This uses one thread and writes results/table4_operators.csv. Profilers themselves take time, most of all in eager mode.
 """
 import json
 import re
@@ -23,7 +23,7 @@ RUNS = 50
 
 
 def kind(operator, pooled=False, depthwise=False):
-    """The kind of an operator by its name, whatever the runtime; `pooled`: it works on 1x1 maps or vectors."""
+    """The kind of an operator by its name in any of the runtimes; `pooled` if it works on 1x1 maps or vectors."""
     name = operator.lower()
     if re.search('conv|gemm|linear|fullyconnected|matmul', name):
         depthwise = depthwise or 'group' in name or 'dwconv' in name
@@ -76,7 +76,7 @@ def executorch(model, x, folder):
         module.forward([x])
     module.write_etdump_result_to_file(f'{folder}/etdump', '')
     block = next(b for b in Inspector(etdump_path=f'{folder}/etdump').event_blocks if b.name == 'Execute')
-    pooled = False  # it names no shapes: from a mean to the product with it, or to the end, maps are 1x1
+    pooled = False  # events have no shapes: maps are 1x1 from a mean to the next product, or to the end
     for event in block.events:
         if event.perf_data and event.name not in ('Method::execute', 'DELEGATE_CALL', 'OPERATOR_CALL'):
             pooled = (pooled or 'Mean' in event.name) and 'Multiply' not in event.name

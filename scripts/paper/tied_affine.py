@@ -1,6 +1,7 @@
-"""For train.py's --device-modules: finet_small_g8_tied, whose groups share one gamma and one beta a channel.
+"""For train.py's --device-modules: finet_small_g8_tied, whose groups share one gamma and one beta per channel.
 
-FBN with the statistics of G = 8 and as many affine parameters as G = 1: a control for what the affine pairs bring.
+This is FBN with the statistics of G = 8 and as many affine parameters as G = 1: a control for the effect of the affine
+parameters.
 """
 import torch.nn as nn
 from timm.models import register_model
