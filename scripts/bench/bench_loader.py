@@ -1,11 +1,11 @@
-"""Images a second of the CIFAR loader of `recipe:cifar10` in one worker, beside the networks' own training speed.
+"""Images per second of the CIFAR loader in one worker, beside the networks' own training speed.
 
     python -m scripts.bench.bench_loader
 
-The loader is timm's, as train.py makes it from the recipe, over 12,800 random images. A network's step is forward,
-cross entropy, backward and SGD at the recipe's batch size. Loader and networks take turns in one thread. A loader
-worker is one process with such a thread, so sixteen of them are extrapolated, not measured. Writes
-results/bench_loader.csv.
+The loaders are timm's, as train.py makes them from `recipe:cifar10` and `recipe:modern`, over 12,800 random images. A
+network's step is forward, cross entropy, backward and SGD at the batch size of `recipe:cifar10`. Loaders and networks
+take turns in one thread. A loader worker is a process with one such thread, so figures for sixteen workers are
+extrapolated, not measured. This writes results/bench_loader.csv.
 """
 import tempfile
 from argparse import Namespace
@@ -34,7 +34,7 @@ def recipe(name):
 
 
 def loader(args, folder):
-    """What a worker does: read, augment and collate. Normalising is the training process's part."""
+    """A function that does a worker's part: read, augment and collate. The training process normalises."""
     loader = create_loader(
         create_dataset(args.dataset, root=folder, split='train'), args.input_size, args.batch_size, is_training=True,
         scale=args.scale, ratio=args.ratio, hflip=args.hflip, color_jitter=args.color_jitter, auto_augment=args.aa,

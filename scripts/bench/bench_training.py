@@ -1,11 +1,11 @@
-"""What FBN costs in training: time and peak memory of one step against plain BN, the networks taken in turns.
+"""What FBN costs in training: time and peak memory of one step against plain BN, with the networks timed in turns.
 
     python -m scripts.bench.bench_training  # CPU, one thread; on a GPU: --device cuda --channels-last --graph
 
-A step is forward, cross entropy and backward, without optimizer. `bn` is the same network, of the same widths, of
-nn.Conv2d and nn.BatchNorm2d as torch has them; `plain` the same as this package builds it, at G = 1; `reference` the
-paper's form; `moment` this package's. `run` is eager, compiled, or a CUDA graph of the eager kernels, without the
-host's time to launch them. Rows are merged into results/bench_training.csv.
+A step is forward, cross entropy and backward, without optimizer. All forms of a network have the same widths: `bn` is
+made of torch's nn.Conv2d and nn.BatchNorm2d, `plain` is what this package builds at G = 1, `reference` is FBN in the
+paper's form, and `moment` is FBN in this package's form. `run` is eager, compiled, or a CUDA graph of the eager
+kernels, which saves the host's time to launch them. Rows are merged into results/bench_training.csv.
 """
 from statistics import median
 
@@ -32,7 +32,7 @@ SEED = 0
 
 
 def torch_modules(model):
-    """A network at G = 1 with nothing of this package in it: what somebody would write who has torch alone."""
+    """Replace this package's layers in a network at G = 1 by torch's own modules."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, (FBNConv2d, DepthwiseConv2d)):
             conv = nn.Conv2d(
@@ -83,7 +83,7 @@ def bench(name, size, dtype, args):
     times = in_turns(runs, args.rounds, device=args.device)
     middle = {key: median(values) for key, values in times.items()}
     held = sum(p.numel() * p.element_size() for p in model.parameters()) + x.numel() * x.element_size()
-    peaks = {  # a graph holds its memory from its capture on
+    peaks = {  # not of graphs, which hold their memory from their capture on
         key: held + peak_bytes(run, args.device) for key, run in runs.items() if 'graph' not in key}
     for groups, form, how in runs:
         mine, bn, eager = (groups, form, how), (groups, 'bn', how), (groups, form, 'eager')
@@ -104,7 +104,7 @@ def measured_on(rows, kind):
 
 
 def table(rows, kind='CPU'):
-    """Against plain BN: this package's form and the reference form at G = 2, 4, 8; and what plain BN itself gains."""
+    """Ratios of this package's form and of the reference form to plain BN, at G = 2, 4 and 8."""
     def ratios(rows, form, column, over=None):
         found = {r['groups']: float(r[column]) for r in rows if r['form'] == form and r[column]}
         base = {r['groups']: float(r[column]) for r in rows if r['form'] == over and r[column]}
@@ -129,7 +129,7 @@ def table(rows, kind='CPU'):
 
 
 def headline(rows):
-    """finet_large at G = 4, channels_last, over plain BN: the README's table."""
+    """The README's table: finet_large at G = 4 in channels_last, relative to plain BN."""
     chosen = {
         (r['size'], r['dtype'], r['form']): r for r in measured_on(rows, 'CPU')
         if (r['model'], r['groups'], r['layout'], r['run']) == ('finet_large', '4', 'channels_last', 'eager')}
@@ -146,7 +146,7 @@ def headline(rows):
 
 
 def plot(rows):
-    """Time and memory in channels_last against G, a form a line: a row a dtype, a column a network and its input."""
+    """Plot time and memory in channels_last against G: a line per form, a row per dtype, a column per network."""
     import matplotlib.pyplot as plt  # a machine that only measures does not need it
     rows = [r for r in measured_on(rows, 'CPU') if r['layout'] == 'channels_last' and r['run'] == 'eager']
     panels = sorted({(r['model'], int(r['size']), int(r['batch'])) for r in rows if r['groups'] == '8'})
@@ -181,7 +181,7 @@ def main():
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--models', nargs='+', default=['finet_large', 'finet_small', 'resnet50'])
     parser.add_argument('--groups', nargs='+', type=int, default=[2, 4, 8])
-    parser.add_argument('--forms', nargs='+', default=list(FORMS), choices=FORMS, help='bn among them')
+    parser.add_argument('--forms', nargs='+', default=list(FORMS), choices=FORMS, help='must include bn')
     parser.add_argument('--sizes', nargs='+', type=int, default=[32, 224])
     parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'], choices=('float32', 'bfloat16'))
     parser.add_argument('--batch-size', type=int, default=16)
@@ -189,8 +189,9 @@ def main():
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument(
         '--compile', action='append_const', const='compiled', dest='runs', default=['eager'],
-        help='measure each form compiled too, in turns with itself eager')
-    parser.add_argument('--graph', action='append_const', const='graph', dest='runs', help='and as a CUDA graph')
+        help='measure each form compiled too, in turns with the eager form')
+    parser.add_argument(
+        '--graph', action='append_const', const='graph', dest='runs', help='measure each form as a CUDA graph too')
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.models:

@@ -1,15 +1,16 @@
-"""Fuse networks of many packages and compare them with themselves.
+"""Fuse networks of many packages, and compare their outputs before and after.
 
     python -m scripts.bench.fuse_networks
 
-Weights are random, and so are the statistics of all BatchNorms; everything is float64 and runs on another input than
-the one that `fuse_fbn` has watched. A network is wrong if an output differs by more than 100 times what rounding does
-to it: float64's own, or where the network multiplies that, what a change of all weights by so much does. It is
-undecided if there is nothing to compare, as a detector finds nothing, or if rounding already changes what it finds.
+The weights and the statistics of all BatchNorms are random. Everything is float64, and outputs are compared on another
+input than the one that `fuse_fbn` has watched. A network is wrong if an output differs by more than 100 times the
+effect of rounding: float64's epsilon or, if the network amplifies it, the effect of changing all weights by epsilon. A
+network is undecided if there is nothing to compare, e.g. when a detector finds nothing, or if rounding already changes
+what it finds.
 
-Besides what the package requires it takes `transformers`, `segmentation_models_pytorch`, `ultralytics`, `monai` and
-`efficientnet_pytorch`, each as far as it is installed. Rows are added to results/fuse_networks.csv; it goes on where it
-was stopped.
+In addition to what the package requires, this uses `transformers`, `segmentation_models_pytorch`, `ultralytics`,
+`monai` and `efficientnet_pytorch`, if they are installed. Rows are added to results/fuse_networks.csv; the same command
+continues where it was stopped.
 """
 import importlib.metadata
 import logging
@@ -68,7 +69,7 @@ def outputs(model, example):
 
 @torch.no_grad()
 def measure(build):
-    """What becomes of a network; None if it has no BatchNorm."""
+    """Fuse a network and return what happened to it; None if it has no BatchNorm."""
     torch.manual_seed(0)
     model, *examples = build()
     if model is None:
@@ -78,7 +79,7 @@ def measure(build):
     if not norms:
         return None
     randomise(model)
-    for example in examples:  # the smaller first
+    for example in examples:  # the smaller one first
         try:
             outputs(model, example)
             break

@@ -1,15 +1,17 @@
-"""All that a GPU has to show of the moment form, in one command for whoever has a card for ten minutes.
+"""Test and time the moment form on a GPU, in one command that needs the GPU for ten minutes.
 
     python -m scripts.bench.gpu --minutes 10
 
-First tests/test_gpu.py, with torch's passes and with Triton's. Then each pass over the layers of finet_large, by torch
-and by Triton: milliseconds of one of many in a CUDA graph, and bytes a second of the fewest bytes that the pass needs,
-beside the card's own copy. torch's passes begin with a centred copy, which in a layer two of them share. Then training
-steps of whole networks against torch's own modules, in turns, eager, as a CUDA graph and compiled: milliseconds,
-memory, kernels launched.
+It runs, in this order:
+- tests/test_gpu.py, with torch's passes and with Triton's.
+- Each pass over the layers of finet_large, by torch and by Triton: milliseconds of one of many passes in a CUDA graph,
+  and bytes per second for the fewest bytes that the pass needs, beside the GPU's own copy. torch's passes begin with a
+  centred copy, which two of them share in a layer.
+- Training steps of whole networks and of the same networks with torch's own modules, in turns: eager, as a CUDA graph,
+  and compiled. It records milliseconds, memory and the number of kernels launched.
 
-Each line is written to results/gpu.csv as soon as it is known, with the card's name and the commit; the command,
-started again, goes on with what that commit lacks. `--device cpu --tiny` rehearses all of it without a GPU.
+Each row is written to results/gpu.csv as soon as it is known, with the GPU's name and the commit. The same command
+continues with the rows that the commit lacks. `--device cpu --tiny` rehearses everything without a GPU.
 """
 import os
 import re
@@ -51,7 +53,7 @@ FORMS = ('bn', 'torch', 'triton')
 
 
 class Results:
-    """The results file, a line at a time."""
+    """The results file, written row by row."""
 
     def __init__(self, args):
         self.file, self.end = args.file, time.monotonic() + 60 * args.minutes
@@ -61,7 +63,7 @@ class Results:
         return dict.fromkeys(COLUMNS, '') | row | self.same | dict(torch=torch.__version__, date=date.today())
 
     def missing(self, **key):
-        """Whether there is a line to measure, and time for it."""
+        """Whether the file lacks a row, and there is time to measure it."""
         wanted = [str(self.complete(key)[column]) for column in KEY]
         known = [[row[column] for column in KEY] for row in rows_so_far(self.file)]
         return wanted not in known and time.monotonic() < self.end
@@ -89,7 +91,7 @@ def run_tests(results):
 
 
 def passes_of(form, channels, out, groups, x, grad_y):
-    """The layer's passes and the algebra between them as functions by name; those of Triton with its kernel's name."""
+    """A layer's passes and the algebra between them, as functions by name; passes have their Triton kernel's name."""
     if form == 'triton':
         from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
         passes, algebra = TritonPasses, TritonAlgebra
@@ -118,7 +120,7 @@ def passes_of(form, channels, out, groups, x, grad_y):
 
 
 def timed(runs, device, rounds, times):
-    """Median milliseconds of the functions, each of which does the same to tensors of its own; on a GPU as a graph."""
+    """Median milliseconds of one of the functions, which do the same to different tensors; on a GPU, in a graph."""
     def run():
         for i in range(times):
             runs[i % len(runs)]()
@@ -166,7 +168,7 @@ def bench_passes(results, args, sizes, groups=4):
                     times_x, times_y = FEWEST.get(name, (0, 0))
                     fewest = 2 * (times_x * channels + times_y * out) * positions * sizes['images']
                     found = dict(ms=round(ms, 4), gb_per_s=round(fewest / ms / 1e6, 1) if fewest else '')
-                except Exception as error:  # the other lines are worth having
+                except Exception as error:  # go on with the other rows
                     found = dict(result=first_line(error))
                 results.add(**key, name=f'{name} {channels} to {out}', **found)
 
@@ -181,7 +183,7 @@ def network(name, groups, form, size, device):
 
 
 def count_kernels(run):
-    """Kernels of one run on the GPU."""
+    """Number of kernels that one run launches on the GPU."""
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         run()
         torch.cuda.synchronize()
@@ -189,7 +191,7 @@ def count_kernels(run):
 
 
 def prepare_step(name, groups, form, size, batch, how, args):
-    """A function that takes a training step under bfloat16 autocast; it has taken one."""
+    """Return a function that takes a training step under bfloat16 autocast, after it has taken one."""
     torch.manual_seed(0)
     model = network(name, groups, form, size, args.device)
     x = torch.randn(batch, 3, size, size, device=args.device).to(memory_format=torch.channels_last)
@@ -209,10 +211,10 @@ def prepare_step(name, groups, form, size, batch, how, args):
 
 
 def bench_step(steps, how, args, rounds):
-    """Milliseconds, memory and kernels of the forms' steps, which take turns."""
+    """Milliseconds, memory and kernels of the forms' steps, which are timed in turns."""
     for form, times in in_turns(steps, rounds, device=args.device).items():
         run, found = steps[form], dict(ms=round(1e3 * median(times), 3))
-        if how != 'graph':  # a graph holds its memory from its capture on
+        if how != 'graph':  # it holds its memory from its capture on
             found['peak_mb'] = round(peak_bytes(run, args.device) / 2 ** 20, 1)
         if args.device == 'cuda':
             found['kernels'] = count_kernels(run)
@@ -227,7 +229,7 @@ def bench_steps(results, args, sizes):
             for form in [form for form in FORMS if results.missing(**key, form=form)]:
                 try:
                     steps[form] = prepare_step(name, groups, form, size, batch, how, args)
-                except Exception as error:  # out of memory, or what the next card will not have
+                except Exception as error:  # out of memory, or an error that another GPU may not have
                     results.add(**key, form=form, result=first_line(error))
             for form, found in bench_step(steps, how, args, sizes['rounds']):
                 results.add(**key, form=form, **found)
@@ -238,7 +240,7 @@ def bench_steps(results, args, sizes):
 
 
 def table_of_steps(rows):
-    """Of the last card in the file. A ratio is of lines of one commit, the last in the file that has both."""
+    """Training steps on the last GPU in the file; a ratio is between rows of the last commit that has both."""
     steps = {}
     for row in rows:
         if row['card'] == rows[-1]['card'] and row['kind'] == 'step' and row['ms']:
@@ -261,7 +263,7 @@ def table_of_steps(rows):
 
 
 def table_of_passes(rows):
-    """Of the last card in the file, the last of each."""
+    """The last row of each pass on the last GPU in the file."""
     passes = {}
     for row in rows:
         if row['card'] == rows[-1]['card'] and (row['kind'], row['form']) == ('pass', 'triton') and row['gb_per_s']:
@@ -274,10 +276,10 @@ def table_of_passes(rows):
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument('--minutes', type=float, default=10, help='start no measurement after so long')
+    parser.add_argument('--minutes', type=float, default=10, help='start no measurement after these minutes')
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
     parser.add_argument('--tiny', action='store_true', help='small sizes, for a rehearsal')
-    parser.add_argument('--commit', default=commit(), help='for a copy of the repository that has no history')
+    parser.add_argument('--commit', default=commit(), help='to record, for a copy of the repository without history')
     parser.add_argument('--file', type=Path, default=RESULTS / 'gpu.csv')
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():

@@ -1,11 +1,14 @@
-"""What the Triton passes take and give, as far as it can be known without a GPU.
+"""Errors, bytes, resources and launches of the Triton passes, as far as they can be known without a GPU.
 
     python -m scripts.bench.kernels
 
-Writes to results: `kernels_errors.csv`, errors against float64 in Triton's interpreter; `kernels_bytes.csv`, the bytes
-that each pass loads and stores, counted there, beside the fewest that it needs; `kernels_resources.csv`, registers,
-spills and shared memory of every kernel, compiled ahead for each card; `kernels_launches.csv`, launches of a layer with
-these passes and with torch's. Times are gpu.py's.
+This writes to results:
+- `kernels_errors.csv`: errors against float64 in Triton's interpreter.
+- `kernels_bytes.csv`: bytes that each pass loads and stores, counted in the interpreter, beside the fewest it needs.
+- `kernels_resources.csv`: registers, spills and shared memory of every kernel, compiled ahead of time for each card.
+- `kernels_launches.csv`: launches of a layer with these passes and with torch's.
+
+gpu.py measures times.
 """
 import os
 import re
@@ -29,7 +32,7 @@ from timm_finet.ops.reference import fbn_reference
 from timm_finet.ops.torch_passes import TorchPasses
 
 SEED = 0
-SHAPES = [  # channels, out, G: a class of tiles each
+SHAPES = [  # channels, out, G: one shape for each class of tiles
     (6, 24, 1), (25, 100, 1), (50, 50, 2), (100, 100, 4), (200, 100, 2), (200, 400, 8), (400, 200, 2), (1024, 256, 2)]
 CARDS = {  # KiB of shared memory that a block may take
     'sm_80': 163, 'sm_86': 99, 'sm_89': 99, 'sm_90': 227, 'gfx942': 64}
@@ -38,7 +41,7 @@ WHAT = ('y', 'mean', 'var', 'grad_x', 'grad_weight', 'grad_gamma', 'grad_beta')
 
 
 def inputs(channels, out, groups, dtype, ratio=0, shape=(2, 9, 11), device='cpu'):
-    """x, weight, gamma, beta and the output's gradient; each channel's mean is `ratio` deviations."""
+    """x, weight, gamma, beta and the output's gradient; each channel's mean is `ratio` times its deviation."""
     torch.manual_seed(SEED)
     images, *size = shape
     x = torch.randn(images, channels, *size, device=device) + ratio * torch.randn(channels, 1, 1, device=device).sign()
@@ -50,14 +53,14 @@ def inputs(channels, out, groups, dtype, ratio=0, shape=(2, 9, 11), device='cpu'
 
 
 def run_layer(x, weight, gamma, beta, grad_y, groups, relu=False, running=None):
-    """`WHAT`, of the passes that this process takes."""
+    """The tensors in `WHAT`, from the passes that this process uses."""
     leaves = [v.detach().requires_grad_() for v in (x, weight, gamma, beta) if v is not None]
     y, mean, var, _ = MomentForm.apply(*leaves, *[None] * (4 - len(leaves)), groups, 1e-5, None, relu, running)
     return [y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_y)]
 
 
 def exact_layer(x, weight, gamma, beta, grad_y, groups, relu=None):
-    """The same by definition in float64; `relu`: where its output is positive."""
+    """The same tensors by definition in float64; `relu` is a mask of the positive outputs."""
     leaves = [v.detach().double().requires_grad_() for v in (x, weight, gamma, beta) if v is not None]
     y, mean, var = fbn_reference(*leaves, *[None] * (4 - len(leaves)), groups, 1e-5)
     y = y if relu is None else y * relu
@@ -65,7 +68,7 @@ def exact_layer(x, weight, gamma, beta, grad_y, groups, relu=None):
 
 
 def errors(found, exact):
-    """Relative, by norm; of the variance that of its worst entry."""
+    """Relative errors by norm, except for the variance, which has the error of its worst entry."""
     sizes = [((f - e).norm() / e.norm()).item() for f, e in zip(found, exact)]
     sizes[2] = ((found[2] - exact[2]) / exact[2]).abs().max().item()
     return sizes
@@ -73,7 +76,7 @@ def errors(found, exact):
 
 @contextmanager
 def bfloat16_values():
-    """The interpreter multiplies the bit patterns of bfloat16, and cuts float32 off: have it take and round values."""
+    """Make the interpreter use and round bfloat16 values; it multiplies their bit patterns and truncates float32."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder as Builder, TensorHandle
     create_dot, cast_impl = Builder.create_dot, Builder.cast_impl
@@ -102,13 +105,13 @@ def measure_errors(shape=(50, 40, 2)):
 
 
 def on_card(shared_kib=227):
-    """The Triton passes choose their tiles for a card of an H100's processors."""
+    """Make the Triton passes choose tiles for a GPU with the number of processors of an H100."""
     from timm_finet.ops import triton_passes
     return patch.object(triton_passes, 'card', lambda device: triton_passes.Card(132, shared_kib * 1024))
 
 
 def by_passes(passes, algebra):
-    """The moment form takes these, wherever its tensors lie."""
+    """Make the moment form use these passes on any device."""
     return patch.object(moment_form, 'implementation', lambda *_: (passes, algebra))
 
 
@@ -131,7 +134,7 @@ def recorded_launches(run=True):
 
 @contextmanager
 def counted_bytes(kernels):
-    """A dict of `(kernel, argument)` to the bytes that the interpreter loads and stores there; others do not run."""
+    """A dict from `(kernel, argument)` to the bytes that the interpreter loads and stores; other kernels do not run."""
     from timm_finet.ops.triton_launch import Plan
     from triton.runtime.interpreter import InterpreterBuilder as Builder
     counts, owners, launch = {}, [], Plan.launch
@@ -162,7 +165,7 @@ def counted_bytes(kernels):
         yield counts
 
 
-FEWEST = {  # what a pass over the activations has to move, times x and times y
+FEWEST = {  # how many times a pass has to load or store x, and how many times y
     'moments_kernel': (1, 0), 'convolve_kernel': (1, 1), 'weight_gradient_kernel': (1, 1),
     'input_gradient_kernel': (2, 1)}
 ACTIVATIONS = ('x', 'y', 'grad_x', 'grad_y')
@@ -172,7 +175,7 @@ FINET_LARGE = {  # channels, out: layers, and positions of an image of 224 px
 
 
 def run_passes(channels, out, groups, positions):
-    """The passes with ReLU inside, whatever values they take."""
+    """Run the passes with ReLU inside; the values do not matter."""
     from timm_finet.ops.triton_passes import TritonPasses, weight_gradient_parts
     x, weight, _, _, grad_y = inputs(channels, out, 1, torch.float16, shape=(1, 1, positions))
     forward = TritonPasses(x)
@@ -185,7 +188,7 @@ def run_passes(channels, out, groups, positions):
 
 @contextmanager
 def one_split(rows):
-    """Sums over positions are not split; of plans that are kept none is taken, nor left."""
+    """Keep the Triton passes from splitting sums over positions; cached plans are neither used nor left behind."""
     from timm_finet.ops import triton_passes
     kept = triton_passes.plan_moments, triton_passes.plan_weight_gradient
     for plan in kept:
@@ -197,9 +200,9 @@ def one_split(rows):
 
 
 def measure_bytes(groups=4, positions=(128, 256)):
-    """Bytes a position of finet_large's layers: of the activations, and of the weights, which caches hold.
+    """Bytes per position in finet_large's layers: of the activations, and of the weights, which caches hold.
 
-    By the difference between two numbers of positions, as sums have one part in both.
+    They come from the difference between two numbers of positions, as sums have one part in both cases.
     """
     for (channels, out), (layers, image) in FINET_LARGE.items():
         counts = []
@@ -225,7 +228,7 @@ TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'
 
 
 def layer_launches(channels, out, groups, relu=True, shared_kib=227):
-    """The launches of a step of a layer of bfloat16 with ReLU and running statistics, none of them run."""
+    """The launches of a step of a bfloat16 layer with ReLU and running statistics; none of them is run."""
     from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
     layer = inputs(channels, out, groups, torch.bfloat16, shape=(256, 28, 28), device='meta')
     running = *torch.empty(2, groups * out, device='meta'), 0.1, torch.empty((), dtype=torch.int64, device='meta')
@@ -235,7 +238,7 @@ def layer_launches(channels, out, groups, relu=True, shared_kib=227):
 
 
 def compile_for(card, kernel, args, options):
-    """A recorded launch, compiled for a card: pointers, as torch's, are multiples of 16."""
+    """Compile a recorded launch for a card; pointers are multiples of 16, like torch's."""
     import triton
     from triton.backends.compiler import GPUTarget
     constants = {name: value for name, value in options.items() if name not in ('num_warps', 'num_stages')}
@@ -255,7 +258,7 @@ def compile_for(card, kernel, args, options):
 
 
 def resources(compiled, card):
-    """Registers and spilled bytes of a thread, and KiB of shared memory of a block."""
+    """Registers and spilled bytes per thread, and KiB of shared memory per block."""
     import triton
     if card.startswith('sm_'):
         with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
@@ -285,7 +288,7 @@ def measure_resources(shapes=SHAPES, cards=CARDS):
 # Launches
 
 class Operators(TorchDispatchMode):
-    """Counts operators that launch a kernel at least: those that compute, convolution's backward by gradients."""
+    """Counts the operators that launch at least one kernel; a convolution's backward counts once per gradient."""
 
     QUIET = ('empty', 'new_empty', 'empty_like', 'empty_permuted', '_unsafe_view', 'detach', 'promote_types')
 
@@ -303,9 +306,9 @@ class Operators(TorchDispatchMode):
 
 
 def measure_launches(channels=100, out=100, groups=4):
-    """Of forward and backward pass of a layer in bfloat16, with running statistics, on a GPU.
+    """Launches of a layer's forward and backward pass in bfloat16, with running statistics, on a GPU.
 
-    Counted with tensors of the meta device, which take the GPU's way once they say that they are CUDA's.
+    They are counted with tensors on the meta device, which take the GPU's code path if `is_cuda` is patched to True.
     """
     from timm_finet.ops.triton_passes import TritonAlgebra, TritonPasses
 
@@ -383,7 +386,7 @@ def main():
     parser.add_argument('--only', nargs='+', default=list(MEASURES), choices=MEASURES)
     for name in parser.parse_args().only:
         if name in ('errors', 'bytes') and os.environ.get('TRITON_INTERPRET') != '1':
-            # It has to be switched on before Triton is imported.
+            # The interpreter has to be switched on before Triton is imported.
             environment = {**os.environ, 'TRITON_INTERPRET': '1', 'TIMM_FINET_TRITON': '1'}
             subprocess.run(
                 [sys.executable, '-m', 'scripts.bench.kernels', '--only', name], env=environment, check=True)

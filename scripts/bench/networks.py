@@ -1,4 +1,4 @@
-"""Networks of many packages, small and with random weights: name, and a function that builds one and its inputs."""
+"""Small networks of many packages with random weights: names, and functions that build a network and its inputs."""
 import timm
 import torch
 
@@ -9,7 +9,7 @@ LARGER = torch.rand(1, 3, 224, 224, dtype=torch.float64)
 
 
 def of_timm():
-    """All names, one of each of timm's modules, then the next of each: alike ones come late."""
+    """All names, the first of each of timm's modules, then the second of each, so that similar ones come late."""
     modules = timm.models._registry._model_to_module
     turns = {}
     for module in sorted({modules[name] for name in timm.list_models()}):
@@ -61,7 +61,7 @@ def of_ultralytics():
 def of_torchvision():
     from torchvision.models import get_model
     small = dict(min_size=96, max_size=96)
-    keep = dict(box_score_thresh=0., box_detections_per_img=10)  # of some, so that there are detections to compare
+    keep = dict(box_score_thresh=0., box_detections_per_img=10)  # leaves some detections to compare
     detectors = {
         'fasterrcnn_resnet50_fpn': small, 'fasterrcnn_resnet50_fpn_v2': small,
         'fasterrcnn_mobilenet_v3_large_fpn': small | keep, 'fasterrcnn_mobilenet_v3_large_320_fpn': small | keep,
@@ -88,7 +88,7 @@ def of_monai():
     volume = torch.rand(1, 1, 32, 32, 32, dtype=torch.float64)
     image = torch.rand(2, 1, 64, 64, dtype=torch.float64)
     kernels = dict(kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2])
-    builders = {  # by name, whose end is the number of dimensions
+    builders = {  # by name, which ends in 3D if the input is a volume
         'DenseNet121 2D': lambda: nets.DenseNet121(2, 1, 2), 'DenseNet121 3D': lambda: nets.DenseNet121(3, 1, 2),
         'EfficientNetBN b0': lambda: nets.EfficientNetBN('efficientnet-b0', False, in_channels=1),
         'resnet10 3D': lambda: nets.resnet10(n_input_channels=1),
@@ -128,7 +128,7 @@ def of_transformers():
     pose_backbone = vit | dict(
         model_type='vitpose_backbone', image_size=(64, 64), num_hidden_layers=1, out_features=['stage1'])
     patches = dict(num_input_channels=2, context_length=32)
-    configs = {  # by the class's name and what tells two of one class apart
+    configs = {  # by the class's name, with a suffix that tells two of one class apart
         'ResNetForImageClassification': small, 'ResNetForImageClassification basic': dict(layer_type='basic', **small),
         'ResNetBackbone': small | stages, 'RegNetForImageClassification': dict(groups_width=8, **small),
         'RegNetForImageClassification x': dict(groups_width=8, layer_type='x', **small),
@@ -178,7 +178,7 @@ def of_transformers():
 
 
 def networks():
-    """Package, name and builder; packages that are not installed are passed by."""
+    """Package, name and builder of all networks, except those of packages that are not installed."""
     for package, of in (
             ('transformers', of_transformers), ('segmentation_models_pytorch', of_smp), ('ultralytics', of_ultralytics),
             ('torchvision', of_torchvision), ('monai', of_monai), ('efficientnet_pytorch', of_efficientnet_pytorch)):

@@ -1,10 +1,11 @@
-"""Rounding errors of FBN in training: FBNConv2d beside the paper's own form on the same inputs, both against float64.
+"""Rounding errors of FBN in training: FBNConv2d and the paper's own form on the same inputs, both against float64.
 
     python -m scripts.bench.numerics
 
-For each input the largest relative error of the batch variance, and the root mean square errors of the output and of
-the gradients of input, weight and gamma, in units of each one's own root mean square (the output's: its deviation).
-`layers` takes the inputs that each FBN layer of the embedded network sees. Writes results/numerics.csv.
+For each input, this measures the largest relative error of the batch variance, and the root mean square errors of the
+output and of the gradients of input, weight and gamma. The errors of the gradients are relative to their root mean
+square, and that of the output to its standard deviation. Inputs named `layers` are those that each FBN layer of the
+embedded network sees. This writes results/numerics.csv.
 """
 from copy import deepcopy
 
@@ -22,7 +23,7 @@ SEED = 0
 
 
 def inputs():
-    """Names, a layer and its float32 input."""
+    """Yield a name, a layer and its float32 input."""
     layer = FBNConv2d(64, 64, fbn_groups=4)
     noise = torch.randn(32, 64, 16, 16)
     for ratio in (0, 1, 10, 100, 1000, 10000):

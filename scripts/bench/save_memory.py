@@ -1,9 +1,9 @@
-"""Plain BatchNorm in less memory: `convert_fbn(model, 1, save_memory=True)` beside torch's modules, one training step.
+"""Plain BatchNorm in less memory: `convert_fbn(model, 1, save_memory=True)` and torch's modules in a training step.
 
     OMP_NUM_THREADS=1 python -m scripts.bench.save_memory
 
-The peer is `torch.utils.checkpoint` over the same convolutions and norms. Peaks are counted, times taken in turns, of 8
-images of 160 px in float32. Writes results/save_memory.csv.
+Both are compared with `torch.utils.checkpoint` over the same convolutions and norms. A step takes 8 images of 160 px in
+float32; peaks of memory are counted, and times are taken in turns. This writes results/save_memory.csv.
 """
 from copy import deepcopy
 from statistics import median

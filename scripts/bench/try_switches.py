@@ -1,10 +1,10 @@
-"""Tries train.py's switches for real on `recipe:smoke` in two processes of torchrun on the CPU.
+"""Try train.py's switches on `recipe:smoke` in two processes of torchrun on the CPU.
 
     OMP_NUM_THREADS=1 python -m scripts.bench.try_switches           # some minutes on two idle cores
 
-Writes results/switches.csv: how three epochs ended with each switch. Writes results/processes.csv: one process against
-two of half the batch and `--sync-bn`, on 100 images in one batch, without augmentation and dropout, so that both see
-the same. Prints docs/training.md's tables.
+This writes results/switches.csv, with the outcome of three epochs with each switch, and results/processes.csv, which
+compares one process with two that have half the batch each and `--sync-bn`. The comparison is on 100 images in one
+batch, without augmentation and dropout, so that both see the same. The tables of docs/training.md are printed.
 """
 import os
 import shlex
@@ -27,7 +27,7 @@ PAIR = [(1, 100, SAME), (1, 100, f'{SAME} --channels-last'), (2, 50, f'{SAME} --
 
 
 def train(processes, batch, switches):
-    """The command, its exit status and its summary's rows."""
+    """Run train.py; return the command, its exit status and the rows of its summary."""
     start = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     line = ['-m', 'timm_finet', 'run', 'train', '--config', 'recipe:smoke', '--epochs', str(EPOCHS),
             '--batch-size', str(batch), *shlex.split(switches)]
