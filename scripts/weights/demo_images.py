@@ -1,7 +1,7 @@
-"""Make the shipped images, lossless sprites, class by class.
+"""Make the shipped images, as lossless sprites in order of class.
 
-They are the first 40 of each class of CIFAR-10's test set, on which `timm-finet demo` and `export` check networks, and
-the first 10 of its training set, on which `export --int8` calibrates.
+They are the first 40 images of each class of CIFAR-10's test set, on which `timm-finet demo` and `export` check
+networks, and the first 10 of each class of its training set, on which `export --int8` calibrates.
 
     python -m scripts.weights.demo_images cifar10.npz
 """

@@ -1,12 +1,13 @@
-"""Embed a checkpoint of train.py in half precision, if that moves its top-1 by less than 0.05 points.
+"""Embed a checkpoint of train.py in half precision, if that changes its top-1 by less than 0.05 points.
 
     python -m scripts.weights.embed_weights CHECKPOINT finet_large_se_g4.tiny_in200 --data-dir PACK
 
-Its EMA is taken where it has one. All but the running variances becomes float16.
-timm's validate.py compares both on the validation set that train.py used, the second in train and in fused form. Then
-timm_finet/weights gets the file and its line in SHA256SUMS, and TAG.txt with the names of the classes out of
-PACK/classes.txt; results/MODEL.TAG.yaml and .csv get the run's arguments and its accuracy by epoch, for the card. What
-is left is the tag's line in the network's default_cfgs, with a record in timm_finet/data/datasets.py.
+EMA weights are used if the checkpoint has them. All values except running variances become float16. timm's validate.py
+compares the precisions on the validation set that train.py used, half precision in train and in fused form.
+
+Then timm_finet/weights gets the file, its line in SHA256SUMS, and TAG.txt with the class names from PACK/classes.txt.
+results/MODEL.TAG.yaml and .csv get the run's arguments and its accuracy by epoch, for the card. Afterwards, add the tag
+to the network's default_cfgs, and a record to timm_finet/data/datasets.py.
 """
 import hashlib
 import os
@@ -25,19 +26,19 @@ from scripts.weights.validate_weights import validate
 from timm_finet.hub.pretrained import WEIGHTS
 from timm_finet.hub.repository import LOCAL_ARGS
 
-MOVES = 0.05  # points
-ROOM = 60_000_000  # bytes, all embedded weights together
+MOVES = 0.05  # percentage points
+ROOM = 60_000_000  # bytes for all embedded weights together
 
 
 def halve(state):
-    """All but variances, whose range is not float16's."""
+    """Convert floating-point values to float16, except variances, which may be out of its range."""
     return {
         key: value.half() if value.is_floating_point() and not key.endswith('running_var') else value
         for key, value in state.items()}
 
 
 def top1(state, model, data_dir, args, *options):
-    """By timm's validate.py, in float32 arithmetic."""
+    """Top-1 by timm's validate.py, in float32 arithmetic."""
     is_pack = (data_dir / 'validation.tar').is_file()
     dataset, split = ('', 'validation.tar') if is_pack else (args['dataset'] or '', args['val_split'])
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +54,7 @@ def top1(state, model, data_dir, args, *options):
 
 
 def embed(state, name, names, weights=WEIGHTS):
-    """Write the file, its sum and the classes' names."""
+    """Write the weights, their checksum and the class names."""
     file = weights / f'{name}.safetensors'
     part = file.with_suffix('.part')
     save_file({key: value.contiguous() for key, value in state.items()}, part)
@@ -61,9 +62,9 @@ def embed(state, name, names, weights=WEIGHTS):
     if size > ROOM:
         part.unlink()
         raise ValueError(f'{name} would make the embedded weights {size / 1e6:.1f} MB, more than {ROOM / 1e6:.0f} MB.')
-    part.chmod(0o644)  # safetensors keeps it to its owner
+    part.chmod(0o644)  # safetensors makes it readable to its owner only
     os.replace(part, file)
-    record = weights / 'SHA256SUMS'  # of weights on the Hub too
+    record = weights / 'SHA256SUMS'  # it also lists weights on the Hub
     sums = dict(line.split()[::-1] for line in record.read_text().splitlines()) if record.is_file() else {}
     sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     record.write_text(''.join(f'{value}  {key}\n' for key, value in sorted(sums.items())))
@@ -72,7 +73,7 @@ def embed(state, name, names, weights=WEIGHTS):
 
 
 def record(checkpoint, name, args, results=RESULTS):
-    """The run's arguments, but for this machine's paths, and its log."""
+    """Write the run's arguments, without this machine's paths, and its log."""
     args = {key: value for key, value in args.items() if key not in LOCAL_ARGS}
     (results / f'{name}.yaml').write_text(yaml.safe_dump(args))
     rows = epochs_of(checkpoint.with_name('summary.csv'))
@@ -93,7 +94,7 @@ def main():
     others = [top1(half, model, opts.data_dir, args, *form) for form in ((), ('--reparam',))]
     print(f'top-1: {full} in full precision, {others[0]} in half, {others[1]} in half and fused')
     if max(abs(full - other) for other in others) >= MOVES:
-        parser.exit(2, f'embed_weights.py: half precision moves top-1 by {MOVES} points or more: nothing embedded.\n')
+        parser.exit(2, f'embed_weights.py: half precision changes top-1 by {MOVES} points or more: not embedded.\n')
     classes = opts.data_dir / 'classes.txt'
     names = [line.split('\t')[1] for line in classes.read_text().splitlines()] if classes.is_file() else []
     try:

@@ -1,4 +1,4 @@
-"""What gray costs the weights of photographs: bees, one of their classes, in colour and in gray.
+"""How well the weights for photographs recognise gray images: bees, one of their classes, in colour and in gray.
 
     python -m scripts.weights.gray DATA  # DATA/{train,val}/bees, from github.com/jaddoescad/ants_and_bees
 

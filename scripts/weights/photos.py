@@ -1,14 +1,14 @@
-"""Pack photographs into one tar a split, which timm reads as it lies, and check every image on the way.
+"""Pack photographs into one tar per split, which timm reads without unpacking, and check every image.
 
     python -m scripts.weights.photos SOURCE PACK
     timm-finet run train --data-dir PACK --train-split train.tar --val-split validation.tar ...
 
-SOURCE holds the folders `train` and `val` at any depth, with a folder of images a class: ImageNet's own layout and
-mini-ImageNet-100's. Tiny-ImageNet-200 is taken as its archive unpacks, with the validation labels in
+SOURCE holds the folders `train` and `val` at any depth, each with one folder of images per class, like ImageNet and
+mini-ImageNet-100. Tiny-ImageNet-200 is read as its archive unpacks, with the validation labels in
 `val/val_annotations.txt`.
 
-PACK gets train.tar, validation.tar (images byte by byte as they were, in a folder a class), classes.txt (the folders,
-in the order of the class indices, and their names where they are ImageNet's synsets) and pack.csv (the counts).
+PACK gets train.tar and validation.tar (the files as they were, in one folder per class), classes.txt (the folders in
+the order of the class indices, with their names if they are ImageNet's synsets) and pack.csv (the counts).
 """
 import hashlib
 import io
@@ -30,7 +30,7 @@ SPLITS = {'train': 'train', 'val': 'validation'}
 
 
 def find_images(source):
-    """Of each split, the path of every image by its place in the pack, `CLASS/NAME`, in the order timm reads them."""
+    """For each split, the paths of the images by their places in the pack, `CLASS/NAME`, in timm's order."""
     found, labels = {split: {} for split in SPLITS.values()}, {}
     for file in source.rglob('val/val_annotations.txt'):
         labels = dict(line.split('\t')[:2] for line in file.read_text().splitlines())
@@ -50,7 +50,7 @@ def pack(images, read, file):
     """Write a split's tar and return its counts.
 
     Args:
-        images: By the place of each in the tar, what `read` makes its bytes of.
+        images: By an image's place in the tar, the argument with which `read` returns the image's bytes.
     """
     modes, sizes, names = Counter(), Counter(), hashlib.sha256()
     part = file.with_suffix('.part')
@@ -89,10 +89,10 @@ def main():
         splits = find_images(args.source)
         folders, others = ({place.split('/')[0] for place in found} for found in splits.values())
         if not folders:
-            raise ValueError(f'SOURCE={args.source} holds no folder `train` with a folder of images a class.')
+            raise ValueError(f'SOURCE={args.source} holds no folder `train` with one folder of images per class.')
         if folders != others:
             raise ValueError(
-                f'SOURCE={args.source} must hold the same classes in train and val; in one alone: '
+                f'SOURCE={args.source} must hold the same classes in train and val; these are in only one: '
                 f"{', '.join(sorted(folders ^ others)[:5])}.")
         args.pack.mkdir(parents=True, exist_ok=True)
         rows = [
@@ -103,7 +103,7 @@ def main():
     info = ImageNetInfo()
     synsets = set(info.label_names())
     with open(args.pack / 'classes.txt', 'w') as file:
-        for folder in sorted(folders, key=natural_key):  # timm's class indices
+        for folder in sorted(folders, key=natural_key):  # the order of timm's class indices
             name = info.label_name_to_description(folder).split(',')[0] if folder in synsets else folder
             file.write(f'{folder}\t{name}\n')
     write_rows(args.pack / 'pack.csv', rows)

@@ -1,9 +1,9 @@
-"""Validation accuracy against epochs, the paper's Figure 4, from any number of timm's summary.csv files.
+"""Plot validation accuracy against epochs, as in the paper's Figure 4, from one or more of timm's summary.csv files.
 
     python -m scripts.weights.plot_training output/train/*/summary.csv
     python -m scripts.weights.plot_training G=1:a/summary.csv G=8:b/summary.csv --output figure4.png
 
-A curve is named by what stands before the colon, else by the run's folder. Needs matplotlib (the extra `plots`).
+A curve's name is the text before the colon, or else the run's folder. This needs matplotlib (the extra `plots`).
 """
 from pathlib import Path
 

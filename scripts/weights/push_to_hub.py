@@ -1,7 +1,7 @@
 """Write the cards of the embedded weights, and push them to the Hub: a worked example of timm_finet.hub.
 
-    python -m scripts.weights.push_to_hub        # hf_cards/<name>.<tag>/ alone
-    python -m scripts.weights.push_to_hub ORG    # then ORG/<name>.<tag> on the Hub, which wants `hf auth login`
+    python -m scripts.weights.push_to_hub        # writes hf_cards/<name>.<tag>/
+    python -m scripts.weights.push_to_hub ORG    # also pushes ORG/<name>.<tag>, which requires `hf auth login`
 
 A card's figures come from the network and from results/: weights.csv, weights_speed.csv, and each name's log and
 arguments.
@@ -24,12 +24,12 @@ CARDS = Path(__file__).parents[2] / 'hf_cards'
 
 
 def block(model):
-    """The file of a picture of a block, and what it shows."""
+    """The file of a picture of a block, and the network that it shows."""
     return ('block.png', 'finet_large_g4') if model.stages[0][0].se is None else ('block_se.png', 'finet_large_se_g4')
 
 
 def write(name, folder):
-    """The whole model repository of an embedded weight."""
+    """Write the model repository of embedded weights."""
     model = timm.create_model(name, pretrained=True).eval()
     log = RESULTS / f'{name}.csv'
     last = read_rows(log)[-1]  # all are weights of the last epoch

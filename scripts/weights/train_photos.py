@@ -1,4 +1,4 @@
-"""The embedded weights of photographs: recipe:photos at growing sizes, with soft labels, each size by train.py.
+"""Train the embedded weights for photographs: recipe:photos at growing sizes, with soft labels, one run per size.
 
     python -m scripts.weights.photos SOURCE PACK
     python -m scripts.weights.soft_labels PACK
@@ -6,9 +6,9 @@
     python -m scripts.weights.embed_weights OUTPUT/photos-finet_large_se_g4-128px_again-seed0/last.pth.tar \\
         finet_large_se_g4.tiny_in200 --data-dir PACK
 
-The learning rate falls in one straight line over the three sizes, and once more, from a quarter of its start, over the
-last size again; each phase starts from the averaged weights of the one before. Runs go on where they were cut, and are
-recorded in results/train_photos.csv and the folder beside it.
+The learning rate falls linearly over the three sizes and then, from a quarter of its first value, over a second run at
+the last size. Each phase starts from the averaged weights of the previous one. Interrupted runs continue when started
+again. All runs are recorded in results/train_photos.csv and the folder beside it.
 """
 import sys
 
@@ -28,7 +28,7 @@ BATCH = 256
 
 
 def phases(model, processes=1):
-    """The settings of a network's phases, by their names."""
+    """The settings of a network's phases, by phase."""
     settings, first = {}, ('--warmup-epochs', '1', '--warmup-lr', '0.02')
     for phase, (size, epochs, start, end) in PHASES.items():
         setting = settings[phase] = Setting(f'photos {model} {phase}', (
@@ -43,7 +43,7 @@ def phases(model, processes=1):
 
 
 def plot(rows, results):
-    """Accuracy of seed 0 against the epochs of all phases, a color a network."""
+    """Plot the accuracy of seed 0 against the epochs of all phases, with one color per network."""
     done = [row['setting'] for row in rows if row['seed'] == '0']
     fig, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
     for i, model in enumerate(dict.fromkeys(setting.split()[1] for setting in done)):
@@ -68,7 +68,8 @@ def main():
     parser = arguments(__doc__)
     parser.set_defaults(results=CSV)
     parser.add_argument(
-        '--processes', type=int, default=1, help='of a run, by torchrun: on a CPU one a core is fastest (default: 1)')
+        '--processes', type=int, default=1,
+        help='processes of a run, by torchrun; on a CPU, one per core is fastest (default: 1)')
     parser.add_argument('models', nargs='*', metavar='MODEL')
     args = parser.parse_args()
     if args.data_dir:

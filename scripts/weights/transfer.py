@@ -1,16 +1,16 @@
-"""Do weights of photographs transfer? Fine-tuned on a few images of other classes against from scratch.
+"""Do the weights for photographs transfer? Fine-tuning on a few images of other classes against training from scratch.
 
     python -m scripts.weights.transfer --models finet_small_se_g4.tiny_in200 --data-dir DATA --imagenette SOURCE \\
         --seeds 0 1 2
 
-Two sets: CIFAR-10's first 5,000 training images, validated on its whole test set, and Imagenette's first 100 of each of
-its ten classes, none of which is among Tiny-ImageNet's 200, validated on all of its own. DATA as for
-torch/cifar10_pad2; SOURCE as photos.py takes it, such as a clone of github.com/thunderInfy/imagenette. Without SOURCE
-it is CIFAR-10 alone.
+There are two data sets. One is CIFAR-10's first 5,000 training images, validated on its whole test set. The other is
+the first 100 training images of each of Imagenette's ten classes, none of which is among Tiny-ImageNet's 200, validated
+on all of its validation images. DATA is as for torch/cifar10_pad2, and SOURCE as for photos.py, e.g. a clone of
+github.com/thunderInfy/imagenette. Without SOURCE, only CIFAR-10 is used.
 
-All runs use recipe:finetune at the image size of the weights, in bfloat16, for the same number of steps; those from
-scratch leave out its `pretrained` alone, and run a second time at a learning rate five times as high. Runs go on where
-they were cut, and are recorded in results/transfer.csv.
+All runs use recipe:finetune at the image size of the weights, in bfloat16, for the same number of steps. Those from
+scratch differ only in leaving out `pretrained`, and are repeated at a learning rate five times as high. Interrupted
+runs continue when started again. All runs are recorded in results/transfer.csv.
 """
 import io
 import sys
@@ -40,7 +40,7 @@ def setting(data, model, start):
 
 
 def without_pretrained(name):
-    """A recipe as options, as train.py has none that unsays `pretrained: true`."""
+    """A recipe as options, as train.py has no option that undoes `pretrained: true`."""
     args = []
     for key, value in yaml.safe_load(Path(find_recipe(f'recipe:{name}')).read_text()).items():
         if key != 'pretrained':
@@ -50,7 +50,7 @@ def without_pretrained(name):
 
 
 def pack_cifar(root, folder, train=TRAIN):
-    """CIFAR-10's first `train` training images and all of its test images, as photos.py packs images."""
+    """Pack CIFAR-10's first `train` training images and all of its test images, as photos.py packs images."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ('train', 'validation'):
         data = CIFAR10Pad2(root, train=split == 'train')
@@ -68,10 +68,10 @@ def pack_cifar(root, folder, train=TRAIN):
 
 
 def pack_imagenette(source, folder, per_class=PER_CLASS):
-    """Imagenette's first `per_class` training images of each class and all of its validation images."""
+    """Pack Imagenette's first `per_class` training images of each class and all of its validation images."""
     found = photos.find_images(source)
     if not all(found.values()):
-        raise ValueError(f'--imagenette={source} must hold folders `train` and `val` with a folder of images a class.')
+        raise ValueError(f'--imagenette={source} must hold folders `train` and `val`, each with a folder per class.')
     folder.mkdir(parents=True, exist_ok=True)
     by_class = {}
     for place in found['train']:
@@ -99,7 +99,7 @@ def main():
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     args = parser.parse_args()
     if not args.data_dir:
-        parser.error('--data-dir is missing.')
+        parser.error('--data-dir is missing: give the folder of CIFAR-10.')
     folder = Path(args.output, 'data')
     pack_cifar(args.data_dir, folder / CIFAR10)
     if args.imagenette:

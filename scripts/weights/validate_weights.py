@@ -1,10 +1,10 @@
-"""Accuracy of every embedded weight by timm's validate.py, in train and in fused form.
+"""Measure the accuracy of all embedded weights with timm's validate.py, in train and in fused form.
 
-All test images of CIFAR, all validation images of the others, are judged.
+This uses all test images of CIFAR, and all validation images of the other data sets.
 
     TIMM_SCRIPTS=CHECKOUT python -m scripts.weights.validate_weights DATA    # DATA as for --data-dir
 
-Writes results/weights.csv. `--models` measures those alone, and the others stand.
+Writes results/weights.csv. With `--models`, only the rows of these are measured and replaced.
 """
 import json
 import platform
@@ -23,7 +23,7 @@ from timm_finet import count_flops, fuse_fbn
 from timm_finet.hub.pretrained import MODULES
 
 NAMES = timm.list_models(module=MODULES, pretrained=True)
-DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
+DATASETS = {  # by tag; a pack of photos.py is in DATA under the tag's name
     'cifar10': ['--data-dir', 'DATA', '--dataset', 'torch/cifar10_pad2'],
     'cifar100': ['--data-dir', 'DATA', '--dataset', 'torch/cifar100_pad2'],
     'tiny_in200': ['--data-dir', 'DATA/tiny_in200', '--split', 'validation.tar'],
@@ -31,7 +31,7 @@ DATASETS = {  # by tag; packs of photos.py stand in DATA under the tag's name
 
 
 def validate(*options):
-    """What timm's validate.py reports of a network."""
+    """Run timm's validate.py and return its report on a network."""
     with tempfile.NamedTemporaryFile(suffix='.json') as report:
         subprocess.run([
             sys.executable, '-m', 'timm_finet', 'run', 'validate', *options, '--results-format', 'json',

@@ -1,9 +1,9 @@
-"""Images a second of every embedded weight at batch 1, in train form and fused, in turns.
+"""Images per second of all embedded weights at batch size 1, in train form and fused, timed in turns.
 
     OMP_NUM_THREADS=1 python -m scripts.weights.weights_speed
 
-In eval mode the train form folds its weights anew for every image. A round runs each form ten times and takes the
-median. Writes results/weights_speed.csv, then run scripts/weights/push_to_hub.py for the cards.
+In eval mode, the train form folds its weights again for every image. A round runs each form ten times and takes the
+median. This writes results/weights_speed.csv; afterwards, run scripts/weights/push_to_hub.py to update the cards.
 """
 from statistics import median
 

@@ -98,7 +98,7 @@ def test_splits_with_different_classes_are_refused(source, tmp_path, monkeypatch
     (source / 'tiny' / 'val' / 'val_annotations.txt').write_text(f'val_0.JPEG\t{BULLFROG}\nval_1.JPEG\t{BULLFROG}\n')
     with pytest.raises(SystemExit) as stop:
         pack(monkeypatch, source, tmp_path / 'pack')
-    assert stop.value.code == 2 and f'in one alone: {GOLDFISH}.' in capsys.readouterr().err
+    assert stop.value.code == 2 and f'these are in only one: {GOLDFISH}.' in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         pack(monkeypatch, source / 'tiny' / 'test', tmp_path / 'pack')
     assert stop.value.code == 2 and 'holds no folder `train`' in capsys.readouterr().err
