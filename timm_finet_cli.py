@@ -1,6 +1,7 @@
 """Arguments of the command `timm-finet`.
 
-This module is outside of the package, which takes seconds to import torch and timm, so --help and errors come at once.
+The package takes seconds to import torch and timm. This module is outside of it, so that --help and errors come at
+once.
 """
 import argparse
 from importlib.metadata import version

@@ -24,7 +24,7 @@ from scripts.report import ROOT, command_line, rows_so_far, write_rows
 
 
 class Setting(NamedTuple):
-    """All of a run except its seed; a row of a table is the mean over the seeds of a setting.
+    """Everything about a run except its seed; a row of a table is the mean over the seeds of a setting.
 
     Args:
         name: Its name in the results.

@@ -63,7 +63,7 @@ class ConvNorm(nn.Sequential):
         self.bn = nn.Identity() if fused else nn.BatchNorm2d(out_chs, **dd)
 
     def fuse(self) -> nn.Module:
-        """Fold `bn` into `conv`, unless the pair is folded already, has hooks, or its norm is not torch's.
+        """Fold `bn` into `conv`, unless this is done already, or the pair has hooks or a norm of unknown type.
 
         Like timm's own `fuse` methods, this folds the running statistics in train mode too: timm's scripts fuse before
         they call `.eval()`.
@@ -165,7 +165,7 @@ class Finet(nn.Module):
             groups divides it.
         use_se: Squeeze-and-Excitation in every block.
         fbn_groups: FBN groups of every 1x1 convolution in the blocks; 1 is plain BatchNorm.
-        fbn_group_size: Channels per group, to fix instead of the number of groups (Table 6): a layer has
+        fbn_group_size: Channels per group, fixed instead of the number of groups (Table 6): a layer has
             `max(1, in_chs // fbn_group_size)` groups.
         affine: Whether FBN has gamma and beta (Table 5).
         act_place: Position of a block's second ReLU: after the 'depthwise' convolution, after the second 'pointwise'
@@ -322,7 +322,7 @@ class Finet(nn.Module):
             intermediates_only: Return only the levels.
 
         Returns:
-            The chosen levels of `feature_info`; unless `intermediates_only`, a tuple of the final features and these.
+            A list of the levels chosen from `feature_info`; unless `intermediates_only`, final features and this list.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []

@@ -42,9 +42,9 @@ def find_images(paths: Sequence[str]) -> List[Path]:
 def read_image(file: Union[str, Path]) -> Image.Image:
     """Read an image file as 8-bit RGB, turned as its EXIF data say.
 
-    Gray images of more than 8 bits are scaled to 8 bits: integers from 0 to 65535, floats from 0 to 1. An animation
-    gives its first frame. Transparency is dropped, as by timm's and torchvision's loaders, so transparent pixels show
-    their colour.
+    Gray images of more than 8 bits are scaled to 8 bits: integers from 0 to 65535, floats from 0 to 1. The first
+    frame of an animation is read. Transparency is dropped, as by timm's and torchvision's loaders, so that transparent
+    pixels keep their colour.
 
     Raises:
         ValueError: Pillow cannot read the file, it has too many pixels, or its levels are outside of these ranges.
@@ -90,7 +90,7 @@ def is_heif(file: Union[str, Path]) -> bool:
 
 
 def read_images(files: Sequence[Union[str, Path]]) -> List[Image.Image]:
-    """Read each file with `read_image`, which raises the errors."""
+    """Read each file with `read_image`, and raise its errors."""
     return [read_image(file) for file in files]
 
 

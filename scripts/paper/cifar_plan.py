@@ -5,7 +5,7 @@ from scripts.runs import Setting
 from timm_finet.data.datasets import DATASETS
 
 SEEDS, FIVE, TEN = (0, 1, 2), tuple(range(5)), tuple(range(10))
-RATES = (0.1, 0.05)  # tried on plain BN; all other runs of recipe:cifar_short use the first
+RATES = (0.1, 0.05)  # tried on plain BN; the rest of `placement` and `evidence` uses the first
 SMALL = 'channels=(32,64,120)'  # the widths at G = 8, which every G divides
 PARTS = {'cifar10': 'torch/cifar10_first1000', 'cifar100': 'torch/cifar100_first100'}  # for recipe:cifar_long
 

@@ -1,7 +1,7 @@
 """Compare FBN with BN on CIFAR: train the rows of the tables with timm's train.py, and collect the results.
 
     python -m scripts.paper.cifar_tables evidence --data-dir DATA --output OUT --jobs 2
-    python -m scripts.paper.cifar_tables evidence             # tables and plots alone
+    python -m scripts.paper.cifar_tables evidence             # only tables and plots
 
 `placement` and `evidence` are short, for a CPU. They ask where a block's second ReLU goes, and whether FBN beats BN at
 equal widths. `long` asks the second question of networks that fit the few images they are trained on. `paper` is Table
@@ -84,7 +84,7 @@ def top1(lines, column='top1_last'):
 
 
 def paired(differences):
-    """Mean of differences, its standard error and p of Student's paired t; the last two are None for one difference."""
+    """Mean of the differences, its standard error and p of Student's paired t; a single one gives only a mean."""
     n = len(differences)
     if n < 2:
         return mean(differences), None, None

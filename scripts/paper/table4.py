@@ -21,7 +21,7 @@ from timm_finet import fuse_fbn
 from timm_finet.commands.flops import create
 from timm_finet.commands.runtimes import load_executorch, load_onnx, to_executorch, to_onnx
 
-# Images a second on a Galaxy S10e with PyTorch Mobile, from the paper's Table 4.
+# Images per second on a Galaxy S10e with PyTorch Mobile, from the paper's Table 4.
 PAPER = {
     'torchvision:shufflenet_v2_x1_5': 7.35,
     'finet_large': 7.80,

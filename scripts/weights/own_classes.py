@@ -8,8 +8,8 @@ FOLDER holds `train` and `val`, each with one folder of images per class: here t
 photographs to train on and 153 to validate on. A probe is a logistic regression on the features before the classifier,
 which are standardised and not augmented. Its weight decay is the best in cross-validation on five folds of the training
 images. timm's `tf_efficientnet_lite0` has the ImageNet weights of the package above. The fine-tuned networks come from
-`timm-finet finetune` with its recipe, after the last epoch. Results go to results/own_classes.csv; rows that it already
-has are not measured again.
+`timm-finet finetune` with its recipe, after the last epoch. Results go to results/own_classes.csv; rows that are
+already there are not measured again.
 """
 import subprocess
 import sys

@@ -56,7 +56,7 @@ def test_own_images_and_folders(cli, tmp_path, monkeypatch):
     best = re.findall(r'^/.*: ([\w -]+ \d+%),', out, re.M)
     read = read_images([folder / 'plane.jpg', tmp_path / 'gray.png'])
     contact_sheet(read, best, [True] * 2, str(tmp_path / 'expected.png'), size=128)
-    assert 'The network knows only 200 classes: for any other image the percentages mean little.\n' in out
+    assert 'The network knows only 200 classes: for an image of anything else the percentages mean little.\n' in out
     assert '156,085,376' in out  # multiply-adds at the size that they are tested at
     with Image.open(tmp_path / 'out.png') as sheet, Image.open(tmp_path / 'expected.png') as expected:
         assert sheet.size == (256, 142) and sheet.tobytes() == expected.tobytes()

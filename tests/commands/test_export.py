@@ -214,7 +214,7 @@ def test_a_file_is_tried_with_as_many_images_at_a_time_as_it_is_for(dynamic, tra
 
 @pytest.mark.parametrize('wrong, factor, int8, refused', [
     (0, 1.0009, False, ''), (0, 1.0011, False, r'equal top-1 and a difference of 0\.001 of the largest logit'),
-    (1, 1, False, '100% equal top-1'), (2, 1.5, True, ''), (3, 1, True, '95% equal top-1 are asked for')])
+    (1, 1, False, '100% equal top-1'), (2, 1.5, True, ''), (3, 1, True, '95% equal top-1 are required')])
 def test_a_file_may_disagree_by_rounding_alone(
         wrong, factor, int8, refused, trained, exported, fewer, monkeypatch, capsys):
     """In int8 on one image in twenty, here two of forty; else on none, and in the logits by a thousandth."""

@@ -41,7 +41,7 @@ def check_arguments(path: str, args: List[str]) -> List[str]:
         return args
     options = parse(script, args)
     has_device = any(arg.split('=')[0] == '--device' for arg in args)
-    for module in options.get('device_modules') or ():  # before --model is checked, which one may register
+    for module in options.get('device_modules') or ():  # a module may register the --model that is checked next
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -108,7 +108,7 @@ def check_device(device: str) -> None:
 def count_classes(options: Dict[str, Any]) -> Optional[int]:
     """Number of classes of the data set, or None if unknown; ValueError if --num-classes is another number."""
     try:
-        names = class_names({'train_split': options.get('split'), **options})  # validate.py's name for it
+        names = class_names({'train_split': options.get('split'), **options})  # validate.py calls it --split
     except (RuntimeError, AssertionError) as error:
         folder = options.get('data_dir') or options.get('data')
         raise ValueError(f'--data-dir={folder!r}: {one_line(error)}') from error

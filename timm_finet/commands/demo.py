@@ -66,7 +66,7 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
     """Classify the shipped images or those at `paths`, print accuracy, cost and speed, and write a contact sheet.
 
     Returns:
-        Whether every file was read. The reason why a file was skipped is printed.
+        Whether every file was read. The reasons for skipped files are printed.
 
     Raises:
         ValueError, OSError: `output` cannot be written, a folder is empty, or no file can be read.
@@ -102,7 +102,9 @@ def demo(paths: Sequence[str] = (), output: str = 'finet_demo.png') -> bool:
             named = [f'{classes[c]} {p:.0%}' for p, c in zip(ps, cs)]
             print(f"{file}: {', '.join(named)}")
             titles.append(named[0])
-        print(f'The network knows only {len(classes)} classes: for any other image the percentages mean little.')
+        print(
+            f'The network knows only {len(classes)} classes: '
+            'for an image of anything else the percentages mean little.')
         contact_sheet(images, titles, [True] * len(images), output, size=128)
     else:
         pairs = list(zip(guesses[:, 0].tolist(), labels))

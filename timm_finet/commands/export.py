@@ -1,4 +1,4 @@
-"""`timm-finet export`: check a fused network in ONNX or ExecuTorch, float32 or int8, and write it to a file."""
+"""`timm-finet export`: write a fused network as an ONNX or ExecuTorch file, float32 or int8, after checking it."""
 import math
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -28,7 +28,7 @@ LOAD = {'onnx': load_onnx, 'executorch': load_executorch}
 CALIBRATION = 400  # images used of a whole training set: more hardly change int8's ranges
 
 # A file is written only if it agrees with the fused network in PyTorch on the images that it is checked on.
-LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}  # share of images with equal top-1, of which int8 changes some
+LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}  # share of images with equal top-1; int8 changes a few
 LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest logit; for float32 only
 
 

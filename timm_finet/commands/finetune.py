@@ -75,7 +75,7 @@ def prepare(
 ) -> Tuple[List[str], str, Path]:
     """Check the arguments and images, split the images if necessary, and make train.py's command line.
 
-    Images are split by links to them in the output folder.
+    The split images are links in the output folder.
 
     Returns:
         The command line, the network's name for train.py, and the output folder.

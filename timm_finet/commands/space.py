@@ -108,7 +108,7 @@ def app():
     def read(payload):
         if payload is None:
             return None
-        try:  # gradio itself turns 16-bit images white, and prints a traceback for other files
+        try:  # gradio itself turns 16-bit images white, and prints a traceback for files that are no images
             return read_upload(payload.path, payload.orig_name)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error

@@ -68,7 +68,7 @@ def find_images(source: Path) -> Tuple[Classes, Optional[Classes]]:
             if len(images) == 1:
                 raise ValueError(f'{folder} has only one image in {name!r}: give two, as one is for validation.')
     files = sum([*training.values(), *(validation or {}).values()], [])
-    with tqdm(files, 'check images', unit='image', leave=False, disable=None) as bar:  # errors clear the bar too
+    with tqdm(files, 'check images', unit='image', leave=False, disable=None) as bar:  # cleared after errors too
         for file in bar:
             try:
                 read_image(file)

@@ -17,12 +17,12 @@ class Dataset:
     Args:
         hub: Its name on the Hub.
         title: Its name in a sentence.
-        classes: The names of its classes, in the order of a network's outputs; None where they are not known.
+        classes: The names of its classes, in the order of a network's outputs; None if they are not known.
         split: The split that networks are tested on.
         terms: Terms of use, as the end of a sentence that begins with 'The photographs of CIFAR-10'.
         license: The licence of weights trained on it, as in a card's metadata.
         size: Height and width of training images, in pixels.
-        test_size: Height and width of test images, in pixels; None for `size`.
+        test_size: Height and width of test images, in pixels; None if it is `size`.
         pool_size: Height and width of the last feature map at `size`.
         mean, std: Mean and standard deviation of its RGB pixels, which are between 0 and 1.
         crop_pct, interpolation: As in timm's cfgs.

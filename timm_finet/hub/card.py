@@ -138,7 +138,7 @@ def training_section(cfg: Dict[str, Any], run: Run, dataset: Dataset) -> List[st
     args = run.args
     arguments = "Arguments of timm's train.py ([args.yaml](args.yaml) lists all of them):"
     paragraphs = [f"Data set: {dataset.title}. {arguments if args else 'The training arguments were not recorded.'}"]
-    usual = dict(world_size=1, grad_accum_steps=1)  # a step has batch_size times both images
+    usual = dict(world_size=1, grad_accum_steps=1)  # images per step: batch_size times both
     settings = [key for key in RECIPE if args.get(key) and args[key] != usual.get(key)]
     if settings:
         paragraphs.append(table(settings, [args[key] for key in settings]))
@@ -171,7 +171,7 @@ def speed_section(rows: Sequence[Dict[str, str]]) -> str:
         return 'Not measured.'
     times = [(row['form'], row['images_per_second'], f"{row['ms_low']} to {row['ms_high']}") for row in rows]
     setting = 'Batch size 1, {img_size} px, {threads} thread of {device}, {runtime}; the forms were timed in turns.'
-    return table(('form', 'images a second', 'ms, quartiles'), *times) + '\n\n' + setting.format(**rows[0])
+    return table(('form', 'images per second', 'ms, quartiles'), *times) + '\n\n' + setting.format(**rows[0])
 
 
 def licence_section(cfg: Dict[str, Any], dataset: Dataset, base: str) -> str:

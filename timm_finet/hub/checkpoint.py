@@ -127,8 +127,8 @@ def build(name: str, weights: Dict[str, torch.Tensor], args: Dict[str, Any]) -> 
     """Build the network `name` as train.py did with `args`, and load the weights."""
     built_as, architecture = args.get('model', name), name.split('.')[0]
     is_ours = is_model_in_modules(architecture, MODULES)
-    # A tag's way to build the network comes with its pretrained weights. A run that began from a file may have used a
-    # name without pretrained weights.
+    # pretrained=True builds the network as its tag says. A run that began from a file may have used a name without
+    # pretrained weights.
     by_tag = args.get('pretrained', False) and not (args.get('pretrained_path') and not is_model_pretrained(built_as))
     model = timm.create_model(
         built_as, pretrained=is_ours and by_tag, **sizes(name, weights, args), global_pool=args.get('gp'),

@@ -35,7 +35,7 @@ def build_model(
 
     Raises:
         RuntimeError: There are no such weights, or the file is not the recorded one.
-        ValueError: With an argument, the network would compute another function than the weights were trained for.
+        ValueError: An argument would make the network compute another function than the weights were trained for.
         FileNotFoundError: The embedded file is missing, and the tag has no repository on the Hub.
     """
     cfg = kwargs.pop('pretrained_cfg', None)

@@ -112,7 +112,7 @@ def push_checkpoint(
         checkpoint: str, name: str, repo_id: str, private: bool = False, revision: Optional[str] = None,
         fused: bool = False, results: Optional[str] = None, class_names: Optional[str] = None,
         dry_run: bool = False) -> None:
-    """`timm-finet push`: push a checkpoint with its card, arguments and log, or print them in a dry run."""
+    """`timm-finet push`: push a checkpoint with its card, arguments and log; a dry run prints what it would push."""
     if repo_id.count('/') != 1:
         raise ValueError(f'--repo-id {repo_id!r} must be ORG/NAME.')
     if not is_model_in_modules(name, MODULES):
