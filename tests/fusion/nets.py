@@ -34,6 +34,19 @@ class SelfPadding(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
+def batch_norm(terms, width, dims=2):
+    """A BatchNorm with random statistics and those affine terms of 'weight' and 'bias' that are listed."""
+    norm = getattr(nn, f'BatchNorm{dims}d')(width, affine=bool(terms))
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    for name in ('weight', 'bias'):
+        if name in terms:
+            nn.init.normal_(getattr(norm, name))
+        else:
+            setattr(norm, name, None)
+    return norm.double()
+
+
 def pair(conv=nn.Conv2d, **kwargs):
     return dict(conv=conv(4, 4, 1), bn=nn.BatchNorm2d(4, **kwargs))
 

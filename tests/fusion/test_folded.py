@@ -4,7 +4,7 @@ import io
 import pytest
 import torch
 import torch.nn as nn
-from nets import SMALL, X, Net, SelfPadding, norms, pair, rewrites, sequence
+from nets import SMALL, X, Net, SelfPadding, batch_norm, norms, pair, rewrites, sequence
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch.nn.utils.parametrize import register_parametrization
 from torchvision.ops import FrozenBatchNorm2d
@@ -12,18 +12,13 @@ from torchvision.ops import FrozenBatchNorm2d
 from timm_finet import FBNConv2d, convert_fbn, fuse_fbn
 
 
-@pytest.mark.parametrize('norm_kwargs', [{}, dict(affine=False), dict(bias=False)])
+@pytest.mark.parametrize('terms', [['weight', 'bias'], ['weight'], []])
 @pytest.mark.parametrize('conv_kwargs', [dict(groups=1), dict(groups=2, bias=False)])
 @pytest.mark.parametrize('dims', [1, 2, 3])
 @pytest.mark.parametrize('kind', ['Conv', 'ConvTranspose'])
-def test_convolutions_of_every_kind_fuse(kind, dims, conv_kwargs, norm_kwargs, randomise):
+def test_convolutions_of_every_kind_fuse(kind, dims, conv_kwargs, terms):
     conv = getattr(nn, f'{kind}{dims}d')(4, 6, 3, stride=2, **conv_kwargs)
-    norm = getattr(nn, f'BatchNorm{dims}d')(6, **norm_kwargs).double()
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    if norm.weight is not None:
-        nn.init.normal_(norm.weight)
-    model = nn.Sequential(conv, norm).double().eval()
+    model = nn.Sequential(conv, batch_norm(terms, 6, dims)).double().eval()
     x = torch.randn(2, 4, *[5] * dims, dtype=torch.float64)
     for fused in (fuse_fbn(model, x), fuse_fbn(model)):
         assert norms(fused) == 0 and type(fused[0]) is type(conv)

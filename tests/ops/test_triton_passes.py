@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip('triton', reason='triton is missing: it comes with torch for CUDA and ROCm')
+pytest.importorskip('triton', '3.6', reason='Triton 3.6 is missing: it comes with torch for CUDA and ROCm')
 
 from scripts.bench import kernels  # noqa: E402
 from scripts.report import read_rows  # noqa: E402

@@ -18,10 +18,14 @@ deviation. The passes therefore sum shifted data `c = x - shift`, where `shift` 
 import os
 import warnings
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Optional, Tuple, Union
 
 import torch
+
+try:
+    import triton
+except ImportError:
+    triton = None
 
 from .sync import all_reduce, pool_moments
 from .torch_passes import TorchPasses, memory_format, moments_dtype, without_autocast
@@ -164,7 +168,15 @@ class TorchAlgebra:
         return a, b
 
 
-HAS_TRITON = find_spec('triton') is not None
+def compiles_correctly(triton_version: str) -> bool:
+    """Whether Triton compiles the kernels correctly.
+
+    In Triton 3.5 `weight_gradient_kernel` refills a buffer that a product may still be reading.
+    """
+    return tuple(map(int, triton_version.split('.')[:2])) >= (3, 6)
+
+
+HAS_TRITON = triton is not None and compiles_correctly(triton.__version__)
 # Whether the passes run in Triton. None means that they do so where they are known to be right.
 TRITON = {'0': False, '1': HAS_TRITON}.get(os.environ.get('TIMM_FINET_TRITON'))
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # for tests: Triton's interpreter runs kernels on the CPU
