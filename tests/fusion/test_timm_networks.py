@@ -84,7 +84,7 @@ def test_fused_networks_are_copied_saved_scripted_and_exported(name, randomise, 
     x = example(model)
     fused = fuse_fbn(model, x)
     torch.save(deepcopy(fused), tmp_path / 'fused.pt')
-    exported = torch.export.export(fused, (x,)).module()
+    exported = torch.export.export(deepcopy(fused), (x,)).module()  # torch 2.9 leaves fake tensors in caches
     with torch.no_grad():
         y = fused(x)
         torch.testing.assert_close(y, model(x), rtol=1e-3, atol=1e-3)

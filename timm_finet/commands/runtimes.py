@@ -39,19 +39,19 @@ def to_onnx(
         import onnxruntime  # noqa: F401 (torch's own message for a missing package is long)
         import onnxscript  # noqa: F401
         if dynamic_batch:  # torch treats a dimension of one as constant
-            x = x.expand(2, -1, -1, -1)
+            x = x.repeat(2, 1, 1, 1)
         torch.onnx.export(
             model, (x,), file, input_names=['input'], output_names=['logits'], dynamo=True, external_data=False,
             verbose=False, dynamic_shapes=({0: torch.export.Dim('batch')},) if dynamic_batch else None)
         if calibration is not None:
-            quantise_onnx(file, calibration)
+            quantise_onnx(file, calibration, dynamic_batch)
         if metadata:  # after quantisation, which writes metadata too
             written = onnx.load(file)
             onnx.helper.set_model_props(written, metadata)
             onnx.save(written, file)
 
 
-def quantise_onnx(file: str, calibration: torch.Tensor) -> None:
+def quantise_onnx(file: str, calibration: torch.Tensor, dynamic_batch: bool) -> None:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -62,7 +62,8 @@ def quantise_onnx(file: str, calibration: torch.Tensor) -> None:
             x = next(self.images, None)
             return None if x is None else {'input': x.numpy()}
 
-    quant_pre_process(file, file)
+    # With torch 2.9 the inference of symbolic shapes fails for any number of images.
+    quant_pre_process(file, file, skip_symbolic_shape=dynamic_batch)
     quantize_static(file, file, Reader(), per_channel=True)
 
 
