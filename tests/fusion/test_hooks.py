@@ -23,12 +23,13 @@ class Reader(nn.Module):
         self.name = name
 
     def forward(self, x):
-        module, tensor = self.name.split('.')
+        module, _, tensor = self.name.rpartition('.')
         x = self.bn2(self.conv2(self.bn(self.conv(self.fbn(x)))))
-        return x + getattr(getattr(self, module), tensor).data.sum()
+        return x + getattr(self.get_submodule(module), tensor).data.sum()
 
 
-@pytest.mark.parametrize('name', ['fbn.weight', 'conv.weight', 'conv.bias', 'bn.weight', 'bn.running_mean'])
+@pytest.mark.parametrize('name', [
+    'fbn.weight', 'fbn.bn.weight', 'conv.weight', 'conv.bias', 'bn.weight', 'bn.running_mean'])
 def test_layers_whose_tensors_forward_reads_stay(name, randomise, caplog):
     model = randomise(Reader(name).double()).eval()
     for rewritten in rewrites(model, SMALL):

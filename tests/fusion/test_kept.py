@@ -124,6 +124,13 @@ class MaskedFarAway(nn.Conv2d):
         return super().forward(x) * filled
 
 
+class Skipped(nn.Conv2d):
+    """Gives nothing, not even a bias, for an input that is empty everywhere."""
+
+    def forward(self, x):
+        return super().forward(x) * x.any()
+
+
 class Clamped(nn.Conv2d):
     def forward(self, x):
         return super().forward(x).clamp(-100, 100)
@@ -141,7 +148,7 @@ class Biasless(nn.Conv2d):
 
 
 class Scaled(nn.Conv2d):
-    def forward(self, x, scale=1.):
+    def forward(self, x=SMALL, scale=1.):
         return super().forward(x) * scale
 
 
@@ -152,6 +159,34 @@ class Notes(nn.Conv2d):
         y = super().forward(x)
         self.largest = y.abs().max()
         return y
+
+
+class Counts(nn.Conv2d):
+    """Counts its calls in a buffer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class NormOfSum(nn.BatchNorm2d):
+    def forward(self, xs):
+        return super().forward(sum(xs))
+
+
+class HasIntermediates(Net):
+    def forward_intermediates(self, x):
+        return self.bn(self.other(x))
+
+
+@torch.no_grad()
+def overwrites(net, x):
+    y = net.conv(x)
+    return net.bn(torch.mul(x, 2., out=y))
 
 
 def keep(net, x):
@@ -179,7 +214,7 @@ def asks(question):
 BEHIND = 'behind a layer that is '
 UNREACHED, CHANGED = 'called from where they cannot be replaced: layer', 'changed by the forward: bn'
 ELSEWHERE = f'{BEHIND}read elsewhere: bn'
-OTHERWISE = [StdConv2d, Squared, Masked, MaskedFarAway, Clamped, Biasless]
+OTHERWISE = [StdConv2d, Squared, Masked, MaskedFarAway, Skipped, Clamped, Biasless]
 KEPT = {  # the network, and the reason in the warning
     'called by a list': (lambda: Steps(*sequence()), UNREACHED),
     'FBN called by a list': (lambda: Steps(FBNConv2d(4, 4, 1, fbn_groups=2), nn.BatchNorm2d(4)), UNREACHED),
@@ -189,6 +224,7 @@ KEPT = {  # the network, and the reason in the warning
         ELSEWHERE),
     'read behind a number': (
         lambda: Net(lambda net, x: (lambda y: net.bn(y) + torch.pow(2., y))(net.conv(x)), **pair()), ELSEWHERE),
+    'overwritten': (lambda: Net(overwrites, **pair()), ELSEWHERE),
     'read, as `is None` tells': (asks(lambda x, c, y: y is None), ELSEWHERE),
     'read, as `isinstance` tells': (asks(lambda x, c, y: isinstance(c, torch.Tensor)), ELSEWHERE),
     'read, as `int` tells': (asks(lambda x, c, y: int(x.shape[1]) == 4), ELSEWHERE),
@@ -200,6 +236,17 @@ KEPT = {  # the network, and the reason in the warning
     'another eps': (lambda: Net(sets_eps, **pair()), CHANGED),
     'another gamma': (with_a_gamma_to_set, CHANGED),
     'a layer that notes': (lambda: Net(lambda net, x: net.bn(net.conv(x)), **pair(Notes)), BEHIND + CHANGED),
+    'a layer that counts': (lambda: Net(lambda net, x: net.bn(net.conv(x)), **pair(Counts)), BEHIND + CHANGED),
+    'no argument': (
+        lambda: Net(lambda net, x: x + net.bn(net.conv()), **pair(Scaled)), f'{BEHIND}called by keyword: bn'),
+    'a norm of a sum': (
+        lambda: Net(lambda net, x: net.bn([net.conv(x), x]), **dict(pair(), bn=NormOfSum(4))),
+        'of class NormOfSum: bn'),
+    'a norm whose shape is asked for': (
+        lambda: Net(lambda net, x: net.bn(net.conv(x)) * net.bn.weight.shape[0], **pair()), 'looked into: bn'),
+    'intermediates by another layer': (
+        lambda: HasIntermediates(lambda net, x: net.bn(net.conv(x)), other=nn.Conv2d(4, 4, 1), **pair()),
+        'behind several layers: bn'),
     'a weight brought': (lambda: Net(brings_a_weight, **pair()), f'{BEHIND}looked into: bn'),
     'a weight made': (with_a_weight_to_make, f'{BEHIND}without a weight of its own: bn'),
     'a weight as buffer': (with_a_weight_as_buffer, f'{BEHIND}without a weight of its own: bn'),
