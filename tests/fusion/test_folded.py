@@ -69,9 +69,10 @@ def test_a_pair_of_two_names_is_rewritten_under_both(randomise):
 
 def test_a_convolution_of_another_class_fuses_in_place_where_that_is_right(randomise):
     model = randomise(sequence(SelfPadding).double()).eval()
-    fused = fuse_fbn(model, SMALL)
+    x = torch.randn(2, 4, 5, 7, dtype=torch.float64)
+    fused = fuse_fbn(model, x)
     assert type(fused[0]) is SelfPadding and isinstance(fused[1], nn.Identity)
-    torch.testing.assert_close(fused(SMALL), model(SMALL))
+    torch.testing.assert_close(fused(x), model(x))
 
 
 def checks_its_input(net, x):
@@ -119,6 +120,15 @@ def with_a_history():
     return model
 
 
+def with_an_activation_that_is_read():
+    model = Net(
+        lambda net, x: net.bn(net.conv(x)) + net.act.weight.data.sum() + net.act.offset, conv=nn.Conv2d(4, 4, 1),
+        bn=BatchNormAct2d(4))
+    model.act = model.bn.act = nn.PReLU()
+    model.act.register_buffer('offset', torch.ones(()))
+    return model
+
+
 def with_an_attribute_named_as_a_method():
     model = sequence()
     model[0].type = 'stem'
@@ -130,6 +140,10 @@ FOLDED = {
     'asks the norm for its arguments': lambda: Net(asks_the_norm, **pair()),
     'has a history and control flow': with_a_history,
     'has a method fuse with arguments': Adds,
+    'reads an activation within a norm': with_an_activation_that_is_read,
+    'names the size of an output': lambda: Net(
+        lambda net, x: net.bn2(net.up(net.bn(net.conv(x)), [5, 5])), **pair(), up=nn.ConvTranspose2d(4, 4, 1),
+        bn2=nn.BatchNorm2d(4)),
     'has an attribute named as a method': with_an_attribute_named_as_a_method,
 }
 
@@ -182,6 +196,14 @@ def test_train_mode_with_frozen_norms_fuses_and_keeps_its_flags(randomise):
     fused = fuse_fbn(model, SMALL)
     assert norms(fused) == 0 and [m.training for m in fused.modules()] == [m.training for m in model.modules()]
     torch.testing.assert_close(fused(SMALL), model(SMALL))
+
+
+def test_networks_made_in_inference_mode_fuse(randomise):
+    with torch.inference_mode():
+        model = randomise(sequence().double()).eval()
+        for fused in (fuse_fbn(model), fuse_fbn(model, SMALL)):
+            assert norms(fused) == 0
+            torch.testing.assert_close(fused(SMALL), model(SMALL))
 
 
 def test_fused_networks_become_onnx(randomise):
