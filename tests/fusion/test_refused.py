@@ -38,6 +38,12 @@ def test_what_cannot_be_rewritten_is_refused(change, model, example, error, mess
         change(model.eval() if isinstance(model, nn.Module) else model, example_inputs=example)
 
 
+def test_what_cannot_be_copied_is_fused_in_place_where_nothing_has_to_run():
+    model = sequence().eval()
+    model.lock = threading.Lock()
+    assert norms(fuse_fbn(model, inplace=True)) == 0
+
+
 def test_train_mode_is_refused_and_nothing_changes():
     model = timm.create_model('finet_small_g2').eval()
     model.stages[1].train()
