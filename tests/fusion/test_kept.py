@@ -1,4 +1,5 @@
 """What is not folded: layers and norms that are called, read, hooked or changed elsewhere, and the warning's reason."""
+import logging
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -369,10 +370,14 @@ def test_neighbours_of_other_widths_are_no_pair():
     assert norms(fuse_fbn(model)) == 1
 
 
-def test_a_network_in_which_nothing_can_be_folded_is_a_warning(caplog):
+@pytest.mark.parametrize('wrap', [
+    lambda model: model, nn.DataParallel, lambda model: torch.compile(model, backend='eager')])
+def test_a_network_in_which_nothing_can_be_folded_is_a_warning_that_names_what_a_wrapper_wraps(wrap, caplog):
     model = Net(lambda net, x: net.bn(x), bn=nn.BatchNorm2d(4)).eval()
-    fuse_fbn(model, SMALL.float())
+    with caplog.at_level(logging.INFO):
+        fuse_fbn(wrap(model), SMALL.float())
     assert 'Nothing of Net can be folded: 1 BatchNorm' in caplog.text
+    assert 'not directly behind a convolution or linear layer: bn' in caplog.text
 
 
 class Odd(nn.Module):

@@ -115,7 +115,9 @@ def test_an_fbn_layer_that_is_compiled_by_itself_fuses(randomise):
     model = randomise(nn.Sequential(FBNConv2d(4, 4, 1, fbn_groups=2), nn.ReLU()).double()).eval()
     expected = model(SMALL)
     model[0] = torch.compile(model[0], backend='eager')
-    for fused in (fuse_fbn(model, SMALL), fuse_fbn(model[0], SMALL), fuse_fbn(model[0], SMALL, inplace=True)):
+    for fused in (
+            fuse_fbn(model, SMALL), fuse_fbn(torch.compile(model, backend='eager'), SMALL), fuse_fbn(model[0], SMALL),
+            fuse_fbn(model[0], SMALL, inplace=True)):
         torch.testing.assert_close(fused(SMALL).relu(), expected)
         fused.requires_grad_(False)
         for parameter in fused.parameters():
