@@ -140,6 +140,8 @@ FOLDED = {
     'asks the norm for its arguments': lambda: Net(asks_the_norm, **pair()),
     'has a history and control flow': with_a_history,
     'has a method fuse with arguments': Adds,
+    'has a norm behind an FBN layer': lambda: nn.Sequential(
+        FBNConv2d(4, 4, 1, fbn_groups=2), nn.BatchNorm2d(4), *sequence()),
     'reads an activation within a norm': with_an_activation_that_is_read,
     'names the size of an output': lambda: Net(
         lambda net, x: net.bn2(net.up(net.bn(net.conv(x)), [5, 5])), **pair(), up=nn.ConvTranspose2d(4, 4, 1),
