@@ -93,7 +93,7 @@ def test_fused_networks_are_copied_saved_scripted_and_exported(name, randomise, 
 
 
 @pytest.mark.parametrize('name', [
-    'levit_128s', 'repghostnet_050', *slow('fastvit_t8', 'repvit_m0_9', 'mobileone_s0', 'efficientvit_m1')])
+    'levit_128s', *slow('repghostnet_050', 'fastvit_t8', 'repvit_m0_9', 'mobileone_s0', 'efficientvit_m1')])
 def test_networks_that_fold_themselves_do_so_before_and_after(name, randomise):
     model = randomise(timm.create_model(name)).eval()
     x = example(model)
