@@ -125,7 +125,7 @@ def table(rows):
         why = '; '.join(f'{count} {reason}' for reason, count in reasons.most_common() if reason)
         cells.append([
             package, len(mine), *(results[result] for result in RESULT_NAMES), f'{norms - left} of {norms}', why])
-    head = ['package', 'networks tried', *RESULT_NAMES.values(), 'BatchNorms folded', 'those left are']
+    head = ['package', 'networks tried', *RESULT_NAMES.values(), 'BatchNorms folded', 'why the others stay']
     return markdown(head, cells)
 
 

@@ -360,7 +360,7 @@ def table_of_bytes(rows):
              for kernel in FEWEST]
     sums = [sum(float(cell[column]) for cell in cells) for column in (1, 2, 3)]
     return markdown(
-        ['GB a step', 'fewest', 'loads and stores', 'of weights'], cells + [['all', *(f'{s:.2f}' for s in sums)]])
+        ['GB per step', 'fewest', 'loads and stores', 'of weights'], cells + [['all', *(f'{s:.2f}' for s in sums)]])
 
 
 def table_of_resources(rows):

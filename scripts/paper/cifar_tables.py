@@ -41,7 +41,7 @@ PAPER = {  # top-1 of finet_large in Table 5, after 200 epochs
 }
 PAPER['cifar100', 'finet_large'] = PAPER['cifar100', 'finet_small']
 BN = 'G = 1'
-FIT = {'fit_loss': 'loss on the training images', 'fit_top1': 'top-1 on them'}
+FIT = {'fit_loss': 'loss on the training images', 'fit_top1': 'top-1 on the training images'}
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def table(rows, stem):
         if cells:
             parts += [f"**{title}, {dataset.replace('cifar', 'CIFAR-')}**", markdown(
                 ['', 'top-1, mean ± deviation', 'every seed', 'minus BN ± standard error', 'p, paired by seed',
-                 'paper (minus BN)', *fit.values(), 'seconds an epoch', 'peak MB'], cells)]
+                 'paper (minus BN)', *fit.values(), 'seconds per epoch', 'peak MB'], cells)]
     return '\n\n'.join(parts)
 
 

@@ -76,7 +76,7 @@ def note(name, row, model):
         return text
     if 'shufflenet' in name:
         with_norm = madds + count_flops(model, (3, 224, 224))['other']
-        return f'{with_norm / 1e6:.1f} M with BatchNorm at one an element'
+        return f'{with_norm / 1e6:.1f} M with BatchNorm at one per element'
     if name.startswith('mobilenetv2'):
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         without = row['params_train'] - sum(p.numel() for m in norms for p in m.parameters(recurse=False))
@@ -85,7 +85,7 @@ def note(name, row, model):
     with torch.no_grad(), Elements('mul', 'hardswish_') as products:
         model(torch.zeros(1, 3, 224, 224))
     total = (madds + products.total) / 1e6
-    return f"{total:.1f} M with SE's products and hard-swish at one an element, which fvcore leaves out"
+    return f"{total:.1f} M with SE's products and hard-swish at one per element, which fvcore leaves out"
 
 
 def count(name):

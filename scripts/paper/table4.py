@@ -132,7 +132,7 @@ def plot(rows):
             ax.bar([k + (i - 2.5) * 0.14 for k in range(len(mine))], heights, 0.13, yerr=errors, color=color,
                    error_kw=dict(lw=0.8, ecolor='#333333'), label=name.removeprefix('torchvision:'))
         ax.set_xticks(range(len(mine)), [RUNTIMES[row['runtime']][0].replace(', ', '\n') for row in mine])
-        ax.set(ylabel='ms an image', title=f"{count} thread{'s' if int(count) > 1 else ''}")
+        ax.set(ylabel='ms per image', title=f"{count} thread{'s' if int(count) > 1 else ''}")
         ax.grid(axis='y', alpha=0.3)
         ax.set_axisbelow(True)
     axes[0][0].legend(fontsize=8, ncols=2)

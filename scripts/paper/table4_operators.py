@@ -114,7 +114,7 @@ def table(rows):
     cells = [
         (RUNTIMES[row['runtime']][0].split(',')[0], f"`{row['model']}`", *(f'{float(row[k]):.2f}' for k in KINDS))
         for row in rows]
-    return markdown(('ms an image', '', *KINDS), cells)
+    return markdown(('ms per image', '', *KINDS), cells)
 
 
 def main():
