@@ -513,7 +513,8 @@ def test_torchscript_without_running_statistics():
 @pytest.mark.parametrize('arguments, error, message', [
     (dict(groups=2), TypeError, "FBNConv2d.*'groups'"),
     (dict(bias=False), TypeError, "FBNConv2d.*'bias'"),
-    *((dict(fbn_groups=value), ValueError, f'fbn_groups={value!r} must be an integer that divides in_channels=8')
+    *((dict(fbn_groups=value), ValueError,
+       f'fbn_groups={value!r} must be a positive integer that divides in_channels=8')
       for value in (3, 0, -1, 2.0, '4', True, None)),
 ])
 def test_unfit_arguments_are_named(arguments, error, message):

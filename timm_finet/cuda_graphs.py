@@ -1,8 +1,10 @@
-"""Runs a classifier's forward and backward pass as CUDA graphs: train.py's `--device-modules timm_finet.cuda_graphs`.
+"""Captures a classifier's forward and backward pass as CUDA graphs.
 
-A training step of FBN consists of some thousand small kernels. If the host launches them more slowly than the GPU runs
-them, a CUDA graph makes the step faster, because it is launched as a whole. Graphs require one process, batches of one
-size, and a network that makes no decisions on the host. DistributedDataParallel is refused, because a graph would not
+train.py does so with `--device-modules timm_finet.cuda_graphs`.
+
+A training step of FBN consists of many small kernels. If the host launches them more slowly than the GPU runs them, a
+CUDA graph makes the step faster, because it is launched as a whole. Graphs require one process, batches of one size,
+and a network that makes no decisions on the host. DistributedDataParallel is refused, because a graph would not
 exchange its gradients. Evaluation is not captured. Without a GPU nothing is captured.
 """
 from typing import Optional
@@ -23,6 +25,9 @@ def captured(model: nn.Module, x: torch.Tensor, dtype: Optional[torch.dtype] = N
         model: The network, on the GPU, in train mode and without hooks.
         x: A batch with the shape, dtype and memory format of all later batches.
         dtype: The dtype of autocast, or None to capture without autocast.
+
+    Raises:
+        Whatever `torch.cuda.make_graphed_callables` raises.
     """
     with torch.autocast('cuda', dtype, enabled=dtype is not None, cache_enabled=False):
         return torch.cuda.make_graphed_callables(model, (x.clone(),))

@@ -12,7 +12,7 @@ forms:
 - moment form: in training a 1x1 layer computes the statistics from the input's moments (ops/moment_form.py);
 - group by group: in training, layers with larger kernels compute one `z_g` at a time (ops/recomputed.py);
 - reference form, the paper's own: the layer computes all `z_g` at once and calls its norm on them. It does so where no
-  other form is known to be right or would save anything. `ReferenceFBNConv2d` always uses this form.
+  other form is known to be right, or none would save memory. `ReferenceFBNConv2d` always uses this form.
 """
 import math
 import warnings
@@ -103,11 +103,12 @@ class FBNConv2d(nn.Module):
     wrong with the norm inside: they fold a following BatchNorm into it, or merge an update that they have learned
     separately.
 
-    The layer computes with the parameters and statistics of `bn` and does not call it, as long as `bn` is exactly
-    torch's BatchNorm2d or SyncBatchNorm, or torchvision's FrozenBatchNorm2d, without hooks. With a SyncBatchNorm the
-    statistics cover all its processes. If another module replaces or wraps `bn` (FSDP, checkpointing, peft), the layer
-    calls that module in the paper's form, which takes G times the memory, and warns. Training under torch.export,
-    torch.jit.script and torch.func uses the paper's form too.
+    In all forms except the paper's (the fast forms), the layer uses the parameters and statistics of `bn` and does not
+    call it. This requires that `bn` is exactly torch's BatchNorm2d or SyncBatchNorm, or torchvision's
+    FrozenBatchNorm2d, without hooks. With a SyncBatchNorm the statistics cover all its processes. If another module
+    replaces or wraps `bn` (FSDP, checkpointing, peft), the layer calls that module in the paper's form, which takes G
+    times the memory, and warns if G > 1. Training under torch.export, torch.jit and torch.func uses the paper's form
+    too.
 
     Neither the fast 1x1 form nor any form with synchronised statistics has second derivatives. No fast form has
     forward-mode derivatives.
@@ -118,11 +119,11 @@ class FBNConv2d(nn.Module):
             to grouped convolution. 1 is plain BatchNorm, and runs as such.
         affine, eps, momentum: As for `nn.BatchNorm2d`; each intermediate channel has its own gamma and beta.
         save_memory: Keep only the input for the backward pass at `fbn_groups=1` too. This takes more time; plain
-            BatchNorm keeps its own input as well. With more groups only the input is kept anyway.
+            BatchNorm keeps its own input as well. With more groups the fast forms keep only the input anyway.
 
     Raises:
-        ValueError: `fbn_groups` does not divide `in_channels`; the input is not `(N, in, H, W)`; or a training batch
-            has one value per channel.
+        ValueError: `fbn_groups` is not a positive integer that divides `in_channels`; the input is not
+            `(N, in, H, W)`; or a training batch has one value per channel.
         RuntimeError: Outside autocast, the input's dtype differs from the weight's.
 
     Shape:
@@ -147,7 +148,8 @@ class FBNConv2d(nn.Module):
             dtype=None,
     ):
         if type(fbn_groups) is not int or fbn_groups < 1 or in_channels % fbn_groups:
-            raise ValueError(f'fbn_groups={fbn_groups!r} must be an integer that divides in_channels={in_channels}.')
+            raise ValueError(
+                f'fbn_groups={fbn_groups!r} must be a positive integer that divides in_channels={in_channels}.')
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.in_channels = in_channels
@@ -257,12 +259,16 @@ class FBNConv2d(nn.Module):
 
     @torch.jit.unused
     def _count_positions(self, x: torch.Tensor) -> int:
-        """Return the approximate number of the output's positions."""
+        """Return about how many positions the output has."""
         return x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
 
     @torch.jit.unused
     def _prefers_reference(self, x: torch.Tensor) -> bool:
-        """Whether the reference form's intermediate is no wider than the output, or small compared with the weight."""
+        """Whether to use the reference form, where each process has its own statistics.
+
+        With one group this is so unless `save_memory` is set. With more groups the form's intermediate must have fewer
+        than four times as many elements as the weight.
+        """
         if not x.numel():
             return True
         if self.fbn_groups == 1:
@@ -320,7 +326,7 @@ class FBNConv2d(nn.Module):
         arguments = (x, weight, bn.weight, bn.bias, self.fbn_groups, bn.eps, process_group, relu)
         on_cpu = x.device.type == 'cpu'
         if not on_cpu and not torch.compiler.is_compiling():
-            # MomentForm updates the running statistics: its Triton kernels do so without another launch.
+            # MomentForm also updates the running statistics, because its Triton kernels need no further launch for it.
             return MomentForm.apply(*arguments, self._running())[0]
         y, mean, var, count = MomentForm.apply(*arguments)
         if on_cpu and process_group is None and not torch.compiler.is_compiling():
@@ -380,7 +386,7 @@ class FBNConv2d(nn.Module):
     def fuse(self) -> nn.Conv2d:
         """Return the plain convolution with bias that computes what this layer does in eval mode.
 
-        The convolution has the layer's device, dtype, layout and `requires_grad`.
+        The convolution has the layer's device, dtype, memory format, `requires_grad` and train or eval mode.
 
         Like timm's own `fuse` methods, this method folds the running statistics in train mode too, because timm's
         scripts fuse before they call `.eval()`.

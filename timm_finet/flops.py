@@ -20,9 +20,9 @@ def count_flops(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
         input_size: `(channels, height, width)`; the default is that of the model's `pretrained_cfg`.
 
     Returns:
-        The multiply-adds `conv`, `linear` and `other` (BatchNorm and average pooling with one for each element, and
-        products of activations); the number of parameters, `params`; and `uncounted`, the number of calls of each
-        operator that fvcore does not know.
+        The multiply-adds `conv`, `linear` and `other` (all else that fvcore counts, such as products of activations,
+        and BatchNorm and average pooling with one for each element); the number of parameters, `params`; and
+        `uncounted`, the number of calls of each operator that fvcore does not know.
 
     Raises:
         ValueError: `input_size` does not fit the model; or it is None and the model has no `pretrained_cfg`.

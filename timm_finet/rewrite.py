@@ -38,9 +38,10 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
 
     Copies of the network run on the example in eval mode. An unchanged copy shows which layer's output goes to one norm
     only, and a rewritten copy proves that the outputs stay the same. A warning names the layers that stay unfolded and
-    the reasons: they have hooks or a patched forward, are called more than once, or something else reads their output
-    or their tensors. The example cannot show other paths through the network, which it may take with other inputs or in
-    train mode. On the meta device there are no values, so only shapes are proven.
+    the reasons, for example hooks, a patched forward, more than one call, or something else that reads their output or
+    their tensors. Norms that are not directly behind a layer are only logged. The example cannot show other paths
+    through the network, which it may take with other inputs or in train mode. On the meta device there are no values,
+    so only shapes are proven.
 
     Args:
         model: Any network with its norms in eval mode. In DistributedDataParallel, DataParallel, torch.compile or
@@ -56,7 +57,8 @@ def fuse_fbn(model: nn.Module, example_inputs: Any = None, inplace: bool = False
         memory format and `requires_grad` stay. Fusing the result again changes nothing.
 
     Raises:
-        RuntimeError: A BatchNorm is in train mode; or the outputs would differ, and `model` is left unchanged.
+        RuntimeError: A BatchNorm is in train mode; the outputs would differ; the rewritten copy does not run; or a copy
+            uses tensors or modules of `model`. In each case `model` is left unchanged.
         TypeError: `model` is not a module, is scripted or cannot be copied; or `example_inputs` is of another type.
         ValueError: `model` has lazy parameters.
     """
@@ -94,9 +96,11 @@ def convert_fbn(
     share of its mean and beta; training then estimates each group's own. The convolution's bias becomes part of the
     mean and is no longer learned, because batch statistics would cancel it.
 
-    Pairs are found and the outputs proven as by `fuse_fbn`. Depthwise and grouped convolutions, those whose input
-    channels G does not divide (mostly a stem), and those that `fuse_fbn` would leave keep their BatchNorm. A log
-    message gives the number of converted convolutions and of all convolutions.
+    Pairs are found and the outputs proven as by `fuse_fbn`. These keep their BatchNorm: depthwise and grouped
+    convolutions, those whose input channels G does not divide (mostly a stem), those with a string as `padding` or
+    another `padding_mode` than zeros, subclasses of `nn.Conv2d`, those whose norm shares parameters with another
+    module, and those that `fuse_fbn` would leave. A log message gives the number of converted convolutions and of all
+    convolutions.
 
     Args:
         model: Any network, in train or eval mode, or in one of the wrappers that `fuse_fbn` knows.
@@ -107,7 +111,7 @@ def convert_fbn(
         save_memory: As for `FBNConv2d`. With `fbn_groups=1` this is plain BatchNorm that trains in less memory.
 
     Returns:
-        The rewritten network. In eval mode its outputs are the same up to rounding, at any G.
+        The rewritten network. In eval mode its outputs are the same up to rounding, at any G, unless `affine` is False.
 
     Raises:
         ValueError: `fbn_groups` is not an integer of at least 1; no pair fits; or `model` has lazy parameters, or is a

@@ -362,7 +362,7 @@ def test_a_network_that_does_not_run_on_images_of_its_cfg_is_fused_as_without_an
     model = sequence().eval()
     model.pretrained_cfg = dict(input_size=(5, 8, 8))
     assert norms(fuse_fbn(model)) == 0
-    assert 'Sequential does not run on images as its pretrained_cfg says: RuntimeError' in caplog.text
+    assert 'Sequential does not run on images of the size in its pretrained_cfg: RuntimeError' in caplog.text
 
 
 def test_neighbours_of_other_widths_are_no_pair():

@@ -13,8 +13,8 @@ def flatten(value: Any) -> Tuple[Any, List[torch.Tensor], List[str]]:
     """Flatten containers of any depth and objects with attributes.
 
     Returns:
-        The structure, which can be compared with `==`; all numbers as tensors; and the types of values that cannot be
-        compared.
+        The structure, which includes Python's integers and can be compared with `==`; all other numbers as tensors; and
+        the types of values that cannot be compared.
     """
     tensors, unknown, seen = [], [], set()
 
@@ -84,7 +84,7 @@ def judge(outputs: Any, others: Any, noisy: Sequence[Any], rounding: float) -> V
 
 
 def distance(outputs: Any, others: Any) -> float:
-    """Return the largest difference of two tensors, relative to the largest value, or inf if the structures differ."""
+    """Return the largest difference of two tensors, relative to their largest value, or inf if structures differ."""
     structure, tensors, _ = flatten(outputs)
     other_structure, other_tensors, _ = flatten(others)
     if structure != other_structure:

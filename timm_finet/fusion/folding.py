@@ -31,7 +31,10 @@ def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -
 
 @torch.no_grad()
 def folded(layer: nn.Module, norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return the weight and bias with which `layer` includes the `norm` behind it, computed in at least float32."""
+    """Return the weight and bias with which `layer` includes the `norm` behind it.
+
+    They are computed in at least float32 and returned in the dtype of the layer's weight.
+    """
     is_transposed = isinstance(layer, TRANSPOSED)
     weight = _swap_channels(layer.weight, layer.groups) if is_transposed else layer.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -103,10 +106,12 @@ def set_child(parent: nn.Module, name: str, child: nn.Module) -> None:
 
 
 def check_form(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
-    """Check that a state dict has the form of the model, train form or fused; `strict=False` would load only a part.
+    """Check that a state dict and the model are both in train form or both fused.
+
+    (`load_state_dict(strict=False)` would load a part of the other form without an error.)
 
     Raises:
-        RuntimeError: It has the other form.
+        RuntimeError: The state dict has the other form.
     """
     own = model.state_dict()
     has_norm, given_norm = (any(key.endswith('running_var') for key in keys) for keys in (own, state_dict))

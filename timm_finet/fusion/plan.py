@@ -29,7 +29,7 @@ class Plan:
     stays: Dict[str, str] = field(default_factory=dict)  # other FBN layers and norms, and why
     example: Optional[Example] = None  # None if nothing was run
     outputs: Any = None  # of the unchanged network on the example
-    rounding: float = 0.  # the relative precision of the layers' outputs
+    rounding: float = 0.  # the relative precision of the coarsest layer output
 
 
 def make_plan(model: nn.Module, example_inputs: Any, fuse: bool) -> Plan:
@@ -45,7 +45,8 @@ def make_plan(model: nn.Module, example_inputs: Any, fuse: bool) -> Plan:
         except Exception as error:
             if example_inputs is not None or watch.reached:
                 raise
-            _logger.warning(f'{type(model).__name__} does not run on images as its pretrained_cfg says: {error!r}')
+            _logger.warning(
+                f'{type(model).__name__} does not run on images of the size in its pretrained_cfg: {error!r}')
     if watch.reached:  # the network may have caught the error
         raise RuntimeError(f'A copy of {type(model).__name__} computes with {watch.reached} of the network itself.')
 
@@ -94,7 +95,10 @@ def _why_pair_stays(watch: Watch, layer: nn.Module, norm: nn.Module, fuse: bool)
 
 
 def _is_folded_right(layer: nn.Module, norm: nn.Module, example: Optional[torch.Tensor]) -> bool:
-    """Whether a layer of an unknown class gives the right outputs with a folded weight, on inputs like `example`."""
+    """Whether a layer of an unknown class gives the right outputs with a folded weight, on inputs shaped as `example`.
+
+    False if that cannot be tried.
+    """
     if example is None or layer.weight.is_meta:
         return False
     try:

@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 def prove(model: nn.Module, plan: Plan, change: Callable[[nn.Module], None], keeps_outputs: bool = True) -> None:
-    """Rewrite and run a copy of `model`, and drop from the plan modules called from where they cannot be replaced.
+    """Run a rewritten copy of `model`, and drop from the plan all modules that still run after they were replaced.
 
     Args:
         change: Rewrites a network as `plan` says.

@@ -56,7 +56,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def copy_to_run(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode. It shares no tensor, because `eval()` and the forward may change parameters too."""
+    """Return a copy in eval mode. It shares no tensors with `model`: `eval()` and the forward may change parameters."""
     return copy_model(model).eval()
 
 

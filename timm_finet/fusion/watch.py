@@ -65,7 +65,7 @@ _State = Dict[Any, Tuple[Any, int]]
 
 
 def _state(module: nn.Module) -> _State:
-    """Return all that the module's forward may compute with, and how often each tensor was changed in place."""
+    """Return everything that the module's forward may use, and how often each tensor was changed in place."""
     state = {}
     for i, submodule in enumerate(_computing_modules(module)):
         for name, value in (

@@ -1,4 +1,4 @@
-"""A strided depthwise convolution whose backward pass is fast on the CPU in bfloat16."""
+"""A strided depthwise convolution whose backward pass is fast on the CPU in bfloat16 and float16."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -48,8 +48,8 @@ class DepthwiseConv2d(nn.Conv2d):
     """The same as `nn.Conv2d(chs, chs, kernel_size, stride, kernel_size // 2, groups=chs, bias=False)`, but faster.
 
     `kernel_size` must be odd. In bfloat16 and float16 on a CPU, the input gradient of such a convolution with a stride
-    takes 20 to 200 times as long as in float32, because oneDNN has no kernel for it. In this case the layer, in
-    training, computes the gradient by a convolution of stride 1. Otherwise it does what `nn.Conv2d` does.
+    takes 20 to 200 times as long as in float32, because oneDNN has no kernel for it. In this case, in train mode,
+    the layer computes the gradient by a convolution of stride 1. Otherwise it does what `nn.Conv2d` does.
     """
 
     def __init__(self, chs: int, kernel_size: int, stride: int = 1, device=None, dtype=None):

@@ -169,7 +169,7 @@ class TorchAlgebra:
 
 
 def compiles_correctly(triton_version: str) -> bool:
-    """Whether Triton compiles the kernels correctly.
+    """Whether this version of Triton compiles the kernels correctly.
 
     In Triton 3.5 `weight_gradient_kernel` refills a buffer that a product may still be reading.
     """
@@ -204,7 +204,7 @@ def implementation(x: torch.Tensor, dtype: torch.dtype):
     """Return the classes of the passes over `x` and of the algebra between them, for moments in `dtype`."""
     on_gpu = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
     interpreted = INTERPRETED and x.device.type == 'cpu'
-    # A kernel needs real memory, which fake tensors and other subclasses do not have.
+    # A kernel needs real memory, which fake tensors and other subclasses may lack.
     possible = type(x) in (torch.Tensor, torch.nn.Parameter) and dtype == torch.float32 and x.numel() > 0
     possible = possible and memory_format(x) == torch.channels_last
     if possible and (on_gpu or interpreted) and (triton_works(x.device) if TRITON is None else TRITON):
@@ -216,11 +216,12 @@ def implementation(x: torch.Tensor, dtype: torch.dtype):
 class MomentForm(torch.autograd.Function):
     """`(y, mean, var, count)` of `x` `(N, C, H, W)`, `weight` `(out, C, 1, 1)`, `gamma`, `beta` `(G * out,)` or None.
 
-    With `relu`, `y` is the ReLU of the output, and the ReLU's input is never stored. `mean` and biased `var`
-    `(G * out,)` are the statistics of all partial sums over `count` positions, and have no gradient. If `running` is
-    given, as for `track`, the statistics update it, and `mean` and `var` are None; it must not be given while
-    torch.compile traces. With a process group, the statistics and `count`, which is then a tensor, cover all its
-    processes. The backward pass keeps `x`, with `relu` also `y`, and tensors of the weight's size.
+    `y` `(N, out, H, W)` has the dtype and memory format of `x`. With `relu` it is the ReLU of the output, and the
+    ReLU's input is never stored. `mean` and biased `var` `(G * out,)` are the statistics of all partial sums over
+    `count` positions, in at least float32 and without a gradient. If `running` is given, as for `track`, the statistics
+    update it, and `mean` and `var` are None; it must not be given while torch.compile traces. With a process group, the
+    statistics and `count`, which is then a tensor, cover all its processes. `x`, with `relu` also `y`, and tensors of
+    the weight's size are saved for the backward pass. There are no second derivatives.
     """
 
     @staticmethod

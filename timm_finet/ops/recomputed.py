@@ -36,12 +36,12 @@ class RecomputedNorm(torch.autograd.Function):
         x: `(N, C, H, W)`, in the dtype of `weight`. It may be a slice of channels: the convolution takes a contiguous
             copy in the memory format `layout`, but `x` itself is saved.
         weight: `(out, C, kh, kw)`.
-        gamma, beta: `(out,)`, both or neither None, in the dtype of `weight` or a more precise one.
+        gamma, beta: `(out,)` or both None, in the dtype of `weight` or a more precise one.
         conv: `(stride, padding, dilation)`.
         process_group: The processes that share statistics, or None. With a group there are no second derivatives.
 
-    `mean` and unbiased `var` `(out,)` are in at least float32 and have no gradient. The backward pass keeps `x`,
-    `weight` and tensors of `gamma`'s size.
+    `y` `(N, out, H', W')` has the dtype of `x`. `mean` and unbiased `var` `(out,)` are in at least float32 and have no
+    gradient. `x`, `weight` and tensors of `gamma`'s size are saved for the backward pass.
 
     Raises:
         ValueError: There is one value per channel, and no process group.

@@ -23,7 +23,7 @@ def fbn_reference(
         y = sum_g [ gamma_g (z_g - mu_g) / sqrt(var_g + eps) + beta_g ],    z_g = W_g x_g
 
     Args:
-        x: `(N, C, H, W)`; weight: `(out, C, kh, kw)`; gamma, beta: `(G * out,)`, group-major, both or neither None.
+        x: `(N, C, H, W)`; weight: `(out, C, kh, kw)`; gamma, beta: `(G * out,)`, group-major, or both None.
         groups: G.
         stride, padding, dilation: As for `F.conv2d`.
 

@@ -51,7 +51,8 @@ def moments_dtype(x: torch.Tensor, groups: int) -> torch.dtype:
     """Return the dtype of the moments of `x` `(N, C, H, W)`: at least float32.
 
     It is float64 if there are so few positions that some partial sums hardly vary: their variance is then a small
-    difference of large terms. `FBNConv2d` computes moments of so few positions only if processes share statistics.
+    difference of large terms. `FBNConv2d` seldom computes moments of so few positions, unless processes share
+    statistics.
     """
     few = x.shape[0] * x.shape[2] * x.shape[3] < 4 * x.shape[1] // groups
     return torch.float64 if few and x.device.type != 'mps' else torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Detects tracers that know only torch's own operators and none of our autograd functions."""
+"""Detects tracers that know only torch's own operators, none of our autograd functions."""
 import torch
 
 __all__ = ['is_exporting', 'operators_alone']

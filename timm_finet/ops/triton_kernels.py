@@ -73,7 +73,7 @@ def choose_shift(x, P, column, exists, C: tl.constexpr, BP: tl.constexpr):
 def moments_kernel(
         x, shift, partial_products, partial_sums, P, split_rows,
         C: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """Compute the shift `(C,)`, and sums over the rows of each split of `c = x - shift`.
+    """Compute the shift `(C,)`, and sums of `c = x - shift` over the rows of each split.
 
     The sums are `sum c_i c_j` within the groups `(splits, C, SIZE)` and `sum c_i` `(splits, C)`. A program takes a pair
     of tiles of one block, and a split.
@@ -158,7 +158,7 @@ def weight_gradient_kernel(
         C: tl.constexpr, OUT: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr):
     """Compute `sum dy x^T` `(OUT, C)` and `sum dy` `(OUT,)` over the rows of each split.
 
-    One after the other they form a row of `partial_sums`; `unfold_kernel` adds the rows. A program takes a tile of
+    Side by side they form a row of `partial_sums`; `unfold_kernel` adds the rows. A program takes a tile of
     output channels, a tile of input channels, and a split.
     """
     TILES: tl.constexpr = (C + BC - 1) // BC
@@ -192,7 +192,7 @@ def input_gradient_kernel(
     """
     TILES: tl.constexpr = (WIDTH + BC - 1) // BC
     BLOCKS: tl.constexpr = (C + WIDTH - 1) // WIDTH
-    KEEP_WEIGHT: tl.constexpr = (TILES == 1) & (OUT <= BO)  # and A: load both once for all positions
+    KEEP_WEIGHT: tl.constexpr = (TILES == 1) & (OUT <= BO)  # load the weight and A once for all positions
     block, tile = tl.program_id(0) // TILES % BLOCKS, tl.program_id(0) % TILES
     column, exists = tile_columns(block, tile, C, WIDTH, BC)
     o = tl.arange(0, BO)
@@ -272,10 +272,11 @@ def fold_kernel(
         eps, momentum, unbiased,
         C: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, AFFINE: tl.constexpr, TRACK: tl.constexpr,
         BO: tl.constexpr, BS: tl.constexpr):
-    """Compute the folded weight, and each group's part `(OUT,)` of the bias, its mean, its var and `W_g S_g`.
+    """Compute the folded weight, and each group's part of the bias, mean, var, `1 / sqrt(var + eps)` and `W_g S_g`.
 
     `S_g` is `cov`. A program takes a block of output channels of one group. With TRACK, `mean_ptr` and `var_ptr` are
-    the running statistics, which are updated. `unbiased` is the factor that makes var unbiased.
+    the running statistics, which are updated, and `batches` is incremented. `unbiased` is the factor that makes var
+    unbiased.
     """
     g = tl.program_id(1)
     o = tl.program_id(0) * BO + tl.arange(0, BO)

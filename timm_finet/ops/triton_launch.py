@@ -1,4 +1,4 @@
-"""Launches Triton kernels in little host time, which limits the speed of small layers outside CUDA graphs."""
+"""Launches Triton kernels in little host time, because host time limits small layers outside CUDA graphs."""
 from functools import reduce
 from operator import or_
 from typing import Sequence, Tuple
@@ -36,7 +36,7 @@ class Plan:
     def launch(self, *tensors: Tensor, floats: Sequence[float] = ()) -> None:
         """Launch the kernel on the current stream of the tensors' device.
 
-        Triton would compile the kernel again if `floats` contained integers.
+        The elements of `floats` must be of type `float`: for integers, Triton would compile the kernel again.
         """
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
@@ -46,7 +46,7 @@ class Plan:
         aligned = reduce(or_, addresses) % 16 == 0
         if aligned and self.launcher is not None:
             compiled, run, constants = self.launcher
-            # Passing addresses saves time: Triton's launcher asks the driver about each tensor whether it is a pointer.
+            # Addresses save time: for each tensor, Triton's launcher would ask the driver if the GPU can access it.
             run(*self.three, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
                 None, None, None, *addresses, *self.integers, *floats, *constants)
             return

@@ -1,12 +1,13 @@
-"""The moment form in Triton for half precision in channels_last: four launches forward, four backward.
+"""The moment form in Triton for half precision in channels_last: four launches forward, four or five backward.
 
 triton_kernels.py contains the kernels, and triton_launch.py launches them. This file contains plans, which set the
-grids and block sizes and are made once for each shape; operators, which follow the plans and are opaque to
+grids and block sizes and are made once for each shape; operators, which launch the plans and are opaque to
 torch.compile; and `TritonPasses` and `TritonAlgebra`, which have the interfaces of `TorchPasses` and `TorchAlgebra`.
 
 There is no shifted copy of `x`. In half precision a large channel mean would cost accuracy, so means are handled in
 float32: `moments_kernel` subtracts the shift from each value as it is loaded, the products that make `y` and `grad_x`
-get a float32 bias, and the mean's part is subtracted from the complete sums of the weight's gradient.
+get a float32 bias, and the mean's part is subtracted from the complete sums of the weight's gradient. The fifth launch
+backward is the gradient of a ReLU.
 """
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -58,7 +59,7 @@ def power_of_2(n: int, minimum: int = 16) -> int:
 
 
 def tiles(channels: int, groups: int, max_tile: int = MAX_TILE) -> dict:
-    """Return the widths of blocks and tiles, `WIDTH` and `BC`: a block is some whole groups and is cut into tiles."""
+    """Return the widths of blocks and tiles, `WIDTH` and `BC`: a block is one or more whole groups, cut into tiles."""
     size = channels // groups
     if size > max_tile:
         return dict(WIDTH=size, BC=MAX_TILE)
@@ -67,7 +68,10 @@ def tiles(channels: int, groups: int, max_tile: int = MAX_TILE) -> dict:
 
 
 def split_positions(positions: int, n_tiles: int, occupancy: int, block: int, card: Card) -> Tuple[int, int]:
-    """Return the splits of a sum over positions, for `occupancy` programs a multiprocessor, and the rows of each."""
+    """Return into how many splits a sum over positions is cut, and the rows of each.
+
+    There are about `occupancy` programs a multiprocessor, or fewer if a split would have fewer than 128 positions.
+    """
     splits = max(1, min(cdiv(occupancy * card.processors, n_tiles), positions // 128))
     rows = cdiv(cdiv(positions, splits), block) * block
     return cdiv(positions, rows), rows
@@ -329,7 +333,10 @@ class TritonPasses:
         return y
 
     def weight_gradient(self, out: int, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        """Return the tensors whose products `TritonAlgebra.unfold` sums, in the operator that adds the parts."""
+        """Return `dy` and `x`.
+
+        `TritonAlgebra.unfold` computes the sums from them, because one operator must make the parts and add them.
+        """
         return self.grad_y, self.x
 
     def input_gradient(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -342,7 +349,7 @@ class TritonPasses:
 class TritonAlgebra:
     """The algebra of `TorchAlgebra` with one launch a method, for passes that take `x` itself, not `c`.
 
-    The biases therefore contain the whole mean of `x`.
+    The biases therefore account for the whole mean `m`, not only for `shifted_mean`.
     """
 
     @staticmethod
