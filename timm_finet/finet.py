@@ -164,7 +164,8 @@ class Finet(nn.Module):
         channels: Widths of stages 2, 3 and 4. Each width, including the stem's, is rounded up until its number of
             groups divides it.
         use_se: Squeeze-and-Excitation in every block.
-        fbn_groups: FBN groups of every 1x1 convolution in the blocks; 1 is plain BatchNorm.
+        fbn_groups: FBN groups of the blocks' 1x1 convolutions, except those of Squeeze-and-Excitation, which keep
+            plain BatchNorm; 1 is plain BatchNorm.
         fbn_group_size: Channels per group, fixed instead of the number of groups (Table 6): a layer has
             `max(1, in_chs // fbn_group_size)` groups.
         affine: Whether FBN has gamma and beta (Table 5).
@@ -322,7 +323,7 @@ class Finet(nn.Module):
             intermediates_only: Return only the levels.
 
         Returns:
-            A list of the levels chosen from `feature_info`; unless `intermediates_only`, final features and this list.
+            The final features and a list of the levels, or only the list if `intermediates_only`.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
@@ -405,7 +406,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    # Best first: without a tag, pretrained=True loads in1k or, without it, the first tag.
+    # Best first: without a tag, pretrained=True loads in1k or, if there is none, the first tag.
     'finet_large_se_g4.tiny_in200': _cfg(
         file=str(WEIGHTS / 'finet_large_se_g4.tiny_in200.safetensors'), **TINY_IN200.cfg()),
     'finet_large_se_g4.cifar10': _cfg(file=str(WEIGHTS / 'finet_large_se_g4.cifar10.safetensors'), **CIFAR10.cfg()),

@@ -32,7 +32,7 @@ def _pairs(modules: Dict[str, nn.Module]) -> List[Tuple[str, str]]:
 
 
 class ResNetFBN(ResNet):
-    """timm's ResNet with FBN in its convolutions; the stem has three input channels and keeps plain BN.
+    """timm's ResNet with FBN in its convolutions, except the stem, which keeps plain BN.
 
     Args:
         block, layers, **kwargs: As for timm's ResNet.
@@ -44,7 +44,8 @@ class ResNetFBN(ResNet):
         fused: Build the deploy form, whose state dict is that of `fuse_fbn(model)`.
 
     Raises:
-        ValueError: `fbn_groups` does not divide the channels of every convolution, or a flag is neither True nor False.
+        ValueError: `fbn_groups` is not an integer of at least 1 or does not divide the channels of every convolution,
+            or a flag is neither True nor False.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class ResNetFBN(ResNet):
                     f'fbn_groups={fbn_groups} does not divide the {width} channels of {conv}: '
                     f'give a divisor of {gcd(*widths.values())}.')
         convert_named(self, converted, fbn_groups, affine)
-        self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # in timm's checkpoints: here
+        self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # timm's name: ours
         if fused:
             self.eval()
             fuse_named(self, [names for names in pairs if names not in converted], [name for name, _ in converted])

@@ -30,7 +30,7 @@ def check_arguments(path: str, args: List[str]) -> List[str]:
     A script that would run on import, or that has no parser, is not checked.
 
     Returns:
-        The arguments; those of train.py with a number of classes and a device, if they had none.
+        The arguments, for train.py after those that `choose` adds.
 
     Raises:
         ValueError, OSError: An argument is wrong.

@@ -25,7 +25,7 @@ SUFFIXES = {'onnx': '.onnx', 'executorch': '.pte'}
 WRITE = {'onnx': to_onnx, 'executorch': to_executorch}
 LOAD = {'onnx': load_onnx, 'executorch': load_executorch}
 
-CALIBRATION = 400  # images used of a whole training set: more hardly change int8's ranges
+CALIBRATION = 400  # the most images that are used: more hardly change int8's ranges
 
 # A file is written only if it agrees with the fused network in PyTorch on the images that it is checked on.
 LEAST_AGREEMENT = {'float32': 1.0, 'int8': 0.95}  # share of images with equal top-1; int8 changes a few

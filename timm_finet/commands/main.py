@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run a command; exit with one line and status 2 for errors in its arguments, with 1 if `demo` skipped files."""
+    """Run a command; exit with one line and status 2 after an error, or with status 1 if `demo` skipped files."""
     options = {key: value for key, value in vars(args).items() if key != 'command'}
     try:
         result = COMMANDS[args.command](**options)

@@ -12,7 +12,7 @@ TORCHVISION = 'torchvision:'  # prefix of torchvision's names
 
 
 def find_names(patterns: Sequence[str]) -> List[str]:
-    """Resolve wildcards in names of networks: timm's, including ours, and torchvision's with that prefix.
+    """Resolve wildcards in names of networks: timm's, including ours, and torchvision's after `torchvision:`.
 
     Raises:
         ValueError: A name is unknown, or a pattern matches none.

@@ -62,13 +62,13 @@ def quantise_onnx(file: str, calibration: torch.Tensor, dynamic_batch: bool) -> 
             x = next(self.images, None)
             return None if x is None else {'input': x.numpy()}
 
-    # With torch 2.9 the inference of symbolic shapes fails for any number of images.
+    # With torch 2.9 symbolic shape inference fails for a file with a dynamic batch.
     quant_pre_process(file, file, skip_symbolic_shape=dynamic_batch)
     quantize_static(file, file, Reader(), per_channel=True)
 
 
 def to_executorch(model: nn.Module, x: torch.Tensor, file: str, calibration: Optional[torch.Tensor] = None) -> None:
-    """Do the same as `to_onnx` for ExecuTorch with XNNPACK."""
+    """Write a fused `model` for one image, as `to_onnx` does, for ExecuTorch with XNNPACK."""
     with needs('executorch'):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower

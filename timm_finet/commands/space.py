@@ -26,7 +26,7 @@ TEXT = '''
 # Finet
 
 This page shows the likeliest classes of an image. One trained network classifies it in two forms, which have the same
-outputs. **Train form**: each 1x1 convolution makes G partial sums, batch-normalises each of them and adds the results,
+outputs. **Train form**: each FBN convolution makes G partial sums, batch-normalises each of them and adds the results,
 as in the paper (arXiv 2005.06828). **Fused**: all of this is folded into one plain convolution. If you choose a G that
 the network was not trained with, it keeps its trained weights and only splits them into another number of partial sums;
 layers whose channels G does not divide keep their own G. A network knows only the classes that it was trained on, and

@@ -43,7 +43,7 @@ class _Pad2:
         FileNotFoundError: `root` is none of these.
     """
 
-    images_per_class = None  # how many training images of each class are used, from the first on; None for all
+    images_per_class = None  # training images per class, the first of each; None for all
 
     def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
         arrays = self._read(root, train)

@@ -40,8 +40,8 @@ def changes_nothing(transform):
 class _OnGPU:
     """Apply the transforms that timm sets for single images to whole batches on the device.
 
-    Batches are the same as those of timm's loader: float32 `(N, 3, 32, 32)`, normalised. Without a GPU, the device is
-    the CPU.
+    Batches have the shape and dtype of those of timm's loader, float32 `(N, 3, 32, 32)`, and are normalised. Without a
+    GPU, the device is the CPU.
 
     Raises:
         ValueError: At the first batch, if timm's prefetcher or loader workers are on, or if there are transforms other

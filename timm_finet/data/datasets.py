@@ -1,4 +1,4 @@
-"""Records of the data sets that weights are trained on, which networks, cards, commands and scripts share."""
+"""Records of the data sets that weights are trained on, shared by networks, cards, commands and scripts."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
@@ -19,8 +19,8 @@ class Dataset:
         title: Its name in a sentence.
         classes: The names of its classes, in the order of a network's outputs; None if they are not known.
         split: The split that networks are tested on.
-        terms: Terms of use, as the end of a sentence that begins with 'The photographs of CIFAR-10'.
-        license: The licence of weights trained on it, as in a card's metadata.
+        terms: Terms of use, as the end of a sentence that begins with 'The photographs of' and `title`.
+        license: The licence of weights trained on it, as in a card's metadata; None if it is not known.
         size: Height and width of training images, in pixels.
         test_size: Height and width of test images, in pixels; None if it is `size`.
         pool_size: Height and width of the last feature map at `size`.

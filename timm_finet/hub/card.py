@@ -68,7 +68,7 @@ def make_card(
         source: Name with which `timm.create_model` loads it: with a tag, or `hf-hub:ORG/NAME`.
         run: The training run.
         results: Rows of a results file, one per form.
-        speed: Rows with the columns of results/weights_speed.csv.
+        speed: Rows with the columns of scripts/results/weights_speed.csv.
         figure: A picture of the network and its caption, in Markdown.
 
     Raises:
@@ -84,7 +84,7 @@ def make_card(
     body = TEMPLATE.read_text(encoding='utf-8').format(
         model=model, name=name, source=source, cfg=cfg, dataset=dataset, train=train, fused=fused,
         groups=', '.join(map(str, sorted({m.fbn_groups for m in twin.modules() if isinstance(m, FBNConv2d)}))),
-        family='a light-weight Finet whose 1x1 convolutions' if is_finet else 'a ResNet whose convolutions',
+        family='a light-weight Finet whose blocks' if is_finet else 'a ResNet whose blocks',
         choice=CHOICE if is_finet else '',
         form='train form' if form == 'train' else 'fused form, for inference',
         fuse='\nFor inference, fold all normalisation away: `model = timm_finet.fuse_fbn(model)`.\n'
@@ -136,7 +136,7 @@ def table(*rows: Sequence[Any]) -> str:
 def training_section(cfg: Dict[str, Any], run: Run, dataset: Dataset) -> List[str]:
     """Paragraphs about the training."""
     args = run.args
-    arguments = "Arguments of timm's train.py ([args.yaml](args.yaml) lists all of them):"
+    arguments = "Arguments of timm's train.py ([args.yaml](args.yaml) lists all except local paths):"
     paragraphs = [f"Data set: {dataset.title}. {arguments if args else 'The training arguments were not recorded.'}"]
     usual = dict(world_size=1, grad_accum_steps=1)  # images per step: batch_size times both
     settings = [key for key in RECIPE if args.get(key) and args[key] != usual.get(key)]

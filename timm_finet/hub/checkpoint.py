@@ -100,7 +100,7 @@ class Run:
 
 
 def read_run(checkpoint: str, args: Dict[str, Any]) -> Run:
-    """Collect what is known about the run that saved a checkpoint; its number of epochs is the checkpoint's own."""
+    """Collect what is known about the run that saved a checkpoint; epochs and top-1 are those of the checkpoint."""
     run, log = Run(args, base=first_weights(args)), Path(checkpoint).with_name('summary.csv')
     if log.is_file():
         run.log = log

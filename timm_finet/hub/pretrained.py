@@ -15,7 +15,7 @@ from timm.models._input import update_model_args
 __all__ = ['build_model']
 
 MODULES = ['finet', 'resnet_fbn']  # our modules, by timm's names
-WEIGHTS = Path(__file__).parents[1] / 'weights'  # its SHA256SUMS also lists the weights on the Hub
+WEIGHTS = Path(__file__).parents[1] / 'weights'  # its SHA256SUMS must also list weights that are only on the Hub
 FUNCTIONAL = ('small_input', 'act_place')  # arguments that change the function but not the shape of any weight
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')  # keys of a cfg that say where its weights come from
 UNTRAINED = 'untrained'  # tag of the paper's networks: 224 px, 1000 classes

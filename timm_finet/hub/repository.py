@@ -10,7 +10,7 @@ import timm
 import torch.nn as nn
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of the HTTP package in use
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError is the HTTP package's
 from timm.data import resolve_input_data_config
 from timm.models import get_model_args, is_model_in_modules, list_models
 
