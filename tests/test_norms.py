@@ -173,7 +173,7 @@ def test_fuse_folds_known_norms_and_keeps_and_names_all_others(kind, randomise, 
     x = torch.randn(3, IN, 5, 5)
     expected = as_written(layer, x)
     if kind == 'BatchNorm2d without running statistics':
-        with pytest.raises(RuntimeError, match='cannot be fused without running statistics'):
+        with pytest.raises(RuntimeError, match='cannot be fused if bn has no running statistics'):
             layer.fuse()
         return
     model = fuse_fbn(nn.Sequential(layer, nn.ReLU()))

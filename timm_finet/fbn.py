@@ -382,6 +382,10 @@ class FBNConv2d(nn.Module):
         if running is not None:
             track(running, mean, unbiased_var)
 
+    def why_unfusable(self) -> str:
+        """Return why the layer cannot be fused, or '' if it can."""
+        return self._why_called() or ('bn has no running statistics' if self.bn.running_mean is None else '')
+
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Return the plain convolution with bias that computes what this layer does in eval mode.
@@ -394,11 +398,9 @@ class FBNConv2d(nn.Module):
         Raises:
             RuntimeError: `bn` has no running statistics, or the layer has to call `bn`.
         """
-        reason = self._why_called()
+        reason = self.why_unfusable()
         if reason:
             raise RuntimeError(f'An FBNConv2d cannot be fused if {reason}.')
-        if self.bn.running_mean is None:
-            raise RuntimeError('An FBNConv2d cannot be fused without running statistics.')
         weight = self.weight
         folded, bias = self._folded(weight)
         conv = nn.Conv2d(

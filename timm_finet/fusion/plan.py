@@ -74,13 +74,7 @@ def make_plan(model: nn.Module, example_inputs: Any, fuse: bool) -> Plan:
 
 
 def _why_fbn_stays(watch: Watch, layer: FBNConv2d) -> str:
-    if watch.records[layer].why_stays:
-        return watch.records[layer].why_stays
-    try:
-        layer.fuse()
-        return ''
-    except RuntimeError as error:
-        return str(error)
+    return watch.records[layer].why_stays or layer.why_unfusable()
 
 
 def _why_pair_stays(watch: Watch, layer: nn.Module, norm: nn.Module, fuse: bool) -> str:
