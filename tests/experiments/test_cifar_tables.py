@@ -181,7 +181,7 @@ def test_tables_of_networks_that_fit_show_how_well_they_do():
     settings = tables.tables_of('cifar_long')['cifar100', 'finet_small']
     rows = [line(settings['G = 1'], seed, 60 + seed, fit_loss='0.5', fit_top1='90') for seed in range(2)]
     text = tables.table(rows, 'cifar_long')
-    assert 'loss on the training images | top-1 on them' in text and '| 0.50 ± 0.00 | 90.00 ± 0.00 |' in text
+    assert 'loss on the training images | top-1 on the training images' in text and '| 0.50 ± 0.00 | 90.00 ± 0.00 |' in text
 
 
 def test_loss_by_int8_is_compared_seed_by_seed():
