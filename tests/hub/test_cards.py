@@ -52,7 +52,8 @@ def test_every_weight_has_a_card():
     assert cards == set(NAMES)
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow][:i]) for i, name in enumerate(NAMES)])
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[] if name == 'finet_small_g4.cifar10' else pytest.mark.slow) for name in NAMES])
 def test_committed_card_is_the_generated_one(name, tmp_path):
     push_to_hub.write(name, tmp_path)
     for file in ('README.md', 'config.json', 'block.png', 'block_se.png'):
