@@ -18,6 +18,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_p
 from timm_finet import FBNConv2d
 from timm_finet.fbn import as_reference
 
+pytestmark = pytest.mark.slow  # each process has to import torch
+
 SPLIT = (3, 5)
 
 
