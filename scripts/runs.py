@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 
 def arguments(description):
     parser = command_line(description)
-    parser.add_argument('--data-dir', help='without it, nothing is trained, only tables and plots are made')
+    parser.add_argument('--data-dir', required=True)
     parser.add_argument(
         '--output', default='output/runs', help='folder for checkpoints and logs, to be kept until all runs are done')
     parser.add_argument('--jobs', type=int, default=1, help='number of runs that share the cores (default: 1)')
@@ -200,7 +200,7 @@ def record(run, args, more=None):
 
 
 def train(runs, args, more=None):
-    """Run all that the results lack, `args.jobs` at a time, and return how many failed."""
+    """Run all that the results lack, `args.jobs` at a time; exit with the number of those that failed, if any."""
     waiting, active, failed = missing(runs, args.results), {}, 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; start it again to continue'))
     try:
@@ -221,4 +221,5 @@ def train(runs, args, more=None):
     finally:
         for process in active.values():
             process.terminate()
-    return failed
+    if failed:
+        sys.exit(f'{failed} runs failed.')

@@ -2,8 +2,7 @@
 
     python -m scripts.tables
 
-A table's place is between `<!-- NAME -->` and `<!-- /NAME -->`. The scripts that measure write results files only,
-except cifar_tables.py, which also writes its tables and plots when its runs have ended.
+A table's place is between `<!-- NAME -->` and `<!-- /NAME -->`. The scripts that measure write results files only.
 """
 from functools import partial
 
@@ -47,8 +46,8 @@ def plot():
     for script, name in ((table2, 'table2'), (table4, 'table4'), (bench_training, 'bench_training')):
         script.plot(read_rows(RESULTS / f'{name}.csv'))
     for stem in ('cifar_short', 'cifar_long', 'cifar_paper'):
-        cifar_tables.plot(read_rows(RESULTS / f'{stem}.csv'), stem, RESULTS / f'{stem}.csv')
-    train_photos.plot(read_rows(train_photos.CSV), train_photos.CSV)
+        cifar_tables.plot(RESULTS / f'{stem}.csv')
+    train_photos.plot(train_photos.CSV)
     curves = [f'{name}:{RESULTS}/{name}.csv' for name in validate_weights.NAMES]
     plot_training.plot(curves, RESULTS / 'cifar_weights.png')
     draw_block.draw()

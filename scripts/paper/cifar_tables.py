@@ -1,14 +1,13 @@
 """Compare FBN with BN on CIFAR: train the rows of the tables with timm's train.py, and collect the results.
 
     python -m scripts.paper.cifar_tables evidence --data-dir DATA --output OUT --jobs 2
-    python -m scripts.paper.cifar_tables evidence             # only tables and plots
 
 `placement` and `evidence` are short, for a CPU. They ask where a block's second ReLU goes, and whether FBN beats BN at
 equal widths. `long` asks the second question of networks that fit the few images they are trained on. `paper` is Table
 5's own protocol on CIFAR-100. `weights` trains the CIFAR weights that the package embeds.
 
-Results go to results/cifar_short.csv, cifar_long.csv, cifar_paper.csv and cifar_weights.csv, with epochs and plots
-beside them. Tables go to docs/cifar.md and docs/weights.md; with another `--results` they are printed.
+Results go to results/cifar_short.csv, cifar_long.csv, cifar_paper.csv and cifar_weights.csv, with epochs in folders
+beside them.
 
 DATA holds cifar10.npz and cifar100.npz, or torchvision's downloads. The runs that the results lack are started `--jobs`
 at a time, the most important first. After an interruption, the same command continues from each run's last epoch.
@@ -17,7 +16,6 @@ import importlib
 import math
 import re
 import shlex
-import sys
 from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
@@ -28,7 +26,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 
 from scripts.paper.cifar_plan import PROTOCOLS, RESULTS_OF
-from scripts.report import RESULTS, markdown, mean_deviation, pm, read_rows, rows_so_far, write_block
+from scripts.report import RESULTS, markdown, mean_deviation, pm, read_rows
 from scripts.runs import arguments, command, curve_file, folder, missing, train
 from timm_finet.data.cifar import PAD
 from timm_finet.hub.checkpoint import load_checkpoint
@@ -151,15 +149,13 @@ def by_groups(found):
             if re.fullmatch(r'G = \d+', name) and of_g}
 
 
-def plot(rows, stem, results):
+def plot(results):
     """Plot accuracy against G, beside the paper's, and against epochs, for tables with rows for several G."""
-    families = []
-    for (dataset, title), settings in tables_of(stem).items():
+    rows, families = read_rows(results), []
+    for (dataset, title), settings in tables_of(results.stem).items():
         points = by_groups({name: of(rows, setting) for name, setting in settings.items()})
         if len(points) > 1:
             families.append((dataset, title, settings, points))
-    if not families:
-        return
     width = 5 * len(families)
     figure_of_epochs, axes = plt.subplots(
         2, len(families), figsize=(width, 7.5), squeeze=False, sharex='col', layout='constrained')
@@ -214,27 +210,12 @@ def main():
     parser.add_argument('--dry-run', action='store_true', help="print train.py's commands")
     args = parser.parse_args()
     stem = next(stem for stem, protocols in RESULTS_OF.items() if args.protocol in protocols)
-    documented = RESULTS / f'{stem}.csv'
-    args.results = args.results or documented
+    args.results = args.results or RESULTS / f'{stem}.csv'
     runs = [run for section in PROTOCOLS[args.protocol] if section.name in args.only for run in section.runs]
     if args.dry_run:
-        args.data_dir = args.data_dir or 'DATA'
         print('\n'.join(shlex.join(command(run, args)) for run in missing(runs, args.results)))
-        return
-    failed = 0
-    if args.data_dir:
-        try:
-            failed = train(runs, args, more=fit if stem == 'cifar_long' else None)
-        except ValueError as error:
-            parser.error(error)
-    rows = rows_so_far(args.results)
-    if args.results == documented:
-        write_block(stem, table(rows, stem))
     else:
-        print(table(rows, stem))
-    plot(rows, stem, args.results)
-    if failed:
-        sys.exit(f'{failed} runs failed.')
+        train(runs, args, more=fit if stem == 'cifar_long' else None)
 
 
 if __name__ == '__main__':

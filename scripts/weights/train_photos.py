@@ -10,8 +10,6 @@ The learning rate falls linearly over the three sizes and then, from a quarter o
 the last size. Each phase starts from the averaged weights of the previous one. Interrupted runs continue when started
 again. All runs are recorded in results/train_photos.csv and the folder beside it.
 """
-import sys
-
 import matplotlib.pyplot as plt
 
 from scripts.report import RESULTS, read_rows
@@ -42,9 +40,9 @@ def phases(model, processes=1):
     return settings
 
 
-def plot(rows, results):
+def plot(results):
     """Plot the accuracy of seed 0 against the epochs of all phases, with one color per network."""
-    done = [row['setting'] for row in rows if row['seed'] == '0']
+    done = [row['setting'] for row in read_rows(results) if row['seed'] == '0']
     fig, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
     for i, model in enumerate(dict.fromkeys(setting.split()[1] for setting in done)):
         color, epochs = f'C{i}', 0
@@ -70,13 +68,9 @@ def main():
     parser.add_argument(
         '--processes', type=int, default=1,
         help='processes of a run, by torchrun; on a CPU, one per core is fastest (default: 1)')
-    parser.add_argument('models', nargs='*', metavar='MODEL')
+    parser.add_argument('models', nargs='+', metavar='MODEL')
     args = parser.parse_args()
-    if args.data_dir:
-        runs = [(setting, 0) for model in args.models for setting in phases(model, args.processes).values()]
-        if train(runs, args):
-            sys.exit(1)
-    plot(read_rows(args.results), args.results)
+    train([(setting, 0) for model in args.models for setting in phases(model, args.processes).values()], args)
 
 
 if __name__ == '__main__':

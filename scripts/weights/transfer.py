@@ -13,7 +13,6 @@ scratch differ only in leaving out `pretrained`, and are repeated at a learning 
 runs continue when started again. All runs are recorded in results/transfer.csv.
 """
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,17 +97,14 @@ def main():
     parser.add_argument('--imagenette', type=Path, metavar='SOURCE')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     args = parser.parse_args()
-    if not args.data_dir:
-        parser.error('--data-dir is missing: give the folder of CIFAR-10.')
     folder = Path(args.output, 'data')
     pack_cifar(args.data_dir, folder / CIFAR10)
     if args.imagenette:
         pack_imagenette(args.imagenette, folder / IMAGENETTE)
     sets = [CIFAR10, IMAGENETTE] if args.imagenette else [CIFAR10]
     args.data_dir = str(folder)
-    if train([(setting(data, model, start), seed)
-              for seed in args.seeds for data in sets for model in args.models for start in RATES], args):
-        sys.exit(1)
+    train([(setting(data, model, start), seed)
+           for seed in args.seeds for data in sets for model in args.models for start in RATES], args)
 
 
 if __name__ == '__main__':

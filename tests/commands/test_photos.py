@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_dataset
 
+from scripts.report import write_rows
 from scripts.weights import embed_weights, photos, train_photos, transfer
 from timm_finet.commands import run as launch
 
@@ -142,9 +143,10 @@ def test_phases_are_plotted_one_behind_the_other(tmp_path, monkeypatch):
         curve.write_text('epoch,eval_top1\n0,10\n1,20\n')
     shown = []
     monkeypatch.setattr(figure, 'savefig', lambda self, *_, **__: shown.extend(self.axes[0].lines))
-    train_photos.plot([
+    write_rows(tmp_path / 'runs.csv', [
         dict(setting=f'photos finet_small {phase}', seed=seed)
-        for phase, seed in (('64px', '0'), ('96px', '0'), ('128px', '1'))], tmp_path / 'runs.csv')
+        for phase, seed in (('64px', '0'), ('96px', '0'), ('128px', '1'))])
+    train_photos.plot(tmp_path / 'runs.csv')
     assert [list(line.get_xdata()) for line in shown] == [[1, 2], [3, 4]]
 
 

@@ -15,7 +15,7 @@ from scripts import runs
 from scripts.paper import cifar_tables as tables
 from scripts.paper import converted, quiet_branches, tied_affine  # noqa: F401 (they register networks)
 from scripts.paper.cifar_plan import PROTOCOLS
-from scripts.report import RESULTS, read_rows
+from scripts.report import RESULTS, read_rows, write_rows
 from scripts.weights import int8
 from timm_finet import FBNConv2d
 from timm_finet.commands import run as launch
@@ -202,14 +202,16 @@ def test_plots(tmp_path):
         for seed in range(2):
             rows += [line(setting, seed, 92 + seed)]
             runs.curve_file(results, (setting, seed)).write_text('epoch,train_loss,eval_top1\n0,3,10\n1,2,20\n')
-    tables.plot(rows, 'cifar_short', results)
+    write_rows(results, rows)
+    tables.plot(results)
     for name in ('cifar_short_groups.png', 'cifar_short_epochs.png'):
         assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'
 
 
 def test_dry_run_prints_the_commands_of_a_section(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [
-        'cifar_tables.py', 'long', '--only', 'tied', '--dry-run', '--results', str(tmp_path / 'none.csv')])
+        'cifar_tables.py', 'long', '--only', 'tied', '--dry-run', '--data-dir', 'DATA', '--results',
+        str(tmp_path / 'none.csv')])
     tables.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and all('--model finet_small_g8_tied' in line for line in lines)

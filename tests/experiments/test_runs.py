@@ -61,7 +61,7 @@ def fake_train(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_becomes_a_line_and_is_not_repeated(fake_train, args, tmp_path):
-    assert runs.train(RUNS, args) == 0
+    runs.train(RUNS, args)
     first, second = sorted(read_rows(args.results), key=lambda row: row['seed'])
     assert (first['seed'], second['seed']) == ('0', '1')
     measured = {key: first[key] for key in (
@@ -76,25 +76,26 @@ def test_a_finished_run_becomes_a_line_and_is_not_repeated(fake_train, args, tmp
     assert [row['eval_top1'] for row in curve] == ['10', '30', '25.5', '20']
     assert runs.missing(RUNS, args.results) == []
     args.results.unlink()  # finished, but not recorded: nothing is trained again
-    assert runs.train(RUNS, args) == 0
+    runs.train(RUNS, args)
     assert [row['sessions'] for row in read_rows(args.results)] == ['1', '1']
 
 
 def test_a_failed_run_is_told_and_goes_on_from_its_checkpoint(fake_train, args, monkeypatch, capsys):
     monkeypatch.setenv('CUT', 'yes')
-    assert runs.train(RUNS[:1], args) == 1
+    with pytest.raises(SystemExit, match='1 runs failed'):
+        runs.train(RUNS[:1], args)
     assert 'failed with status 3' in capsys.readouterr().out and not args.results.exists()
     assert '--resume' in runs.command(RUNS[0], args)
     with pytest.raises(ValueError, match='seed0 holds another experiment'):
         runs.train([(SETTING._replace(args=(*SETTING.args, '--lr', '1')), 0)], args)
-    assert runs.train(RUNS[:1], args) == 0
+    runs.train(RUNS[:1], args)
     (row,) = read_rows(args.results)
     assert (row['epochs'], row['sessions'], row['top1_best'], row['top1_last']) == ('4', '2', '30.0', '20.0')
     assert [row['epoch'] for row in read_rows(runs.curve_file(args.results, RUNS[0]))] == ['0', '1', '2', '3']
 
 
 def test_further_columns_stand_in_the_line(fake_train, args):
-    assert runs.train(RUNS[:1], args, more=lambda run, args: dict(fit_top1=run[1] + 7)) == 0
+    runs.train(RUNS[:1], args, more=lambda run, args: dict(fit_top1=run[1] + 7))
     assert read_rows(args.results)[0]['fit_top1'] == '7'
 
 
