@@ -6,7 +6,7 @@ A table's place is between `<!-- NAME -->` and `<!-- /NAME -->`. The scripts tha
 """
 from functools import partial
 
-from scripts.bench import bench_training, fuse_networks, gpu, kernels, save_memory
+from scripts.bench import bench_training, fuse_networks, gpu, kernels, save_memory, try_switches
 from scripts.paper import cifar_tables, draw_block, table2, table4, table4_operators
 from scripts.report import RESULTS, command_line, read_rows, write_block
 from scripts.weights import int8, own_classes, plot_training, train_photos, transfer, validate_weights
@@ -22,6 +22,8 @@ TABLES = {  # by place: the function that makes it, and its results files
     'kernels_bytes': (kernels.table_of_bytes, 'kernels_bytes'),
     'kernels_resources': (kernels.table_of_resources, 'kernels_resources'),
     'kernels_errors': (kernels.table_of_errors, 'kernels_errors'),
+    'switches': (try_switches.table_of_switches, 'switches'),
+    'processes': (try_switches.table_of_processes, 'processes'),
     'fuse_networks': (fuse_networks.table, 'fuse_networks'),
     'table2': (table2.table, 'table2'),
     'models': (table2.models, 'table2'),

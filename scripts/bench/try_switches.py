@@ -4,7 +4,7 @@
 
 This writes results/switches.csv, with the outcome of three epochs with each switch, and results/processes.csv, which
 compares one process with two that have half the batch each and `--sync-bn`. The comparison is on 100 images in one
-batch, without augmentation and dropout, so that both see the same. The tables of docs/training.md are printed.
+batch, without augmentation and dropout, so that both see the same.
 """
 import os
 import shlex
@@ -58,23 +58,25 @@ def measure_processes():
                 command=command, threads=1, seed=0, cores=os.cpu_count())
 
 
-def tables(switches, processes):
-    losses = {}
-    for row in processes:
-        name = f"{row['processes']} process{'es' * (int(row['processes']) > 1)}, {row['layout']}"
-        losses.setdefault(name, [name]).append(f"{float(row['train_loss']):.7f}")
+def table_of_switches(rows):
     return markdown(['processes', 'switches', 'exit status', 'train loss', 'top-1'], [
         [row['processes'], row['switches'] if row['switches'] == 'none' else f"`{row['switches']}`",
          row['exit_status'], f"{float(row['train_loss']):.3f}" if row['train_loss'] else '-', row['eval_top1'] or '-']
-        for row in switches]), markdown(['train loss in epoch', '0', '1', '2'], losses.values())
+        for row in rows])
+
+
+def table_of_processes(rows):
+    losses = {}
+    for row in rows:
+        name = f"{row['processes']} process{'es' * (int(row['processes']) > 1)}, {row['layout']}"
+        losses.setdefault(name, [name]).append(f"{float(row['train_loss']):.7f}")
+    return markdown(['train loss in epoch', '0', '1', '2'], losses.values())
 
 
 def main():
     command_line(__doc__).parse_args()
-    rows = list(measure_switches()), list(measure_processes())
-    for name, found in zip(('switches', 'processes'), rows):
-        write_rows(RESULTS / f'{name}.csv', found)
-    print(*tables(*rows), sep='\n\n')
+    write_rows(RESULTS / 'switches.csv', list(measure_switches()))
+    write_rows(RESULTS / 'processes.csv', list(measure_processes()))
 
 
 if __name__ == '__main__':
