@@ -72,13 +72,9 @@ def markdown(head, rows):
     return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (head, ['---'] * len(head), *rows))
 
 
-def mean_deviation(values):
-    """Mean and standard deviation of a sample; None is the deviation of a single value."""
-    return mean(values), stdev(values) if len(values) > 1 else None
-
-
-def pm(middle, deviation):
-    return f'{middle:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')
+def pm(values):
+    """Mean ± standard deviation of a sample as text, without a deviation if there is only one value."""
+    return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
 
 
 def find_block(name):

@@ -26,7 +26,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 
 from scripts.paper.cifar_plan import PROTOCOLS, RESULTS_OF
-from scripts.report import RESULTS, markdown, mean_deviation, pm, read_rows
+from scripts.report import RESULTS, markdown, pm, read_rows
 from scripts.runs import arguments, command, curve_file, folder, missing, train
 from timm_finet.data.cifar import PAD
 from timm_finet.hub.checkpoint import load_checkpoint
@@ -92,15 +92,13 @@ def paired(differences):
 
 def student(t, freedom):
     """Probability, in closed form, that Student's t with `freedom` degrees of freedom is further from 0 than `t`."""
-    angle = math.atan(abs(t) / freedom ** 0.5)
-    cosines = term = 1 if freedom % 2 == 0 else math.cos(angle)
-    for k in range(2 if freedom % 2 == 0 else 3, freedom, 2):
-        term *= math.cos(angle) ** 2 * (k - 1) / k
+    odd, angle = freedom % 2, math.atan(abs(t) / freedom ** 0.5)
+    cosines, term = 0, math.cos(angle) if odd else 1
+    for k in range(2 + odd, freedom + 2, 2):
         cosines += term
-    if freedom == 1:
-        return 1 - 2 * angle / math.pi
+        term *= math.cos(angle) ** 2 * (k - 1) / k
     inside = math.sin(angle) * cosines
-    return 1 - (inside if freedom % 2 == 0 else 2 / math.pi * (angle + inside))
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
 def against_bn(lines, baseline):
@@ -132,9 +130,9 @@ def table(rows, stem):
             mine, figure = lines.values(), paper.get(name)
             gain = f' ({figure - paper[BN]:+.2f})' if figure and name != BN else ''
             cells.append([
-                name, pm(*mean_deviation(top1(mine))), ', '.join(f'{value:.2f}' for value in top1(mine)),
+                name, pm(top1(mine)), ', '.join(f'{value:.2f}' for value in top1(mine)),
                 *against_bn(lines, found.get(BN, {})), f'{figure:.2f}{gain}' if figure else '',
-                *(pm(*mean_deviation(top1(mine, column))) for column in fit),
+                *(pm(top1(mine, column)) for column in fit),
                 average(mine, 'seconds_an_epoch', 1), average(mine, 'peak_mb', 0)])
         if cells:
             parts += [f"**{title}, {dataset.replace('cifar', 'CIFAR-')}**", markdown(
@@ -178,11 +176,12 @@ def plot(results):
 
 
 def plot_groups(ax, points, paper):
-    samples = [(g, *mean_deviation(top1(lines.values()))) for g, lines in points.items()]
-    x, y, deviations = zip(*samples)
-    ax.errorbar(x, y, [d or 0 for d in deviations], color='#1b7fbd', marker='o', capsize=3, label='measured')
-    for g, lines in points.items():
-        ax.plot([g] * len(lines), top1(lines.values()), '.', color='#1b7fbd', alpha=0.4)
+    seeds = {g: top1(lines.values()) for g, lines in points.items()}
+    x, y = list(seeds), [mean(values) for values in seeds.values()]
+    deviations = [stdev(values) if len(values) > 1 else 0 for values in seeds.values()]
+    ax.errorbar(x, y, deviations, color='#1b7fbd', marker='o', capsize=3, label='measured')
+    for g, values in seeds.items():
+        ax.plot([g] * len(values), values, '.', color='#1b7fbd', alpha=0.4)
     paper = {g: figure for g, figure in paper.items() if g in x}
     if paper and 1 in x:  # the paper's runs are longer, its networks mostly wider: shift its accuracies onto our BN
         shifted = [(g, y[x.index(1)] + figure - paper[1]) for g, figure in paper.items()]

@@ -17,7 +17,7 @@ from timm.utils import random_seed
 
 from scripts.paper.cifar_plan import PROTOCOLS
 from scripts.paper.cifar_tables import BN, against_bn
-from scripts.report import RESULTS, command_line, facts, markdown, mean_deviation, merge_rows, pm, write_rows
+from scripts.report import RESULTS, command_line, facts, markdown, merge_rows, pm, write_rows
 from scripts.runs import collect, folder
 from timm_finet.commands import export
 from timm_finet.data import CIFAR10Pad2, CIFAR100Pad2
@@ -82,11 +82,11 @@ def table_of_groups(rows):
     cells = []
     for name, mine in sorted(losses.items()):
         if mine:
-            means = [mean_deviation([float(row[column]) for row in rows if row['groups'] == name])
-                     for column in ('top1_pytorch', 'top1')]
+            float32, int8 = ([float(row[column]) for row in rows if row['groups'] == name]
+                             for column in ('top1_pytorch', 'top1'))
             loss = [line['top1_last'] for line in mine.values()]
-            cells.append([name, *(pm(*figure) for figure in (*means, mean_deviation(loss))),
-                          ', '.join(f'{value:+.2f}' for value in loss), *against_bn(mine, losses[BN])])
+            cells.append([name, pm(float32), pm(int8), pm(loss), ', '.join(f'{value:+.2f}' for value in loss),
+                          *against_bn(mine, losses[BN])])
     return markdown(['', 'float32', 'int8', 'int8 minus float32', 'every seed', 'minus BN ± standard error',
                      'p, paired by seed'], cells)
 

@@ -23,8 +23,7 @@ from timm.utils import accuracy
 from torch.utils.data import DataLoader
 
 import timm_finet  # noqa: F401 (registers the networks)
-from scripts.report import (
-    RESULTS, command_line, facts, markdown, mean_deviation, pm, read_rows, rows_so_far, write_rows)
+from scripts.report import RESULTS, command_line, facts, markdown, pm, read_rows, rows_so_far, write_rows
 
 FILE = RESULTS / 'own_classes.csv'
 IMAGENET = 'tf_efficientnet_lite0'
@@ -98,7 +97,7 @@ def table(rows):
     for row in rows:
         cells.setdefault((f"`{row['network']}`", row['size'], row['how']), []).append(float(row['top1']))
     return markdown(['', 'input, px', '', 'top-1 of 153 images'], [
-        [*key, pm(*mean_deviation(values))] for key, values in cells.items()])
+        [*key, pm(values)] for key, values in cells.items()])
 
 
 def main():

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from scripts.report import RESULTS, markdown, mean_deviation, pm
+from scripts.report import RESULTS, markdown, pm
 from scripts.runs import Setting, arguments, train
 from scripts.weights import photos
 from timm_finet.commands.run import find_recipe
@@ -85,7 +85,7 @@ def table(rows):
     for name in sorted({row['setting']: None for row in rows}, key=lambda name: name.split()[:2]):
         mine = [row for row in rows if row['setting'] == name]
         data, model, start = name.split(' ', 2)
-        last, best = (pm(*mean_deviation([float(row[f'top1_{which}']) for row in mine])) for which in ('last', 'best'))
+        last, best = (pm([float(row[f'top1_{which}']) for row in mine]) for which in ('last', 'best'))
         cells.append([data, f'`{model}`', start, last, best, ', '.join(row['seed'] for row in mine)])
     return markdown(['images', '', '', 'top-1, last epoch', 'best epoch', 'seeds'], cells)
 
