@@ -165,13 +165,12 @@ def collect(run, output):
         for epoch, updates, rate in re.findall(r'^Train: (\d+) \[ *\d+/(\d+) .*\([\d.]+s, +([\d.]+)/s\)', log, re.M):
             rates[epoch] = int(updates) * args['batch_size'] * setting.processes / float(rate)
     top1 = [float(row['eval_top1']) for row in epochs]
-    peaks = [fact['peak_mb'] for fact in facts if fact['peak_mb'] is not None]
     return dict(
         setting=setting.name, seed=seed, epochs=args['epochs'],
         top1_last=round(top1[-1], 3), top1_best=round(max(top1), 3),
         best_epoch=int(epochs[top1.index(max(top1))]['epoch']) + 1,
         seconds=round(sum(file.stat().st_mtime - head['started'] for file, head in zip(files, heads))),
-        seconds_an_epoch=round(median(rates.values()), 2), peak_mb=max(peaks) if peaks else '',
+        seconds_an_epoch=round(median(rates.values()), 2), peak_mb=max(fact['peak_mb'] for fact in facts),
         jobs=max(head['jobs'] for head in heads), sessions=len(logs),
         precision=args['amp_dtype'] if args['amp'] else 'float32', compiled=bool(args['torchcompile']),
         commit=' '.join(dict.fromkeys(head['commit'] for head in heads)),
@@ -179,8 +178,16 @@ def collect(run, output):
         date=date.today(), command=recorded_command(run))
 
 
+def add_run(results, run, line, epochs):
+    """Add a run's row to a results file, and write the rows of its epochs to a file beside it."""
+    curve = curve_file(results, run)
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(curve, epochs)
+    write_rows(results, [*rows_so_far(results), line])
+
+
 def record(run, args, more=None):
-    """Add a finished run's row to the results, and its epochs to a file beside them; return whether it has finished.
+    """Add a run to the results if it has finished, and return whether it has.
 
     Args:
         more: A function of `run` and `args` that returns further columns.
@@ -190,10 +197,7 @@ def record(run, args, more=None):
         return False
     if more:
         line |= more(run, args)
-    curve = curve_file(args.results, run)
-    curve.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(curve, epochs_of(folder(args.output, run) / 'summary.csv'))
-    write_rows(args.results, [*rows_so_far(args.results), line])
+    add_run(args.results, run, line, epochs_of(folder(args.output, run) / 'summary.csv'))
     print(f"{line['setting']}, seed {line['seed']}: {line['top1_last']:.2f} (best {line['top1_best']:.2f}), "
           f"{line['seconds']} s", flush=True)
     return True

@@ -29,8 +29,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs, random_seed
 
 from scripts.paper.cifar_plan import PROTOCOLS, TOGETHER
-from scripts.report import RESULTS, command_line, facts, rows_so_far, write_rows
-from scripts.runs import commit, curve_file, missing
+from scripts.report import RESULTS, command_line, facts
+from scripts.runs import add_run, commit, missing
 from timm_finet.commands.run import find_recipe
 from timm_finet.data.cifar import PAD
 
@@ -279,13 +279,6 @@ def line(training, args, together):
         fit_loss=round(fit_loss, 4), fit_top1=round(fit_top1, 3))
 
 
-def record(training, args, together):
-    curve = curve_file(args.results, training.run)
-    curve.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(curve, training.rows)
-    write_rows(args.results, [*rows_so_far(args.results), line(training, args, together)])
-
-
 def train_together(runs, args, device, end):
     """Train the runs at once, record those that finish in time, and return how many these are."""
     sets = {}
@@ -318,7 +311,7 @@ def train_together(runs, args, device, end):
     done = [training for training in trainings if training.epoch == training.epochs]
     if args.epochs is None:
         for training in done:
-            record(training, args, len(trainings))
+            add_run(args.results, training.run, line(training, args, len(trainings)), training.rows)
     return len(done)
 
 
