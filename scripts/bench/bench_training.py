@@ -31,15 +31,20 @@ FORMS = {  # name, color, marker and line in the plot
 SEED = 0
 
 
+def torch_conv(layer):
+    """torch's own convolution with the sizes of one of this package's layers."""
+    return nn.Conv2d(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+        getattr(layer, 'groups', 1), bias=False)
+
+
 def torch_modules(model):
     """Replace this package's layers in a network at G = 1 by torch's own modules."""
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, (FBNConv2d, DepthwiseConv2d)):
-            conv = nn.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                getattr(layer, 'groups', 1), bias=False)
-            norm = [nn.BatchNorm2d(layer.out_channels)] if isinstance(layer, FBNConv2d) else []
-            model.set_submodule(path, nn.Sequential(conv, *norm))
+        if isinstance(layer, FBNConv2d):
+            model.set_submodule(path, nn.Sequential(torch_conv(layer), nn.BatchNorm2d(layer.out_channels)))
+        elif isinstance(layer, DepthwiseConv2d):
+            model.set_submodule(path, torch_conv(layer))
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from scripts.bench.bench_training import step
+from scripts.bench.bench_training import step, torch_conv
 from scripts.report import RESULTS, command_line, facts, markdown, write_rows
 from scripts.timing import in_turns, peak_bytes
 from timm_finet import FBNConv2d, convert_fbn
@@ -35,9 +35,7 @@ def build(name, form):
     if form == 'checkpoint':
         for path, layer in list(model.named_modules()):
             if isinstance(layer, FBNConv2d):
-                conv = nn.Conv2d(
-                    layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                    layer.dilation, bias=False)
+                conv = torch_conv(layer)
                 conv.weight = layer.weight
                 model.set_submodule(path, Checkpointed(conv, deepcopy(layer.bn)))
     return model
