@@ -5,17 +5,14 @@
 This counts what `timm-finet flops` counts, fused, at 224 px unless stated, and writes results/table2.csv. The
 accuracies are the paper's own; none of them is measured here.
 """
-from datetime import date
-
 import fvcore
 import matplotlib.pyplot as plt
-import timm
 import torch
 import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.report import RESULTS, command, command_line, markdown, write_rows
+from scripts.report import RESULTS, command_line, facts, markdown, write_rows
 from timm_finet import count_flops
 from timm_finet.commands.flops import count_row, create
 
@@ -96,8 +93,7 @@ def count(name):
         model=name, input=row['input'], paper_million_madds=paper_madds, madds=row['conv_linear'], other=row['other'],
         uncounted=row['uncounted'], paper_million_params=paper_params, params_train=row['params_train'],
         params_fused=row['params_fused'], paper_top1=f'{paper_top1:g}', note=note(name, row, create(name).eval()),
-        fvcore=fvcore.__version__, torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__,
-        date=date.today(), command=command())
+        fvcore=fvcore.__version__, torchvision=torchvision.__version__, **facts())
 
 
 def table(rows):
