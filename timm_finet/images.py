@@ -10,7 +10,7 @@ from .data.files import replace_file
 
 __all__ = ['contact_sheet', 'draw_confusion', 'find_images', 'read_image', 'read_images', 'shipped_images']
 
-# Tiles of 32 px in order of class: 40 test images per class, and 10 training images per class
+# Tiles of 32 px in order of class: CIFAR-10's first 40 test images of each class, and first 10 training images of each
 IMAGES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
 TRAINING_IMAGES = Path(__file__).parent / 'weights' / 'cifar10_train.webp'
 
