@@ -14,11 +14,11 @@ import timm
 import yaml
 
 from scripts.report import RESULTS, command_line, read_rows
+from scripts.weights.validate_weights import NAMES
 from timm_finet import hub
 from timm_finet.finet import Finet
 from timm_finet.hub import card
 from timm_finet.hub.checkpoint import Run
-from timm_finet.hub.pretrained import MODULES
 
 CARDS = Path(__file__).parents[2] / 'hf_cards'
 
@@ -51,7 +51,7 @@ def main():
     parser = command_line(__doc__)
     parser.add_argument('org', nargs='?', help='user or organisation on the Hub')
     org = parser.parse_args().org
-    for name in timm.list_models(module=MODULES, pretrained=True):
+    for name in NAMES:
         with TemporaryDirectory() as folder:
             write(name, folder)
             (CARDS / name).mkdir(parents=True, exist_ok=True)

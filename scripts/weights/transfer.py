@@ -6,7 +6,7 @@
 There are two data sets. One is CIFAR-10's first 5,000 training images, validated on its whole test set. The other is
 the first 100 training images of each of Imagenette's ten classes, none of which is among Tiny-ImageNet's 200, validated
 on all of its validation images. DATA is as for torch/cifar10_pad2, and SOURCE as for photos.py, e.g. a clone of
-github.com/thunderInfy/imagenette. Without SOURCE, only CIFAR-10 is used.
+github.com/thunderInfy/imagenette.
 
 All runs use recipe:finetune at the image size of the weights, in bfloat16, for the same number of steps. Those from
 scratch differ only in leaving out `pretrained`, and are repeated at a learning rate five times as high. Interrupted
@@ -94,17 +94,15 @@ def main():
     parser = arguments(__doc__)
     parser.set_defaults(results=RESULTS / 'transfer.csv')
     parser.add_argument('--models', nargs='+', required=True, metavar='MODEL.TAG')
-    parser.add_argument('--imagenette', type=Path, metavar='SOURCE')
+    parser.add_argument('--imagenette', type=Path, required=True, metavar='SOURCE')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     args = parser.parse_args()
     folder = Path(args.output, 'data')
     pack_cifar(args.data_dir, folder / CIFAR10)
-    if args.imagenette:
-        pack_imagenette(args.imagenette, folder / IMAGENETTE)
-    sets = [CIFAR10, IMAGENETTE] if args.imagenette else [CIFAR10]
+    pack_imagenette(args.imagenette, folder / IMAGENETTE)
     args.data_dir = str(folder)
     train([(setting(data, model, start), seed)
-           for seed in args.seeds for data in sets for model in args.models for start in RATES], args)
+           for seed in args.seeds for data in (CIFAR10, IMAGENETTE) for model in args.models for start in RATES], args)
 
 
 if __name__ == '__main__':
