@@ -47,8 +47,9 @@ def make(name):
 def plot():
     for script, name in ((table2, 'table2'), (table4, 'table4'), (bench_training, 'bench_training')):
         script.plot(read_rows(RESULTS / f'{name}.csv'))
+    cifar_tables.plot_groups(RESULTS / 'cifar_short.csv')
     for stem in ('cifar_short', 'cifar_long', 'cifar_paper'):
-        cifar_tables.plot(RESULTS / f'{stem}.csv')
+        cifar_tables.plot_epochs(RESULTS / f'{stem}.csv')
     train_photos.plot(train_photos.CSV)
     curves = [f'{name}:{RESULTS}/{name}.csv' for name in validate_weights.NAMES]
     plot_training.plot(curves, RESULTS / 'cifar_weights.png')

@@ -116,6 +116,10 @@ def average(lines, column, digits):
     return f'{mean(values):.{digits}f}' if values else ''
 
 
+def heading(dataset, title):
+    return f"{title}, {dataset.replace('cifar', 'CIFAR-')}"
+
+
 def table(rows, stem):
     """All tables of a results file."""
     parts = []
@@ -135,70 +139,67 @@ def table(rows, stem):
                 *(pm(top1(mine, column)) for column in fit),
                 average(mine, 'seconds_an_epoch', 1), average(mine, 'peak_mb', 0)])
         if cells:
-            parts += [f"**{title}, {dataset.replace('cifar', 'CIFAR-')}**", markdown(
+            parts += [f'**{heading(dataset, title)}**', markdown(
                 ['', 'top-1, mean ± deviation', 'every seed', 'minus BN ± standard error', 'p, paired by seed',
                  'paper (minus BN)', *fit.values(), 'seconds per epoch', 'peak MB'], cells)]
     return '\n\n'.join(parts)
 
 
-def by_groups(found):
-    """Those of the rows that a plot against G shows, by G."""
-    return {int(name.removeprefix('G = ')): of_g for name, of_g in found.items()
-            if re.fullmatch(r'G = \d+', name) and of_g}
-
-
-def plot(results):
-    """Plot accuracy against G, beside the paper's, and against epochs, for tables with rows for several G."""
-    rows, families = read_rows(results), []
-    for (dataset, title), settings in tables_of(results.stem).items():
-        points = by_groups({name: of(rows, setting) for name, setting in settings.items()})
+def families(results):
+    """Tables with rows for several G: by data set and title, the results for each `G = ...` by seed."""
+    rows, found = read_rows(results), {}
+    for key, settings in tables_of(results.stem).items():
+        points = {name: lines for name, setting in settings.items()
+                  if re.fullmatch(r'G = \d', name) and (lines := of(rows, setting))}
         if len(points) > 1:
-            families.append((dataset, title, settings, points))
-    width = 5 * len(families)
-    figure_of_epochs, axes = plt.subplots(
-        2, len(families), figsize=(width, 7.5), squeeze=False, sharex='col', layout='constrained')
-    figure_of_groups, bars = plt.subplots(1, len(families), figsize=(width, 4.2), squeeze=False, layout='constrained')
-    for (curve, loss), bar, (dataset, title, settings, points) in zip(axes.T, bars[0], families):
-        plot_groups(bar, points, by_groups(PAPER.get((dataset, title), {})))
-        plot_epochs(curve, loss, {
-            g: [read_rows(curve_file(results, (settings[f'G = {g}'], seed))) for seed in lines]
-            for g, lines in points.items()})
-        for ax in (bar, curve):
-            ax.set_title(f"{title}, {dataset.replace('cifar', 'CIFAR-')}")
-        for ax in (bar, curve, loss):
+            found[key] = points
+    return found
+
+
+def plot_groups(results):
+    """Plot accuracy against G, beside the paper's."""
+    found = families(results)
+    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4.2), squeeze=False, layout='constrained')
+    for ax, (key, points) in zip(axes[0], found.items()):
+        x = [int(name.removeprefix('G = ')) for name in points]
+        seeds = [top1(lines.values()) for lines in points.values()]
+        means = [mean(values) for values in seeds]
+        deviations = [stdev(values) if len(values) > 1 else 0 for values in seeds]
+        ax.errorbar(x, means, deviations, color='#1b7fbd', marker='o', capsize=3, label='measured')
+        for g, values in zip(x, seeds):
+            ax.plot([g] * len(values), values, '.', color='#1b7fbd', alpha=0.4)
+        # The paper's runs are longer, its networks mostly wider: shift its accuracies onto our BN.
+        bn, paper = mean(top1(points[BN].values())), PAPER[key]
+        shifted = [bn + paper[name] - paper[BN] for name in points]
+        ax.plot(x, shifted, color='#777777', marker='o', mfc='white', ls=':', label="BN and the paper's gain")
+        ax.set(title=heading(*key), xlabel='FBN groups G (1 is plain BN)', xticks=x,
+               ylabel='top-1 in %, not from 0: mean, deviation, seeds')
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.savefig(results.with_name(f'{results.stem}_groups.png'), dpi=130, facecolor='white')
+
+
+def plot_epochs(results):
+    """Plot accuracy and training loss against epochs, by G."""
+    found = families(results)
+    figure, axes = plt.subplots(
+        2, len(found), figsize=(5 * len(found), 7.5), squeeze=False, sharex='col', layout='constrained')
+    for (curve, loss), (key, points) in zip(axes.T, found.items()):
+        settings = tables_of(results.stem)[key]
+        for color, (name, lines) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), points.items()):
+            epochs = [read_rows(curve_file(results, (settings[name], seed))) for seed in lines]
+            x = [int(row['epoch']) + 1 for row in epochs[0]]
+            for ax, column in ((curve, 'eval_top1'), (loss, 'train_loss')):
+                seeds = [top1(rows, column) for rows in epochs]
+                for y in seeds:
+                    ax.plot(x, y, color=color, lw=0.5, alpha=0.4)
+                ax.plot(x, [mean(values) for values in zip(*seeds)], color=color, lw=2, label=name)
+        curve.set(title=heading(*key), ylabel='top-1 in %: every seed, mean')
+        loss.set(xlabel='epoch', ylabel='training loss, with crops and dropout')
+        for ax in (curve, loss):
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
-    for name, figure in (('groups', figure_of_groups), ('epochs', figure_of_epochs)):
-        if name == 'groups' and all(len(lines) == 1 for *_, points in families for lines in points.values()):
-            continue  # a single seed shows nothing about G
-        figure.savefig(results.with_name(f'{results.stem}_{name}.png'), dpi=130, facecolor='white')
-        plt.close(figure)
-
-
-def plot_groups(ax, points, paper):
-    seeds = {g: top1(lines.values()) for g, lines in points.items()}
-    x, y = list(seeds), [mean(values) for values in seeds.values()]
-    deviations = [stdev(values) if len(values) > 1 else 0 for values in seeds.values()]
-    ax.errorbar(x, y, deviations, color='#1b7fbd', marker='o', capsize=3, label='measured')
-    for g, values in seeds.items():
-        ax.plot([g] * len(values), values, '.', color='#1b7fbd', alpha=0.4)
-    paper = {g: figure for g, figure in paper.items() if g in x}
-    if paper and 1 in x:  # the paper's runs are longer, its networks mostly wider: shift its accuracies onto our BN
-        shifted = [(g, y[x.index(1)] + figure - paper[1]) for g, figure in paper.items()]
-        ax.plot(*zip(*shifted), color='#777777', marker='o', mfc='white', ls=':', label="BN and the paper's gain")
-    ax.set(xlabel='FBN groups G (1 is plain BN)', xticks=x, ylabel='top-1 in %, not from 0: mean, deviation, seeds')
-
-
-def plot_epochs(curve, loss, epochs):
-    for color, (g, of_seeds) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), epochs.items()):
-        x = [int(row['epoch']) + 1 for row in of_seeds[0]]
-        for ax, key in ((curve, 'eval_top1'), (loss, 'train_loss')):
-            seeds = [top1(rows, key) for rows in of_seeds]
-            for y in seeds:
-                ax.plot(x, y, color=color, lw=0.5, alpha=0.4)
-            ax.plot(x, [mean(values) for values in zip(*seeds)], color=color, lw=2, label=f'G = {g}')
-    curve.set_ylabel('top-1 in %: every seed, mean')
-    loss.set(xlabel='epoch', ylabel='training loss, with crops and dropout')
+    figure.savefig(results.with_name(f'{results.stem}_epochs.png'), dpi=130, facecolor='white')
 
 
 def main():

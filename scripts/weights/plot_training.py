@@ -28,7 +28,6 @@ def plot(runs, output):
     ax.grid(alpha=0.3)
     ax.legend(title='last epoch in brackets', title_fontsize=8, fontsize=9)
     fig.savefig(output, dpi=150, facecolor='white')
-    plt.close(fig)
 
 
 def main():

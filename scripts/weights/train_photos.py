@@ -59,7 +59,6 @@ def plot(results):
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(results.with_suffix('.png'), dpi=150, facecolor='white')
-    plt.close(fig)
 
 
 def main():

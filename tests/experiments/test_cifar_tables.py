@@ -203,7 +203,8 @@ def test_plots(tmp_path):
             rows += [line(setting, seed, 92 + seed)]
             runs.curve_file(results, (setting, seed)).write_text('epoch,train_loss,eval_top1\n0,3,10\n1,2,20\n')
     write_rows(results, rows)
-    tables.plot(results)
+    tables.plot_groups(results)
+    tables.plot_epochs(results)
     for name in ('cifar_short_groups.png', 'cifar_short_epochs.png'):
         assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'
 
