@@ -39,6 +39,7 @@ PAPER = {  # top-1 of finet_large in Table 5, after 200 epochs
 }
 PAPER['cifar100', 'finet_large'] = PAPER['cifar100', 'finet_small']
 BN = 'G = 1'
+COLORS = {'G = 1': '#777777', 'G = 2': '#1b7fbd', 'G = 4': '#0b4a73', 'G = 8': '#d95f02'}
 FIT = {'fit_loss': 'loss on the training images', 'fit_top1': 'top-1 on the training images'}
 
 
@@ -186,7 +187,8 @@ def plot_epochs(results):
         2, len(found), figsize=(5 * len(found), 7.5), squeeze=False, sharex='col', layout='constrained')
     for (curve, loss), (key, points) in zip(axes.T, found.items()):
         settings = tables_of(results.stem)[key]
-        for color, (name, lines) in zip(('#777777', '#1b7fbd', '#0b4a73', '#d95f02', '#8c510a'), points.items()):
+        for name, lines in points.items():
+            color = COLORS[name]
             epochs = [read_rows(curve_file(results, (settings[name], seed))) for seed in lines]
             x = [int(row['epoch']) + 1 for row in epochs[0]]
             for ax, column in ((curve, 'eval_top1'), (loss, 'train_loss')):
