@@ -447,11 +447,12 @@ TRAINED_WITH = {
 }
 
 
-def _create_finet(variant: str, pretrained: bool = False, **kwargs: Any) -> Finet:
+def _create_finet(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args: Any) -> Finet:
+    """Build a variant with its own `model_args`, which the caller's `kwargs` may replace."""
     return build_model(
         Finet, variant, pretrained, TRAINED_WITH,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
-        **kwargs,
+        **{**model_args, **kwargs},
     )
 
 
@@ -461,126 +462,118 @@ SMALL, LARGE = (30, 60, 120), (100, 200, 400)  # channels, Table 1
 @register_model
 def finet_small(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with plain BatchNorm, the paper's baseline."""
-    return _create_finet('finet_small', pretrained, **{**dict(channels=SMALL), **kwargs})
+    return _create_finet('finet_small', pretrained, kwargs, channels=SMALL)
 
 
 @register_model
 def finet_small_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small, G = 2."""
-    return _create_finet('finet_small_g2', pretrained, **{**dict(channels=SMALL, fbn_groups=2), **kwargs})
+    return _create_finet('finet_small_g2', pretrained, kwargs, channels=SMALL, fbn_groups=2)
 
 
 @register_model
 def finet_small_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small, G = 4."""
-    return _create_finet('finet_small_g4', pretrained, **{**dict(channels=SMALL, fbn_groups=4), **kwargs})
+    return _create_finet('finet_small_g4', pretrained, kwargs, channels=SMALL, fbn_groups=4)
 
 
 @register_model
 def finet_small_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small, G = 6."""
-    return _create_finet('finet_small_g6', pretrained, **{**dict(channels=SMALL, fbn_groups=6), **kwargs})
+    return _create_finet('finet_small_g6', pretrained, kwargs, channels=SMALL, fbn_groups=6)
 
 
 @register_model
 def finet_small_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small, G = 8."""
-    return _create_finet('finet_small_g8', pretrained, **{**dict(channels=SMALL, fbn_groups=8), **kwargs})
+    return _create_finet('finet_small_g8', pretrained, kwargs, channels=SMALL, fbn_groups=8)
 
 
 @register_model
 def finet_small_se(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation and plain BatchNorm, the paper's baseline."""
-    return _create_finet('finet_small_se', pretrained, **{**dict(channels=SMALL, use_se=True), **kwargs})
+    return _create_finet('finet_small_se', pretrained, kwargs, channels=SMALL, use_se=True)
 
 
 @register_model
 def finet_small_se_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 2."""
-    return _create_finet(
-        'finet_small_se_g2', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=2), **kwargs})
+    return _create_finet('finet_small_se_g2', pretrained, kwargs, channels=SMALL, use_se=True, fbn_groups=2)
 
 
 @register_model
 def finet_small_se_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 4."""
-    return _create_finet(
-        'finet_small_se_g4', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=4), **kwargs})
+    return _create_finet('finet_small_se_g4', pretrained, kwargs, channels=SMALL, use_se=True, fbn_groups=4)
 
 
 @register_model
 def finet_small_se_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 6."""
-    return _create_finet(
-        'finet_small_se_g6', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=6), **kwargs})
+    return _create_finet('finet_small_se_g6', pretrained, kwargs, channels=SMALL, use_se=True, fbn_groups=6)
 
 
 @register_model
 def finet_small_se_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet small with Squeeze-and-Excitation, G = 8."""
-    return _create_finet(
-        'finet_small_se_g8', pretrained, **{**dict(channels=SMALL, use_se=True, fbn_groups=8), **kwargs})
+    return _create_finet('finet_small_se_g8', pretrained, kwargs, channels=SMALL, use_se=True, fbn_groups=8)
 
 
 @register_model
 def finet_large(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with plain BatchNorm, the paper's baseline."""
-    return _create_finet('finet_large', pretrained, **{**dict(channels=LARGE), **kwargs})
+    return _create_finet('finet_large', pretrained, kwargs, channels=LARGE)
 
 
 @register_model
 def finet_large_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large, G = 2."""
-    return _create_finet('finet_large_g2', pretrained, **{**dict(channels=LARGE, fbn_groups=2), **kwargs})
+    return _create_finet('finet_large_g2', pretrained, kwargs, channels=LARGE, fbn_groups=2)
 
 
 @register_model
 def finet_large_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large, G = 4."""
-    return _create_finet('finet_large_g4', pretrained, **{**dict(channels=LARGE, fbn_groups=4), **kwargs})
+    return _create_finet('finet_large_g4', pretrained, kwargs, channels=LARGE, fbn_groups=4)
 
 
 @register_model
 def finet_large_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large, G = 6."""
-    return _create_finet('finet_large_g6', pretrained, **{**dict(channels=LARGE, fbn_groups=6), **kwargs})
+    return _create_finet('finet_large_g6', pretrained, kwargs, channels=LARGE, fbn_groups=6)
 
 
 @register_model
 def finet_large_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large, G = 8."""
-    return _create_finet('finet_large_g8', pretrained, **{**dict(channels=LARGE, fbn_groups=8), **kwargs})
+    return _create_finet('finet_large_g8', pretrained, kwargs, channels=LARGE, fbn_groups=8)
 
 
 @register_model
 def finet_large_se(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation and plain BatchNorm, the paper's baseline."""
-    return _create_finet('finet_large_se', pretrained, **{**dict(channels=LARGE, use_se=True), **kwargs})
+    return _create_finet('finet_large_se', pretrained, kwargs, channels=LARGE, use_se=True)
 
 
 @register_model
 def finet_large_se_g2(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 2."""
-    return _create_finet(
-        'finet_large_se_g2', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=2), **kwargs})
+    return _create_finet('finet_large_se_g2', pretrained, kwargs, channels=LARGE, use_se=True, fbn_groups=2)
 
 
 @register_model
 def finet_large_se_g4(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 4."""
-    return _create_finet(
-        'finet_large_se_g4', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=4), **kwargs})
+    return _create_finet('finet_large_se_g4', pretrained, kwargs, channels=LARGE, use_se=True, fbn_groups=4)
 
 
 @register_model
 def finet_large_se_g6(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 6."""
-    return _create_finet(
-        'finet_large_se_g6', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=6), **kwargs})
+    return _create_finet('finet_large_se_g6', pretrained, kwargs, channels=LARGE, use_se=True, fbn_groups=6)
 
 
 @register_model
 def finet_large_se_g8(pretrained: bool = False, **kwargs: Any) -> Finet:
     """Finet large with Squeeze-and-Excitation, G = 8."""
-    return _create_finet(
-        'finet_large_se_g8', pretrained, **{**dict(channels=LARGE, use_se=True, fbn_groups=8), **kwargs})
+    return _create_finet('finet_large_se_g8', pretrained, kwargs, channels=LARGE, use_se=True, fbn_groups=8)

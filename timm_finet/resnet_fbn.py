@@ -116,8 +116,8 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
-    return build_model(ResNetFBN, variant, pretrained, **kwargs)
+def _create_resnet(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args: Any) -> ResNetFBN:
+    return build_model(ResNetFBN, variant, pretrained, **{**model_args, **kwargs})
 
 
 RESNET18 = dict(block=BasicBlock, layers=(2, 2, 2, 2))
@@ -127,22 +127,22 @@ RESNET50 = dict(block=Bottleneck, layers=(3, 4, 6, 3))
 @register_model
 def resnet18_fbn(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
     """ResNet-18, G = 2 (the paper's best)."""
-    return _create_resnet('resnet18_fbn', pretrained, **{**RESNET18, 'fbn_groups': 2, **kwargs})
+    return _create_resnet('resnet18_fbn', pretrained, kwargs, **RESNET18, fbn_groups=2)
 
 
 @register_model
 def resnet18_fbn_g4(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
     """ResNet-18, G = 4."""
-    return _create_resnet('resnet18_fbn_g4', pretrained, **{**RESNET18, 'fbn_groups': 4, **kwargs})
+    return _create_resnet('resnet18_fbn_g4', pretrained, kwargs, **RESNET18, fbn_groups=4)
 
 
 @register_model
 def resnet50_fbn(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
     """ResNet-50, G = 2 (the paper's best)."""
-    return _create_resnet('resnet50_fbn', pretrained, **{**RESNET50, 'fbn_groups': 2, **kwargs})
+    return _create_resnet('resnet50_fbn', pretrained, kwargs, **RESNET50, fbn_groups=2)
 
 
 @register_model
 def resnet50_fbn_g4(pretrained: bool = False, **kwargs: Any) -> ResNetFBN:
     """ResNet-50, G = 4, which did not fit in the memory of the paper's GPU."""
-    return _create_resnet('resnet50_fbn_g4', pretrained, **{**RESNET50, 'fbn_groups': 4, **kwargs})
+    return _create_resnet('resnet50_fbn_g4', pretrained, kwargs, **RESNET50, fbn_groups=4)
