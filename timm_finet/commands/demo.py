@@ -44,11 +44,7 @@ def classify(networks: Sequence[torch.nn.Module], x: torch.Tensor) -> List[Tuple
 
 
 def read_what_can_be(files: Sequence[Path]) -> Tuple[Dict[Path, Image.Image], List[str]]:
-    """Images of the files that can be read, and for each of the other files the reason, which names the file.
-
-    Raises:
-        ValueError, FileNotFoundError: None of them can be read.
-    """
+    """Images of the files that can be read, and for each of the other files the reason, which names the file."""
     images, errors = {}, []
     for file in files:
         try:

@@ -33,12 +33,7 @@ LARGEST_DIFFERENCE = 1e-3  # of the logits, as a share of the largest logit; for
 
 
 def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
-    """Build a fused network with a checkpoint's weights, in either form, else its pretrained ones, else random ones.
-
-    Raises:
-        ValueError: The name is unknown, or the checkpoint does not fit.
-        FileNotFoundError: There is no such checkpoint.
-    """
+    """Build a fused network with a checkpoint's weights, in either form, else its pretrained ones, else random ones."""
     from_hub = name.startswith(('hf-hub:', 'local-dir:'))
     if not from_hub:
         find_names([name])
@@ -50,11 +45,7 @@ def build(name: str, checkpoint: Optional[str] = None) -> nn.Module:
 
 
 def make_config(name: str, model: nn.Module, img_size: Optional[int] = None) -> Dict[str, Any]:
-    """timm's data config for testing the weights, with square images of `img_size` pixels if it is given.
-
-    Raises:
-        ValueError: The network does not accept images of this size.
-    """
+    """timm's data config for testing the weights, with square images of `img_size` pixels if it is given."""
     if img_size is None:
         return resolve_input_data_config(model, use_test_size=True)
     least = least_size(model)

@@ -27,14 +27,7 @@ SET_HERE = ('--class-map', '--data-dir', '--dataset', '--experiment', '--model')
 
 
 def start_from(weights: str) -> List[str]:
-    """Options with which train.py builds the network of these weights and starts from them.
-
-    Args:
-        weights: A name of timm, including ours, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or a checkpoint of train.py.
-
-    Raises:
-        ValueError: `weights` is none of these.
-    """
+    """Options with which train.py builds the network of `weights`, a name or a checkpoint, and starts from them."""
     if not Path(weights).is_file():
         if not weights.startswith(('hf-hub:', 'local-dir:')) and not is_model_pretrained(weights):
             known = list_models(pretrained=True)

@@ -23,9 +23,6 @@ def find_script(name: str) -> Path:
     """Find the file of a script, given by its path or its bare name.
 
     A bare name is looked up in `$TIMM_SCRIPTS` or, if that is not set, in a cache filled from timm's repository.
-
-    Raises:
-        FileNotFoundError: The script does not exist and cannot be fetched.
     """
     if name.endswith('.py') or os.sep in name:
         if not Path(name).is_file():
@@ -62,11 +59,7 @@ def fetch(url: str, path: Path) -> None:
 
 
 def find_recipe(name: str) -> str:
-    """Replace `recipe:NAME` by the recipe's file; return any other string as it is.
-
-    Raises:
-        FileNotFoundError: There is no recipe of that name.
-    """
+    """Replace `recipe:NAME` by the recipe's file; return any other string as it is."""
     if not name.startswith('recipe:'):
         return name
     path = RECIPES / f"{name.removeprefix('recipe:')}.yaml"

@@ -16,11 +16,7 @@ Classes = Dict[str, List[Path]]
 
 
 def find_classes(root: Path) -> Classes:
-    """The images of each class folder in `root`, in order.
-
-    Raises:
-        ValueError: There are fewer than two classes, images outside of a class folder, or a class without images.
-    """
+    """The images of each class folder in `root`, in order."""
     folder = f'FOLDER={str(root)!r}'
     classes = {path: [] for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != '.'}
     if len(classes) < 2:

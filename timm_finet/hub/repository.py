@@ -27,11 +27,7 @@ LOCAL_ARGS = (
 
 
 def read_names(file: str, num_classes: int) -> List[str]:
-    """Read class names from a text file, one per line in the order of the outputs.
-
-    Raises:
-        ValueError: There are more or fewer than `num_classes`.
-    """
+    """Read class names from a text file, one per line in the order of the outputs."""
     names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
     if len(names) != num_classes:
         raise ValueError(
