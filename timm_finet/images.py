@@ -6,13 +6,14 @@ from typing import List, Sequence, Tuple, Union
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
+from .data.datasets import WEIGHTS
 from .data.files import replace_file
 
 __all__ = ['contact_sheet', 'draw_confusion', 'find_images', 'read_image', 'read_images', 'shipped_images']
 
 # Tiles of 32 px in order of class: CIFAR-10's first 40 test images of each class, and first 10 training images of each
-IMAGES = Path(__file__).parent / 'weights' / 'cifar10_test.webp'
-TRAINING_IMAGES = Path(__file__).parent / 'weights' / 'cifar10_train.webp'
+IMAGES = WEIGHTS / 'cifar10_test.webp'
+TRAINING_IMAGES = WEIGHTS / 'cifar10_train.webp'
 
 
 def shipped_images(file: Path = IMAGES) -> Tuple[List[Image.Image], List[int]]:

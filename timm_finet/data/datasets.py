@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-__all__ = ['CIFAR10', 'CIFAR100', 'DATASETS', 'FOLDERS', 'IMAGENET', 'TINY_IN200', 'UNKNOWN', 'Dataset']
+__all__ = ['CIFAR10', 'CIFAR100', 'DATASETS', 'FOLDERS', 'IMAGENET', 'TINY_IN200', 'UNKNOWN', 'WEIGHTS', 'Dataset']
 
 WEIGHTS = Path(__file__).parents[1] / 'weights'
 

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.data import resolve_input_data_config
 from timm.models import get_model_args
 
-from ..data.datasets import DATASETS, UNKNOWN, Dataset
+from ..data.datasets import DATASETS, UNKNOWN, WEIGHTS, Dataset
 from ..fbn import FBNConv2d
 from ..finet import Finet
 from ..flops import count_flops
@@ -21,7 +21,7 @@ from .checkpoint import Run
 __all__ = ['make_card', 'read_results']
 
 TEMPLATE = Path(__file__).with_name('card.md')
-NOTES = Path(__file__).parents[1] / 'weights' / 'notes.yaml'
+NOTES = WEIGHTS / 'notes.yaml'
 RECIPE = (
     'epochs', 'batch_size', 'world_size', 'grad_accum_steps', 'opt', 'lr', 'sched', 'warmup_epochs', 'momentum',
     'weight_decay', 'smoothing', 'drop', 'mixup', 'cutmix', 'reprob', 'aa', 'pretrained', 'model_ema', 'amp')
