@@ -76,9 +76,7 @@ class ResNetFBN(ResNet):
         convert_named(self, converted, fbn_groups, affine)
         self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # timm's name: ours
         if fused:
-            self.eval()
             fuse_named(self, [names for names in pairs if names not in converted], [name for name, _ in converted])
-            self.train()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Load a state dict; with `fbn_groups=1` it may also be that of a ResNet of timm or torchvision."""
