@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Linear, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, reparameterize_model
 from timm.models._features import feature_take_indices
 
 from .data.datasets import CIFAR10, CIFAR100, TINY_IN200
@@ -49,18 +49,15 @@ def set_bn_args(model: nn.Module, eps: Optional[float], momentum: Optional[float
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution and BatchNorm or, if `fused`, the convolution with bias that they fold into."""
+    """Convolution and BatchNorm."""
 
-    def __init__(
-            self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1,
-            fused: bool = False, **dd):
+    def __init__(self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, **dd):
         super().__init__()
-        if groups == 1 or fused:
-            self.conv = nn.Conv2d(
-                in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=fused, **dd)
+        if groups == 1:
+            self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, bias=False, **dd)
         else:
             self.conv = DepthwiseConv2d(out_chs, kernel_size, stride, **dd)
-        self.bn = nn.Identity() if fused else nn.BatchNorm2d(out_chs, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
 
     def fuse(self) -> nn.Module:
         """Fold `bn` into `conv`, unless this is done already, or the pair has hooks or a norm of unknown type.
@@ -73,23 +70,17 @@ class ConvNorm(nn.Sequential):
         return self
 
 
-def fbn_conv(in_chs: int, out_chs: int, fbn_groups: int, affine: bool, fused: bool, **dd) -> nn.Module:
-    if fused:
-        return nn.Conv2d(in_chs, out_chs, 1, **dd)
-    return FBNConv2d(in_chs, out_chs, fbn_groups=fbn_groups, affine=affine, **dd)
-
-
 class SqueezeExcite(nn.Module):
     """Gate a block's output by the block's input, through two 1x1 convolutions.
 
     The convolutions have BatchNorm and no bias, as Table 2's parameter counts require.
     """
 
-    def __init__(self, in_chs: int, out_chs: int, rd_channels: int = 200, fused: bool = False, **dd):
+    def __init__(self, in_chs: int, out_chs: int, rd_channels: int = 200, **dd):
         super().__init__()
-        self.fc1 = ConvNorm(in_chs, rd_channels, fused=fused, **dd)
+        self.fc1 = ConvNorm(in_chs, rd_channels, **dd)
         self.act = nn.ReLU(inplace=True)
-        self.fc2 = ConvNorm(rd_channels, out_chs, fused=fused, **dd)
+        self.fc2 = ConvNorm(rd_channels, out_chs, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.mean((2, 3), keepdim=True)
@@ -109,7 +100,6 @@ class Block(nn.Module):
             act_place: str,
             use_se: bool,
             drop_path: float,
-            fused: bool,
             **dd,
     ):
         super().__init__()
@@ -119,13 +109,13 @@ class Block(nn.Module):
             raise ValueError(f"act_place={act_place!r} is unknown: use one of {', '.join(acts)}.")
         acts[act_place] = nn.ReLU(inplace=True)
 
-        self.conv1 = fbn_conv(in_chs, out_chs, fbn_groups[0], affine, fused, **dd)
+        self.conv1 = FBNConv2d(in_chs, out_chs, fbn_groups=fbn_groups[0], affine=affine, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv_dw = ConvNorm(out_chs, out_chs, 3, stride, groups=out_chs, fused=fused, **dd)
+        self.conv_dw = ConvNorm(out_chs, out_chs, 3, stride, groups=out_chs, **dd)
         self.act_dw = acts['depthwise']
-        self.conv2 = fbn_conv(out_chs, out_chs, fbn_groups[1], affine, fused, **dd)
+        self.conv2 = FBNConv2d(out_chs, out_chs, fbn_groups=fbn_groups[1], affine=affine, **dd)
         self.act2 = acts['pointwise']
-        self.se = SqueezeExcite(in_chs, out_chs, fused=fused, **dd) if use_se else None
+        self.se = SqueezeExcite(in_chs, out_chs, **dd) if use_se else None
         self.has_identity = stride == 1
         self.drop_path = DropPath(drop_path) if drop_path and self.has_identity else nn.Identity()
         self.act_out = acts['output']
@@ -237,7 +227,7 @@ class Finet(nn.Module):
 
         prev_chs = widen(stem_chs)
         stride = 1 if small_input else 2
-        self.stem = ConvNorm(in_chans, prev_chs, 3, stride, fused=fused, **dd)
+        self.stem = ConvNorm(in_chans, prev_chs, 3, stride, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [dict(num_chs=prev_chs, reduction=stride, module='act1')]
         self.pool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, padding=1)
@@ -251,7 +241,7 @@ class Finet(nn.Module):
             for j in range(depth):
                 blocks += [Block(
                     prev_chs, chs, 1 if j else 2, (groups(prev_chs), groups(chs)), affine, act_place, use_se,
-                    drop_paths[i][j], fused, **dd)]
+                    drop_paths[i][j], **dd)]
                 prev_chs = chs
             stages += [nn.Sequential(*blocks)]
             stride *= 2
@@ -259,16 +249,18 @@ class Finet(nn.Module):
         self.stages = nn.Sequential(*stages)
 
         self.num_features = self.head_hidden_size = num_features
-        self.conv_head = ConvNorm(prev_chs, num_features, fused=fused, **dd)
+        self.conv_head = ConvNorm(prev_chs, num_features, **dd)
         self.act2 = nn.ReLU(inplace=True)
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
         # FC1 is a 1x1 convolution: it computes the same sums on a pooled map, and gives a dense head without pooling
         pooled_chs = num_features * self.global_pool.feat_mult()
-        self.fc1 = ConvNorm(pooled_chs, num_features, fused=fused, **dd)
+        self.fc1 = ConvNorm(pooled_chs, num_features, **dd)
         self.act3 = nn.ReLU(inplace=True)
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.classifier = Linear(num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         set_bn_args(self, bn_eps, bn_momentum)
+        if fused:
+            reparameterize_model(self, inplace=True)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         check_form(self, state_dict)
