@@ -2,6 +2,7 @@
 import re
 from copy import deepcopy
 
+import accelerate
 import pytest
 import timm
 import torch
@@ -235,6 +236,15 @@ def test_network_is_built_on_the_device_and_in_the_dtype_that_are_given(name, sm
     model = timm.create_model(name, small_input=small_input, device='meta', dtype=torch.bfloat16)
     tensors = [*model.parameters(), *model.buffers()]
     assert {(t.device.type, t.dtype) for t in tensors} <= {('meta', torch.bfloat16), ('meta', torch.int64)}
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('name', ['finet_small_se_g4', 'resnet18_fbn'])
+def test_network_is_built_with_parameters_alone_on_the_meta_device(name, fused):
+    with accelerate.init_empty_weights():  # buffers stay on the CPU
+        model = timm.create_model(name, fused=fused)
+    assert {p.device.type for p in model.parameters()} == {'meta'}
+    assert list(model.state_dict()) == list(timm.create_model(name, fused=fused).state_dict())
 
 
 @pytest.mark.parametrize('name', ['finet_small_se_g4', 'resnet18_fbn'])

@@ -314,7 +314,7 @@ class FBNConv2d(nn.Module):
     def _folded(self, weight: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         bn = self.bn
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+        mean, var = bn.running_mean.to(weight.device, dtype), bn.running_var.to(weight.device, dtype)
         return fold(weight, mean, var, bn.weight, bn.bias, bn.eps, self.fbn_groups)
 
     def _moment_form(self, x: torch.Tensor, weight: torch.Tensor, process_group, relu: bool) -> torch.Tensor:

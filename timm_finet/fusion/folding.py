@@ -38,7 +38,7 @@ def folded(layer: nn.Module, norm: nn.Module) -> Tuple[torch.Tensor, torch.Tenso
     is_transposed = isinstance(layer, TRANSPOSED)
     weight = _swap_channels(layer.weight, layer.groups) if is_transposed else layer.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    mean, var = norm.running_mean.to(weight.device, dtype), norm.running_var.to(weight.device, dtype)
     if layer.bias is not None:
         mean = mean - layer.bias
     new_weight, bias = fold(weight.flatten(1)[:, :, None, None], mean, var, norm.weight, norm.bias, norm.eps, groups=1)
