@@ -24,11 +24,11 @@ from timm.layers import DropPath, Linear, SelectAdaptivePool2d, calculate_drop_p
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, reparameterize_model
 from timm.models._features import feature_take_indices
 
-from .data.datasets import CIFAR10, CIFAR100, TINY_IN200
+from .data.datasets import CIFAR10, CIFAR100, TINY_IN200, WEIGHTS
 from .fbn import FBNConv2d, has_hooks
 from .fusion.folding import check_form, fuse_named
 from .fusion.layers import NORMS, why_untouchable
-from .hub.pretrained import WEIGHTS, build_model
+from .hub.pretrained import build_model
 from .ops.depthwise import DepthwiseConv2d
 
 __all__ = ['Finet']

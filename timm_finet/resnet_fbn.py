@@ -9,12 +9,12 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data.datasets import CIFAR10
+from .data.datasets import CIFAR10, WEIGHTS
 from .finet import check_flags, set_bn_args
 from .fusion.conversion import convert_named, fits_fbn
 from .fusion.folding import check_form, fuse_named
 from .fusion.layers import neighbours
-from .hub.pretrained import UNTRAINED, WEIGHTS, build_model
+from .hub.pretrained import UNTRAINED, build_model
 
 __all__ = ['ResNetFBN']
 

@@ -23,7 +23,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from scripts.report import RESULTS, command_line, write_rows
 from scripts.runs import epochs_of
 from scripts.weights.validate_weights import validate
-from timm_finet.hub.pretrained import WEIGHTS
+from timm_finet.data.datasets import WEIGHTS
 from timm_finet.hub.repository import LOCAL_ARGS
 
 MOVES = 0.05  # percentage points

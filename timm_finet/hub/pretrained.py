@@ -12,10 +12,11 @@ from timm.models import (
     PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, list_models, resolve_pretrained_cfg)
 from timm.models._input import update_model_args
 
+from ..data.datasets import WEIGHTS
+
 __all__ = ['build_model']
 
 MODULES = ['finet', 'resnet_fbn']  # our modules, by timm's names
-WEIGHTS = Path(__file__).parents[1] / 'weights'  # its SHA256SUMS must also list weights that are only on the Hub
 FUNCTIONAL = ('small_input', 'act_place')  # arguments that change the function but not the shape of any weight
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')  # keys of a cfg that say where its weights come from
 UNTRAINED = 'untrained'  # tag of the paper's networks: 224 px, 1000 classes
@@ -95,7 +96,7 @@ def choose(variant: str, tag: Optional[str]) -> PretrainedCfg:
 def find_file(cfg: PretrainedCfg, cache_dir=None) -> Path:
     path = WEIGHTS / f'{cfg.architecture}.{cfg.tag}.safetensors'
     name, way_out = path.name, 'Reinstall timm-finet, or use pretrained=False.'
-    record = WEIGHTS / 'SHA256SUMS'
+    record = WEIGHTS / 'SHA256SUMS'  # it must also list weights that are only on the Hub
     if not record.is_file():
         raise FileNotFoundError(f'{record}, which records the checksums of the weights, is missing. {way_out}')
     sums = dict(line.split()[::-1] for line in record.read_text().splitlines())
