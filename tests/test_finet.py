@@ -1,5 +1,7 @@
 """Finet as a timm model."""
+import gc
 import re
+import weakref
 from copy import deepcopy
 
 import accelerate
@@ -245,6 +247,17 @@ def test_network_is_built_with_parameters_alone_on_the_meta_device(name, fused):
         model = timm.create_model(name, fused=fused)
     assert {p.device.type for p in model.parameters()} == {'meta'}
     assert list(model.state_dict()) == list(timm.create_model(name, fused=fused).state_dict())
+
+
+def test_fused_network_is_freed_with_its_last_reference():
+    model = timm.create_model('finet_small_se_g4', fused=True)
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    gc.disable()
+    try:
+        del model
+        assert not any(parameter() is not None for parameter in parameters)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('name', ['finet_small_se_g4', 'resnet18_fbn'])

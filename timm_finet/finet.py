@@ -26,7 +26,7 @@ from timm.models._features import feature_take_indices
 
 from .data.datasets import CIFAR10, CIFAR100, TINY_IN200, WEIGHTS
 from .fbn import FBNConv2d, has_hooks
-from .fusion.folding import check_form, fuse_named
+from .fusion.folding import after_norm, check_form, folded, set_folded
 from .fusion.layers import NORMS, why_untouchable
 from .hub.pretrained import build_model
 from .ops.depthwise import DepthwiseConv2d
@@ -66,7 +66,8 @@ class ConvNorm(nn.Sequential):
         they call `.eval()`.
         """
         if type(self.bn) in NORMS and not why_untouchable(self.conv) and not why_untouchable(self.bn):
-            fuse_named(self, [('conv', 'bn')], [])
+            set_folded(self.conv, *folded(self.conv, self.bn))
+            self.bn = after_norm(self.bn)
         return self
 
 
