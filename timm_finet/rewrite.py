@@ -120,7 +120,8 @@ def convert_fbn(
     """
     if type(fbn_groups) is not int or fbn_groups < 1:
         given = repr(fbn_groups) if isinstance(fbn_groups, (int, float, str)) else f'a {type(fbn_groups).__name__}'
-        raise ValueError(f'fbn_groups={given} must be an integer of at least 1.')
+        hint = ' Pass an example as example_inputs=.' if isinstance(fbn_groups, (torch.Tensor, tuple, dict)) else ''
+        raise ValueError(f'fbn_groups={given} must be an integer of at least 1.{hint}')
     _check_model(model, 'convert')
     if wrapped_name(model):
         if inplace and isinstance(model, nn.parallel.DistributedDataParallel):

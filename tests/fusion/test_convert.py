@@ -83,7 +83,8 @@ def test_converting_without_affine_terms_may_change_outputs(randomise):
 
 
 @pytest.mark.parametrize('fbn_groups, message', [
-    (0, 'fbn_groups=0'), (7, 'fbn_groups=7'), (SMALL, 'fbn_groups=a Tensor must be an integer of at least 1')])
+    (0, 'fbn_groups=0'), (7, 'fbn_groups=7'),
+    (SMALL, 'fbn_groups=a Tensor must be an integer of at least 1. Pass an example as example_inputs=')])
 def test_converting_refuses_groups_that_fit_nothing(fbn_groups, message):
     with pytest.raises(ValueError, match=message):
         convert_fbn(timm.create_model('test_resnet'), fbn_groups)
