@@ -39,7 +39,8 @@ PAPER = {  # top-1 of finet_large in Table 5, after 200 epochs
 }
 PAPER['cifar100', 'finet_large'] = PAPER['cifar100', 'finet_small']
 BN = 'G = 1'
-COLORS = {'G = 1': '#777777', 'G = 2': '#1b7fbd', 'G = 4': '#0b4a73', 'G = 8': '#d95f02'}
+COLORS = {'G = 1': '#777777', 'G = 2': '#1b7fbd', 'G = 4': '#0b4a73', 'G = 6': '#8c510a',
+          'G = 8': '#d95f02'}
 FIT = {'fit_loss': 'loss on the training images', 'fit_top1': 'top-1 on the training images'}
 
 
