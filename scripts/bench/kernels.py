@@ -290,7 +290,7 @@ def measure_resources(shapes=SHAPES, cards=CARDS):
 class Operators(TorchDispatchMode):
     """Counts the operators that launch at least one kernel; a convolution's backward counts once per gradient."""
 
-    QUIET = ('empty', 'new_empty', 'empty_like', 'empty_permuted', '_unsafe_view', 'detach', 'promote_types')
+    QUIET = ('empty', 'new_empty', 'new_empty_strided', 'empty_like', '_unsafe_view', 'detach', 'promote_types')
 
     def __init__(self):
         super().__init__()

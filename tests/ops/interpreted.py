@@ -11,6 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from scripts.bench.kernels import (  # noqa: E402
     bfloat16_values, errors, exact_layer, inputs, recorded_launches, run_layer)
@@ -216,3 +217,30 @@ def test_compiled_as_operators():
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         assert a.stride() == b.stride()
+
+
+class Recorded(TorchDispatchMode):
+    """Records the calls of this package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == 'timm_finet':
+            self.calls.append((func, [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_name_all_that_they_write_to(monkeypatch):
+    """Else torch.compile would use what these arguments held before."""
+    running = torch.zeros(12), torch.ones(12), 0.1, torch.tensor(0)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    with Recorded() as recorded:
+        run_layer(*inputs(12, 6, 2, torch.float16), 2, True, running)
+    monkeypatch.undo()
+    assert [func._opname for func, _ in recorded.calls] == [
+        'triton_moments', 'triton_fold', 'triton_convolve', 'triton_unfold', 'triton_input_terms',
+        'triton_input_gradient']
+    for func, args in recorded.calls:
+        torch.library.opcheck(func, tuple(args), test_utils=('test_schema', 'test_faketensor'))
