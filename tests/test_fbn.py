@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 from timm.utils import freeze
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 
 from scripts.timing import peak_bytes
@@ -562,6 +563,16 @@ def test_squares_that_overflow_take_the_reference_form(relu):
     expected = expected.relu() if relu else expected
     assert y.isfinite().all() and layer.bn.running_var.isfinite().all() and layer.bn.num_batches_tracked == 1
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_a_step_on_tensors_without_values(kernel_size):
+    """As in tools that estimate a step's memory."""
+    with FakeTensorMode():
+        layer = FBNConv2d(16, 8, kernel_size, fbn_groups=4)
+        y = layer(torch.randn(2, 16, 8, 8))
+        y.sum().backward()
+    assert type(y) is FakeTensor and layer.weight.grad.shape == layer.weight.shape
 
 
 def test_collinear_channels_stay_finite_and_near_the_definition():

@@ -329,7 +329,8 @@ class FBNConv2d(nn.Module):
             # MomentForm also updates the running statistics, because its Triton kernels need no further launch for it.
             return MomentForm.apply(*arguments, self._running())[0]
         y, mean, var, count = MomentForm.apply(*arguments)
-        if on_cpu and process_group is None and not torch.compiler.is_compiling():
+        has_values = type(var) is torch.Tensor and not torch.compiler.is_compiling()  # fake tensors have none
+        if on_cpu and process_group is None and has_values:
             # The input's squares may overflow although the variances of its partial sums do not.
             if not math.isfinite(var.sum()):
                 y = self.reference(original)
