@@ -130,6 +130,18 @@ def test_what_folds_itself_by_a_method_of_any_name_is_folded_once(name, randomis
         torch.testing.assert_close(other(SMALL), model(SMALL))
 
 
+@pytest.mark.parametrize('name', ['repvgg_a0', 'levit_128s', *slow('fastvit_t8', 'repvit_m0_9', 'efficientvit_m1')])
+def test_what_folds_itself_leaves_what_was_converted(name, randomise):
+    """As in validate.py --reparam, which would read the norms that are no longer there."""
+    model = randomise(timm.create_model(name)).eval()
+    x = example(model)
+    with torch.no_grad():
+        converted = convert_fbn(model, 2, example_inputs=x)
+        y = converted(x)
+        for other in (reparameterize_model(converted), fuse_fbn(reparameterize_model(converted), x)):
+            torch.testing.assert_close(other(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+
+
 def test_timms_reparameterize_model_fuses_all_of_finet(randomise):
     model = randomise(timm.create_model('finet_small_se_g4').double()).eval()
     fused = reparameterize_model(model)

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from ..fbn import FBNConv2d
-from .folding import after_norm, replace
+from .folding import after_norm, disable_own_folding, replace
 
 __all__ = ['convert_named', 'fits_fbn']
 
@@ -26,6 +26,7 @@ def convert_named(
     for conv_name, norm_name in pairs:
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         new[conv], new[norm] = _to_fbn(conv, norm, fbn_groups, affine, save_memory), after_norm(norm)
+    disable_own_folding(model, set(new))
     replace(model, new)
 
 

@@ -10,7 +10,8 @@ from ..fbn import fold
 from ..ops.depthwise import DepthwiseConv2d
 from .layers import TRANSPOSED
 
-__all__ = ['after_norm', 'check_form', 'folded', 'fuse_named', 'replace', 'set_child', 'set_folded']
+__all__ = [
+    'after_norm', 'check_form', 'disable_own_folding', 'folded', 'fuse_named', 'replace', 'set_child', 'set_folded']
 
 
 def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -> None:
@@ -22,7 +23,7 @@ def fuse_named(model: nn.Module, pairs: List[Tuple[str, str]], fbn: List[str]) -
         layer = new.get(layer, layer)
         folds.append((layer, norm, *folded(layer, norm)))
     # Up to here the network has not changed, and from here on nothing fails.
-    _disable_own_folding(model, {norm for _, norm, *_ in folds})
+    disable_own_folding(model, {norm for _, norm, *_ in folds})
     for layer, norm, weight, bias in folds:
         set_folded(layer, weight, bias)
         new[norm] = after_norm(norm)
@@ -75,8 +76,8 @@ def after_norm(norm: nn.Module) -> nn.Module:
     return remaining
 
 
-def _disable_own_folding(model: nn.Module, norms: Set[nn.Module]) -> None:
-    """Make the methods that fold a module's own norms return the module unchanged: its norms are folded already."""
+def disable_own_folding(model: nn.Module, norms: Set[nn.Module]) -> None:
+    """Make the methods that fold a module's own norms return the module unchanged, because `norms` are replaced."""
     for module in model.modules():
         if norms.isdisjoint(module.modules()):
             continue
