@@ -200,6 +200,8 @@ def test_what_lies_behind_the_last_level_is_left_out(last, randomise):
     level, = model.forward_intermediates(x, indices=[last], stop_early=True, intermediates_only=True)
     torch.testing.assert_close(level, levels[last], rtol=0, atol=0)
     assert ran == list(model.stages[:max(0, last - 1)])
+    end, (again,) = model.forward_intermediates(x, indices=[last], stop_early=True)
+    torch.testing.assert_close((again, end), (level, features if last == 4 else level), rtol=0, atol=0)
     assert model.prune_intermediate_layers([last]) == [last]
     assert len(model.stages) == max(0, last - 1)
     torch.testing.assert_close(model(x), features if last == 4 else levels[last], rtol=0, atol=0)

@@ -316,7 +316,8 @@ class Finet(nn.Module):
             intermediates_only: Return only the levels.
 
         Returns:
-            The final features and a list of the levels, or only the list if `intermediates_only`.
+            The final features (of the last stage that ran, if stopped early) and a list of the levels, or only the
+            list if `intermediates_only`.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
@@ -342,7 +343,9 @@ class Finet(nn.Module):
 
         if intermediates_only:
             return intermediates
-        return self.act2(self.conv_head(x)), intermediates
+        if len(stages) == len(self.stages):
+            x = self.act2(self.conv_head(x))
+        return x, intermediates
 
     def prune_intermediate_layers(
             self,
