@@ -54,6 +54,31 @@ def test_small_input_stem():
     assert model.feature_info.reduction() == [1, 1, 2, 4, 8]
 
 
+def test_small_input_stem_is_as_wide_as_the_one_it_replaces():
+    model = timm.create_model('resnet18_fbn', small_input=True, stem_type='deep', features_only=True).eval()
+    assert [x.shape[1] for x in model(torch.zeros(1, 3, 32, 32))] == [128, 64, 128, 256, 512]
+
+
+def test_norms_of_attention_without_a_convolution_of_their_name_stay():
+    model = timm.create_model('resnet18_fbn', block_args=dict(attn_layer='sk')).eval()
+    assert type(model.layer1[0].se.attn.bn) is torch.nn.BatchNorm2d and type(model.layer1[0].conv1) is FBNConv2d
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_timms_init_weights_reaches_fbn():
+    model = timm.create_model('resnet50_fbn')
+    before = model.state_dict()
+    expected = {key for key, value in before.items() if value.dim() == 4} | {
+        f'{name}.conv3.bn.weight' for name, module in model.named_modules() if hasattr(module, 'conv3')}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    model.init_weights()
+    changed = {key for key, parameter in model.named_parameters() if not parameter.eq(7).all()}
+    assert changed == expected and model.layer1[0].conv3.bn.weight.count_nonzero() == 0
+    torch.testing.assert_close(model.layer1[0].conv2.weight.std().item(), (2 / (9 * 64)) ** 0.5, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize('kwargs', [
     dict(model_name='resnet18_fbn'), dict(model_name='resnet18_fbn', small_input=True),
     pytest.param(
@@ -74,6 +99,7 @@ def test_the_deploy_form_takes_what_fuse_fbn_gives(kwargs, randomise):
     (dict(fbn_groups=128), 'fbn_groups=128 does not divide'),
     (dict(fbn_groups=64, channels=(48, 96, 192, 384)), 'does not divide the 48 channels of .*: give a divisor of 16'),
     (dict(fbn_groups=0), 'fbn_groups=0 must be an integer of at least 1'),
+    (dict(norm_layer='groupnorm'), 'norm_layer=.* has no FBN form: use BatchNorm2d'),
     (dict(fbn_groups='4'), "fbn_groups='4' must be an integer"),
     (dict(affine='false'), "affine='false' must be True or False"),
 ])

@@ -3,6 +3,7 @@ import re
 from math import gcd
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
@@ -10,6 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data.datasets import CIFAR10, WEIGHTS
+from .fbn import FBNConv2d
 from .finet import check_flags, set_bn_args
 from .fusion.conversion import convert_named, fits_fbn
 from .fusion.folding import check_form, fuse_named
@@ -25,6 +27,8 @@ def _pairs(modules: Dict[str, nn.Module]) -> List[Tuple[str, str]]:
     for name, norm in modules.items():
         if isinstance(norm, _BatchNorm) and re.search(r'bn\d?$', name):
             layer = re.sub(r'bn(\d?)$', r'conv\1', name)
+            if layer not in modules:  # in timm's SelectiveKernel
+                continue
             if isinstance(modules[layer], nn.Sequential):  # in a deep stem
                 layer = f'{layer}.{len(modules[layer]) - 1}'
             pairs.append((layer, name))
@@ -45,7 +49,7 @@ class ResNetFBN(ResNet):
 
     Raises:
         ValueError: `fbn_groups` is not an integer of at least 1 or does not divide the channels of every convolution,
-            or a flag is neither True nor False.
+            `norm_layer` is not a BatchNorm2d, or a flag is neither True nor False.
     """
 
     def __init__(
@@ -58,7 +62,8 @@ class ResNetFBN(ResNet):
         super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         self.fbn_groups = fbn_groups
         if small_input:
-            self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False, device=device, dtype=dtype)
+            width = self.feature_info[0]['num_chs']
+            self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False, device=device, dtype=dtype)
             self.maxpool = nn.Identity()
             for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8)):
                 info['reduction'] = reduction
@@ -67,6 +72,8 @@ class ResNetFBN(ResNet):
         pairs = _pairs(modules)
         in_stages = [names for names in pairs if names[0].startswith('layer')]
         converted = [names for names in in_stages if fits_fbn(*map(modules.get, names), 1)]
+        if not converted:
+            raise ValueError(f"norm_layer={kwargs.get('norm_layer')!r} has no FBN form: use BatchNorm2d.")
         widths = {conv: modules[conv].in_channels for conv, _ in converted}
         for conv, width in widths.items():
             if width % fbn_groups:
@@ -77,6 +84,18 @@ class ResNetFBN(ResNet):
         self._norm_names = {norm: f'{conv}.bn' for conv, norm in converted}  # timm's name: ours
         if fused:
             fuse_named(self, [names for names in pairs if names not in converted], [name for name, _ in converted])
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialise the weights as timm's ResNet does, FBN's included."""
+        super().init_weights(zero_init_last)
+        for module in self.modules():
+            if isinstance(module, FBNConv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            elif zero_init_last and hasattr(module, 'zero_init_last'):
+                last = getattr(module, 'conv3', module.conv2)
+                if isinstance(last, FBNConv2d) and last.bn.affine:
+                    nn.init.zeros_(last.bn.weight)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Load a state dict; with `fbn_groups=1` it may also be that of a ResNet of timm or torchvision."""
