@@ -66,6 +66,7 @@ def test_act_place_moves_one_relu(act_place):
     (dict(small_input='False'), "small_input='False'"),
     (dict(fused='no'), "fused='no'"),
     (dict(fbn_groups=2, fbn_group_size=20), 'exclude each other'),
+    (dict(channels=(30, 60)), r'channels=\(30, 60\) and depths=.* must each have one number per stage'),
 ])
 def test_bad_arguments_name_themselves(kwargs, message):
     with pytest.raises(ValueError, match=message):

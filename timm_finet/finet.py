@@ -154,6 +154,9 @@ class Finet(nn.Module):
     Args:
         channels: Widths of stages 2, 3 and 4. Each width, including the stem's, is rounded up until its number of
             groups divides it.
+        depths: Numbers of blocks of these stages.
+        stem_chs: Width of the stem.
+        num_features: Width of the last convolution and of FC1, the layer before the classifier.
         use_se: Squeeze-and-Excitation in every block.
         fbn_groups: FBN groups of the blocks' 1x1 convolutions, except those of Squeeze-and-Excitation, which keep
             plain BatchNorm; 1 is plain BatchNorm.
@@ -174,8 +177,8 @@ class Finet(nn.Module):
     `symbolic_trace` traces into the layers, which works in eval mode only.
 
     Raises:
-        ValueError: `fbn_groups` or `fbn_group_size` is not an integer of at least 1, both are given, `act_place` is
-            unknown, or a flag is neither True nor False.
+        ValueError: `fbn_groups` or `fbn_group_size` is not an integer of at least 1, both are given, `channels` and
+            `depths` differ in length, `act_place` is unknown, or a flag is neither True nor False.
     """
 
     def __init__(
@@ -211,6 +214,8 @@ class Finet(nn.Module):
             raise ValueError(
                 f'fbn_groups={fbn_groups} and fbn_group_size={fbn_group_size} exclude each other: give one of them, '
                 'and fbn_group_size only with a name without _g2 to _g8.')
+        if len(channels) != len(depths):
+            raise ValueError(f'channels={channels!r} and depths={depths!r} must each have one number per stage.')
         check_flags(affine=affine, small_input=small_input, fused=fused)
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes

@@ -17,9 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import push_to_hf_hub
+from timm.utils import reparameterize_model
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_finet import fuse_fbn
+from timm_finet import convert_fbn, fuse_fbn
 from timm_finet.data.class_names import class_names
 from timm_finet.hub import card, save_for_hf
 from timm_finet.hub.checkpoint import describe, load_checkpoint
@@ -127,6 +128,16 @@ def test_saved_folder_has_safetensors_unless_others_are_asked_for(arguments, fil
     save_for_hf(model, str(tmp_path), **arguments)
     assert {path.name for path in tmp_path.iterdir()} == files | {'config.json'}
     same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
+
+
+@pytest.mark.parametrize('name, change', [
+    ('resnet18', lambda model: convert_fbn(model, 2)), ('finet_small_g4', reparameterize_model)])
+def test_what_create_model_does_not_rebuild_is_not_saved(name, change, tmp_path):
+    network = change(timm.create_model(name, num_classes=5).eval())
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f'could not be loaded, .*{name}.* save model.state_dict'):
+        save_for_hf(network, str(tmp_path / 'folder'))
+    assert not (tmp_path / 'folder').exists() and torch.get_rng_state().equal(state)
 
 
 @pytest.mark.parametrize('given, size', [

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Literal, Optional, Union
 
 import timm
+import torch
 import torch.nn as nn
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
@@ -42,17 +43,34 @@ def save_for_hf(
 
     The arguments are timm's, but by default only safetensors are written. The config's `input_size` is the size that
     the weights are tested at, because transformers ignores `test_input_size`.
+
+    Raises:
+        ValueError: `create_model` does not rebuild the network, so the folder could not be loaded. Nothing is written.
     """
     kwargs = {'data_config': resolve_input_data_config(model, use_test_size=True), **kwargs}
-    timm.models.save_for_hf(model, folder, safe_serialization=safe_serialization, **kwargs)
-    file = Path(folder) / 'config.json'
-    config = json.loads(file.read_text())
-    config.get('model_args', {}).pop('num_classes', None)  # transformers passes the one at the top level
-    names = config['pretrained_cfg'].get('label_names')
-    if names:  # in transformers' keys, as it saves `label_names` unchanged after fine-tuning on other classes
-        config['id2label'] = dict(enumerate(names))
-        config['label2id'] = {name: i for i, name in enumerate(names)}
-    file.write_text(json.dumps(config, indent=2))
+    with TemporaryDirectory() as saved:
+        timm.models.save_for_hf(model, saved, safe_serialization=safe_serialization, **kwargs)
+        file = Path(saved) / 'config.json'
+        config = json.loads(file.read_text())
+        config.get('model_args', {}).pop('num_classes', None)  # transformers passes the one at the top level
+        names = config['pretrained_cfg'].get('label_names')
+        if names:  # in transformers' keys, as it saves `label_names` unchanged after fine-tuning on other classes
+            config['id2label'] = dict(enumerate(names))
+            config['label2id'] = {name: i for i, name in enumerate(names)}
+        file.write_text(json.dumps(config, indent=2))
+        check_loading(saved, config['architecture'])
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
+
+
+def check_loading(folder: str, architecture: str) -> None:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except RuntimeError as error:  # from load_state_dict
+        raise ValueError(
+            f'The folder could not be loaded, because create_model({architecture!r}) builds another network than this '
+            f'one. If create_model was followed by convert_fbn, for example, save model.state_dict() instead, and load '
+            f'it into a network that was converted in the same way. ({one_line(error)})') from error
 
 
 def save(
