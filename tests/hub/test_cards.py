@@ -127,6 +127,18 @@ def test_card_of_a_fused_network_tells_its_form_and_the_counts_of_both():
     assert '| train |  | 51.25 | 90.5 |' in text and '| fused |  | 51.5 | 90.75 |' in text
 
 
+@pytest.mark.parametrize('dataset, tested_on', [
+    ('torch/cifar10_first1000', 'test set (CIFAR-10)'),
+    ('torch/cifar10_sample', 'validation set (the other 100 of the shipped test images of CIFAR-10)')])
+def test_card_names_the_images_that_were_tested_on(dataset, tested_on):
+    model = timm.create_model('finet_small', num_classes=10, small_input=True)
+    model.pretrained_cfg['tag'] = None
+    rows = [dict(model='net', form='train', top1='51.25', top5='90.5')]
+    made = make_card(model, 'net', 'hf-hub:me/net', Run(args=dict(dataset=dataset)), rows)
+    assert f'Accuracy in percent on the {tested_on}, for' in made.content
+    assert made.data.eval_results[0].dataset_name in tested_on
+
+
 def test_rows_of_a_form_that_are_several_are_refused():
     with pytest.raises(ValueError, match='results has 2 rows for net in fused form'):
         metadata('net', {}, CIFAR10, 'fused', [dict(form=form) for form in ('fused', 'train', 'fused')])

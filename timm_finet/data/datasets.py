@@ -19,6 +19,7 @@ class Dataset:
         title: Its name in a sentence.
         classes: The names of its classes, in the order of a network's outputs; None if they are not known.
         split: The split that networks are tested on.
+        split_of: The title of the data set that this split belongs to, if it is another one.
         terms: Terms of use, as the end of a sentence that begins with 'The photographs of' and `title`.
         license: The licence of weights trained on it, as in a card's metadata; None if it is not known.
         size: Height and width of training images, in pixels.
@@ -32,6 +33,7 @@ class Dataset:
     title: str
     classes: Optional[Tuple[str, ...]] = None
     split: str = 'validation'
+    split_of: Optional[str] = None
     terms: str = ''
     license: Optional[str] = None
     size: int = 224
@@ -78,10 +80,13 @@ UNKNOWN = Dataset('imagefolder', "the owner's images")
 DATASETS = {  # by the tag of weights, and by train.py's --dataset
     'cifar10': CIFAR10, 'torch/cifar10': CIFAR10, 'torch/cifar10_pad2': CIFAR10, 'torch/cifar10_gpu': CIFAR10,
     'cifar100': CIFAR100, 'torch/cifar100': CIFAR100, 'torch/cifar100_pad2': CIFAR100, 'torch/cifar100_gpu': CIFAR100,
-    'torch/cifar10_first1000': replace(CIFAR10, title='the first 1,000 training images of each class of CIFAR-10'),
-    'torch/cifar100_first100': replace(CIFAR100, title='the first 100 training images of each class of CIFAR-100'),
+    'torch/cifar10_first1000': replace(
+        CIFAR10, title='the first 1,000 training images of each class of CIFAR-10', split_of=CIFAR10.title),
+    'torch/cifar100_first100': replace(
+        CIFAR100, title='the first 100 training images of each class of CIFAR-100', split_of=CIFAR100.title),
     'torch/cifar10_sample': Dataset(
-        'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10.classes, terms=OF_CIFAR),
+        'imagefolder', '300 of the shipped test images of CIFAR-10', CIFAR10.classes, terms=OF_CIFAR,
+        split_of='the other 100 of the shipped test images of CIFAR-10'),
     'in1k': IMAGENET, 'torch/imagenet': IMAGENET, 'tiny_in200': TINY_IN200,
 }
 # train.py's --dataset for one folder per class; '' is also for a tar of such folders

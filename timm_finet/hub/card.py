@@ -117,7 +117,7 @@ def metadata(
         raise ValueError(f'results has {len(results)} rows for {name} in {form} form: one is needed.')
     evaluations = [
         EvalResult(
-            task_type='image-classification', dataset_type=dataset.hub, dataset_name=dataset.title,
+            task_type='image-classification', dataset_type=dataset.hub, dataset_name=dataset.split_of or dataset.title,
             dataset_split=dataset.split, metric_type='accuracy', metric_name=title, metric_value=float(row[column]))
         for row in results for column, title in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy'))]
     return ModelCardData(
@@ -161,9 +161,10 @@ def accuracy_section(results: Sequence[Dict[str, str]], dataset: Dataset, args: 
         (row.get('form', ''), row.get('img_size', ''), row['top1'], row['top5'],
          f"`{row.get('command', 'validate.py of timm')}`") for row in results]
     seed = f", seed {args['seed']}" if 'seed' in args else ''
+    tested_on = f'the {dataset.split} set ({dataset.split_of or dataset.title})'
     return (
         table(('form', 'input, px', 'top-1', 'top-5', 'measured by'), *rows)
-        + f'\n\nAccuracy in percent on the {dataset.split} set ({dataset.title}), for the weights of one run{seed}.')
+        + f'\n\nAccuracy in percent on {tested_on}, for the weights of one run{seed}.')
 
 
 def speed_section(rows: Sequence[Dict[str, str]]) -> str:
