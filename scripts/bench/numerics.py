@@ -78,6 +78,7 @@ def measure():
 
 
 def main():
+    torch.set_num_threads(1)  # on several threads sums round otherwise
     command_line(__doc__).parse_args()
     write_rows(RESULTS / 'numerics.csv', [
         {key: f'{value:.2e}' if isinstance(value, float) else value for key, value in row.items()}
