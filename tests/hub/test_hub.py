@@ -125,7 +125,9 @@ def test_a_card_gives_the_accuracy_of_this_checkpoint_and_what_it_began_from(hub
     ({}, {'model.safetensors'}), (dict(safe_serialization='both'), {'model.safetensors', 'pytorch_model.bin'}),
     (dict(safe_serialization=False), {'pytorch_model.bin'})])
 def test_saved_folder_has_safetensors_unless_others_are_asked_for(arguments, files, model, tmp_path):
+    tmp_path.chmod(0o755)
     save_for_hf(model, str(tmp_path), **arguments)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
     assert {path.name for path in tmp_path.iterdir()} == files | {'config.json'}
     same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
 

@@ -59,7 +59,9 @@ def save_for_hf(
             config['label2id'] = {name: i for i, name in enumerate(names)}
         file.write_text(json.dumps(config, indent=2))
         check_loading(saved, config['architecture'])
-        shutil.copytree(saved, folder, dirs_exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for file in Path(saved).iterdir():  # copytree would also make the folder as private as the temporary one
+            shutil.copy(file, folder)
 
 
 def check_loading(folder: str, architecture: str) -> None:
